@@ -1,0 +1,40 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint notebooks figures lab
+
+PYTHON ?= python3
+OUT ?= runs/demo
+BIN := .venv/bin
+STAMP := .venv/.installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## Run the demo (OUT=folder, default runs/demo)
+	$(BIN)/granq demo --out "$(OUT)"
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy granq
+
+notebooks: $(STAMP) ## Execute every notebook
+ifeq ($(NOTEBOOKS),)
+	@echo "No notebook exists under notebooks/: nothing was executed."
+else
+	$(BIN)/python -m pytest --nbmake notebooks
+endif
+
+figures: $(STAMP) ## Draw the figures
+	$(BIN)/granq figures
+
+lab: $(STAMP) ## Open JupyterLab on 127.0.0.1
+	$(BIN)/jupyter lab --ip=127.0.0.1

@@ -1,0 +1,297 @@
+"""The command line: ``granq demo | teacher | quantize | evaluate``. Bad input: one sentence, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = {
+    "demo": "granq demo --out runs/demo",
+    "teacher": "granq teacher --data digits --network resnet20_cifar10 --out teacher.safetensors",
+    "quantize": "granq quantize --data digits --network resnet20_cifar10 --teacher teacher.safetensors "
+    "--scheme release --bits 3,3 --out runs/first",
+    "evaluate": "granq evaluate runs/first --data digits",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="granq", description="Zero-shot quantization, measured in the open."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: {EXAMPLES[name]}")
+        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        return sub
+
+    sub = command("demo", "Digits, W2A2: teacher, three schemes, three seeds, a table and pictures; offline.")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"))
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--epochs", type=int, default=6, help="of 20 iterations, 3 of them warm-up")
+
+    sub = command("teacher", "Train a full-precision teacher, or fetch a pretrained one.")
+    sub.add_argument("--data", required=True)
+    sub.add_argument("--network", required=True)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--pretrained", action="store_true", help="download the weights instead of training")
+    sub.add_argument("--epochs", type=int, default=30)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--image-size", type=int)
+
+    sub = command("quantize", "Quantize a teacher without its training data.")
+    sub.add_argument(
+        "--data", required=True, help="its test split measures accuracy; no training image is read"
+    )
+    sub.add_argument("--network", required=True)
+    sub.add_argument("--teacher", type=Path, help="checkpoint; without it pretrained weights are downloaded")
+    sub.add_argument("--scheme", required=True)
+    sub.add_argument("--bits", required=True, help="weights,activations such as 3,3")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
+    sub.add_argument("--recipe", default="adadfq")
+    sub.add_argument("--seed", type=int, default=0)
+    for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
+        sub.add_argument(f"--{name}", type=int)
+    sub.add_argument("--resume", action="store_true", help="continue the run in --out")
+
+    sub = command("evaluate", "Measure the accuracy of a finished run.")
+    sub.add_argument("run", type=Path)
+    sub.add_argument("--data", required=True)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Exit code 0: done; 1: failed on the way; 2: bad input; 130: interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        result = globals()[f"_{args.command}"](args)
+    except (ValueError, TypeError) as error:
+        print(f"granq: {error}", file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError, RuntimeError) as error:
+        print(f"granq: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("granq: interrupted; the last checkpoint is kept, --resume continues", file=sys.stderr)
+        return 130
+    print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    return 0
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """``"3,3"`` -> (3, 3), both from 2 to 8."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(p.strip().isdecimal() and 2 <= int(p) <= 8 for p in parts):
+        raise ValueError(
+            f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}"
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def _claim_folder(out: Path, resume: bool) -> None:
+    """A run folder is new or empty, unless its own run is resumed."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out takes a folder")
+    if resume and not (out / "config.json").is_file():
+        raise ValueError(f"{out} holds no run to resume")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"{out} already holds files; choose another --out or pass --resume to continue that run"
+        )
+
+
+def _teacher(args: argparse.Namespace) -> dict[str, Any]:
+    from granq import data, models, qat
+
+    if args.out.exists():
+        raise ValueError(f"{args.out} already exists; choose another --out")
+    if args.out.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {args.out}")
+    if args.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+    spec = data.describe_data(args.data, args.network, args.image_size)
+    device = qat.resolve_device(args.device)
+    models.build_network(args.network, spec.classes)  # an unknown name is told before any image is read
+    if args.pretrained:
+        model, spec = models.load_teacher(args.network, spec, None, device)
+        top1 = models.top1_on(model, data.load_split(spec, "test"), spec, device)
+    else:
+        model, top1 = models.train_teacher(
+            args.network, spec, epochs=args.epochs, seed=args.seed, device=device
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    models.save_teacher(args.out, model, args.network, spec, top1)
+    facts = {
+        "out": str(args.out),
+        "data": args.data,
+        "network": args.network,
+        "top1": top1,
+        "seed": args.seed,
+    }
+    return facts | qat.versions(device)
+
+
+def _quantize(args: argparse.Namespace) -> dict[str, Any]:
+    from granq import convert, data, models, qat
+
+    weight_bits, act_bits = parse_bits(args.bits)
+    convert.get_scheme(args.scheme)
+    _claim_folder(args.out, args.resume)
+    spec = data.describe_data(args.data, args.network, args.image_size)
+    names = ("epochs", "iterations", "batch_size", "warmup_epochs")
+    changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    changes |= dict(scheme=args.scheme, recipe=args.recipe, seed=args.seed, device=args.device)
+    device = qat.resolve_device(args.device)
+    teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
+    changes |= dict(weight_bits=weight_bits, act_bits=act_bits, image_size=spec.image_size)
+    if args.preset == "paper":
+        config = qat.QATConfig.paper(args.data, args.network, weight_bits, **changes)
+    else:
+        config = qat.QATConfig(**changes)
+    if args.resume:
+        saved = qat.QATConfig.from_dict(json.loads((args.out / "config.json").read_text())["config"])
+        if saved != config:
+            raise ValueError(f"{args.out} was started with other settings; resume it with the same options")
+    test = data.load_split(spec, "test")  # the training split is never touched
+    teacher_top1 = models.top1_on(teacher, test, spec, device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "data": args.data,
+        "network": args.network,
+        "teacher": str(args.teacher),
+        "teacher_top1": teacher_top1,
+    }
+    qat.save_config(args.out / "config.json", config, **facts, spec=vars(spec), versions=qat.versions(device))
+    result = qat.train(
+        teacher,
+        config,
+        evaluate=lambda m: models.top1_on(m, test, spec, device),
+        out=args.out,
+        resume=args.resume,
+    )
+    row = (
+        _row(args.data, args.network, config, teacher_top1, result)
+        | {"out": str(args.out)}
+        | qat.versions(device)
+    )
+    qat.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
+    return row
+
+
+def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: Any) -> dict[str, Any]:
+    return {
+        "dataset": dataset, "network": network, "scheme": config.scheme,
+        "bits": f"W{config.weight_bits}A{config.act_bits}", "recipe": config.recipe, "seed": config.seed,
+        "teacher_top1": teacher_top1, "ptq_top1": result.ptq_top1, "last_top1": result.last_top1,
+        "best_top1": result.best_top1, "seconds": round(result.seconds, 1),
+    }  # fmt: skip
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from granq import convert, data, models, qat
+
+    if not (args.run / "checkpoint.pt").is_file():
+        raise ValueError(
+            f"{args.run} holds no run (no checkpoint.pt); make one with granq quantize --out {args.run}"
+        )
+    facts = json.loads((args.run / "config.json").read_text())
+    config = qat.QATConfig.from_dict(facts["config"])
+    spec, saved = data.describe_data(args.data, facts["network"]), facts["spec"]
+    if spec.classes != saved["classes"]:
+        raise ValueError(
+            f"{args.data} has {spec.classes} classes but the run's network has {saved['classes']}"
+        )
+    spec = data.replace(
+        spec, image_size=saved["image_size"], mean=tuple(saved["mean"]), std=tuple(saved["std"])
+    )
+    network = models.build_network(facts["network"], spec.classes)
+    student = convert.quantize_model(network, config.scheme, config.weight_bits, config.act_bits)
+    state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    student.load_state_dict(state["student"])
+    convert.freeze_ranges(student)
+    device = qat.resolve_device(args.device)
+    test = data.load_split(spec, "test")
+    top1 = models.top1_on(student.to(device), test, spec, device)
+    return {
+        "run": str(args.run), "data": args.data, "network": facts["network"], "scheme": config.scheme,
+        "bits": f"W{config.weight_bits}A{config.act_bits}", "epoch": state["epoch"], "top1": top1,
+        "images": len(test), "teacher_top1": facts["teacher_top1"],
+    } | qat.versions(device)  # fmt: skip
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    import pandas as pd
+    import torch
+
+    from granq import analysis, data, figures, models, qat
+    from granq.generator import LATENT
+
+    _claim_folder(args.out, resume=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device, network = qat.resolve_device(args.device), "resnet20_cifar10"
+    spec = data.describe_data("digits", network)
+    teacher, teacher_top1 = models.train_teacher(network, spec, epochs=8, batch_size=64, device=device)
+    models.save_teacher(args.out / "teacher.safetensors", teacher, network, spec, teacher_top1)
+    test = data.load_split(spec, "test")
+    rows = []
+    for scheme in ("layerwise", "release", "strict"):
+        for seed in range(args.seeds):
+            config = qat.QATConfig(
+                scheme=scheme, weight_bits=2, act_bits=2, epochs=args.epochs, iterations=20, warmup_epochs=args.epochs // 2,
+                batch_size=64, student_lr=1e-3, seed=seed, device=device,
+            )  # fmt: skip
+            result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
+            rows.append(_row("digits", network, config, teacher_top1, result) | qat.versions(device))
+            pd.DataFrame(rows).to_csv(args.out / "results.csv", index=False)
+    results = pd.DataFrame(rows)
+    summary = results.groupby("scheme", sort=False)[["ptq_top1", "last_top1", "best_top1"]].agg(
+        ["mean", "std"]
+    )
+    lines = [
+        f"digits, {network}, W2A2, teacher {teacher_top1:.2f} %, n = {args.seeds} seeds, {len(test)} test images, {rows[0]['device']}, "
+        f"torch {torch.__version__}. Mean ± std in percent; `best` selects on the test split.",
+        "",
+        "| scheme | without training | last epoch | best epoch |",
+        "|---|---|---|---|",
+    ]
+    for scheme, values in summary.iterrows():
+        cells = [
+            f"{values[c, 'mean']:.2f} ± {values[c, 'std']:.2f}"
+            for c in ("ptq_top1", "last_top1", "best_top1")
+        ]
+        lines.append(f"| {scheme} | {' | '.join(cells)} |")
+    table = "\n".join(lines) + "\n"
+    (args.out / "results.md").write_text(table)
+    images = torch.cat([x for x, _ in data.batches(test, spec)])[:64].to(device)
+    figures.save_figure("accuracy", results, figures.plot_accuracy, args.out)
+    distortion = analysis.measure_activation_distortion(
+        teacher, images, "features.stage2.unit1.body.conv1", 2
+    )
+    figures.save_figure("activation_distortion", distortion, figures.plot_activation_distortion, args.out)
+    with torch.no_grad():
+        labels = torch.arange(10, device=device)
+        drawn = result.generator(torch.randn(10, LATENT, device=device), labels).cpu()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    pixels = (drawn * std + mean).clamp(0, 1)
+    n, _, h, w = pixels.shape
+    frame = pd.DataFrame(pixels.permute(0, 2, 3, 1).reshape(-1, 3).numpy(), columns=["red", "green", "blue"])
+    index = pd.MultiIndex.from_product([range(n), range(h), range(w)], names=["image", "row", "column"])
+    frame = frame.round(4).set_index(index).reset_index().assign(label=lambda d: d.image)
+    figures.save_figure("synthetic_images", frame, figures.plot_images, args.out, width=6.8, height=1.2)
+    print(table, file=sys.stderr)
+    print(f"Next: open {args.out}/accuracy.png, then {args.out}/activation_distortion.png.", file=sys.stderr)
+    return {"out": str(args.out), "teacher_top1": teacher_top1} | {
+        str(k): round(float(v), 2) for k, v in results.groupby("scheme").last_top1.mean().items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

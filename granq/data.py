@@ -1,0 +1,129 @@
+"""Datasets by name: digits (embedded), cifar10, cifar100, imagenet, and ``folder:PATH`` with train/ and test/ or val/.
+
+Images leave this module normalized, float32, (N, 3, size, size). Small images are kept in memory as uint8.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+CIFAR_STATS = (
+    (0.4914, 0.4822, 0.4465),
+    (0.2023, 0.1994, 0.2010),
+)  # what pytorchcv's CIFAR networks were trained with
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NAMES = ("digits", "cifar10", "cifar100", "imagenet", "folder:PATH")
+_IN_MEMORY_SIZE = 64  # pixels; larger images are streamed from disk
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What must be known about a dataset before a single image is read."""
+
+    name: str
+    classes: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    root: str = ""
+
+
+def data_root() -> Path:
+    """Where downloads go: ``$GRANQ_DATA`` or ``~/.cache/granq``."""
+    return Path(os.environ.get("GRANQ_DATA", "~/.cache/granq")).expanduser()
+
+
+def describe_data(name: str, network: str = "", image_size: int | None = None) -> DataSpec:
+    """Describe dataset ``name`` without reading any image.
+
+    A folder has no known normalization: networks named ``*_cifar10`` or ``*_cifar100`` take CIFAR's at 32 pixels,
+    all others ImageNet's at 224. A teacher file written by ``granq teacher`` overrides both (models.load_teacher).
+
+    Raises:
+        ValueError: unknown name, or a folder without test images.
+    """
+    if name == "digits":
+        spec = DataSpec(name, 10, 32, (0.3053,) * 3, (0.3760,) * 3)  # of the 8x8 originals, 16 grey levels
+    elif name in ("cifar10", "cifar100"):
+        spec = DataSpec(name, 10 if name == "cifar10" else 100, 32, *CIFAR_STATS, root=str(data_root()))
+    elif name == "imagenet":
+        spec = DataSpec(name, 1000, 224, *IMAGENET_STATS, root=str(data_root() / "imagenet"))
+    elif name.startswith("folder:"):
+        root = Path(name.removeprefix("folder:")).expanduser()
+        if not root.is_dir():
+            raise ValueError(
+                f"folder {str(root)!r} does not exist; it should hold train/ and test/ (or val/)"
+            )
+        classes = len([d for d in _split_folder(root, "test").iterdir() if d.is_dir()])
+        if not classes:
+            raise ValueError(f"folder {str(root)!r} has no class folders in its test split")
+        small = "cifar" in network or "svhn" in network
+        spec = DataSpec(
+            name, classes, 32 if small else 224, *(CIFAR_STATS if small else IMAGENET_STATS), root=str(root)
+        )
+    else:
+        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(NAMES)}")
+    return replace(spec, image_size=image_size) if image_size else spec
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    for name in ("train",) if split == "train" else ("test", "val"):
+        if (root / name).is_dir():
+            return root / name
+    raise ValueError(
+        f"{str(root)!r} has no {'train/' if split == 'train' else 'test/ or val/'} folder of class folders"
+    )
+
+
+def load_split(spec: DataSpec, split: str) -> Dataset[Any]:
+    """Dataset of (uint8 image (3, size, size), label) for ``split`` 'train' or 'test'; downloads where it can."""
+    if spec.name == "digits":
+        return _digits(split, spec.image_size)
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    small = spec.image_size <= _IN_MEMORY_SIZE
+    resize = v2.Resize((spec.image_size,) * 2) if small else v2.Resize(round(spec.image_size * 256 / 224))
+    transform = v2.Compose([v2.RGB(), resize, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
+    if spec.name in ("cifar10", "cifar100"):
+        cls = datasets.CIFAR10 if spec.name == "cifar10" else datasets.CIFAR100
+        data: Dataset[Any] = cls(spec.root, train=split == "train", transform=transform, download=True)
+    else:
+        data = datasets.ImageFolder(str(_split_folder(Path(spec.root), split)), transform=transform)
+    if not small:
+        return data
+    images, labels = zip(*DataLoader(data, batch_size=500, num_workers=0), strict=True)
+    return TensorDataset(torch.cat(images), torch.cat(labels))
+
+
+def _digits(split: str, size: int) -> TensorDataset:
+    """scikit-learn's 1,797 digits; the first 1,347 train, the last 450 test (no writer in both), enlarged."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16 * 255  # (N, 1, 8, 8)
+    images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    images = images.round().to(torch.uint8).expand(-1, 3, -1, -1)
+    part = slice(None, 1347) if split == "train" else slice(1347, None)
+    return TensorDataset(images[part].contiguous(), torch.from_numpy(digits.target)[part])
+
+
+def normalize(images: Tensor, spec: DataSpec) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32, standardized by the dataset's mean and standard deviation."""
+    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def batches(dataset: Dataset[Any], spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalized (images, labels) in the stored order."""
+    for images, labels in DataLoader(dataset, batch_size=batch_size):
+        yield normalize(images, spec), labels

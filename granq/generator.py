@@ -1,0 +1,120 @@
+"""Generators that draw images from noise and a label, and the BatchNorm statistics that guide them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LATENT = 100
+
+
+class Generator(nn.Module):
+    """GDFQ's CIFAR generator (Xu et al., ECCV 2020): label embedding times noise, two upsampling stages.
+
+    Args:
+        classes: number of labels.
+        image_size: side of the images in pixels, a multiple of 4.
+    """
+
+    def __init__(self, classes: int, image_size: int) -> None:
+        super().__init__()
+        if image_size % 4:
+            raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
+        self.classes, self.size = classes, image_size // 4
+        self.embedding = nn.Embedding(classes, LATENT)
+        self.linear = nn.Linear(LATENT, 128 * self.size**2)
+        self.norm0 = nn.BatchNorm2d(128)
+        self.conv1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128, eps=0.8)
+        self.conv2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64, eps=0.8)
+        self.conv3, self.norm3 = nn.Conv2d(64, 3, 3, padding=1), nn.BatchNorm2d(3, affine=False)
+
+    def _grid(self, latent: Tensor) -> Tensor:
+        x = self.linear(latent).view(-1, 128, self.size, self.size)
+        return x.contiguous(
+            memory_format=torch.channels_last
+        )  # everything behind it then runs in this layout
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """noise (N, 100), labels (N,) -> images (N, 3, size, size), standardized per channel."""
+        x = self._grid(self.embedding(labels) * noise)
+        x = F.interpolate(self.norm0(x), scale_factor=2.0)  # (N, 128, size/2, size/2)
+        x = F.leaky_relu(self.norm1(self.conv1(x)), 0.2)
+        x = F.interpolate(x, scale_factor=2.0)  # (N, 128, size, size)
+        x = F.leaky_relu(self.norm2(self.conv2(x)), 0.2)
+        return self.norm3(torch.tanh(self.conv3(x)))
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """BatchNorm whose weight and bias are looked up per class (Dumoulin et al. 2017)."""
+
+    def __init__(self, classes: int, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False, eps=eps)
+        self.weight, self.bias = nn.Embedding(classes, channels), nn.Embedding(classes, channels)
+        nn.init.ones_(self.weight.weight)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.norm(x) * self.weight(labels)[..., None, None] + self.bias(labels)[..., None, None]
+
+
+class ConditionalGenerator(Generator):
+    """The ImageNet generator: the label enters through categorical conditional BatchNorm, not through the noise."""
+
+    def __init__(self, classes: int, image_size: int) -> None:
+        super().__init__(classes, image_size)
+        del self.embedding
+        self.norm0 = ConditionalBatchNorm2d(classes, 128)
+        self.norm1 = ConditionalBatchNorm2d(classes, 128, eps=0.8)
+        self.norm2 = ConditionalBatchNorm2d(classes, 64, eps=0.8)
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """noise (N, 100), labels (N,) -> images (N, 3, size, size)."""
+        x = self._grid(noise)
+        x = F.interpolate(self.norm0(x, labels), scale_factor=2.0)
+        x = F.leaky_relu(self.norm1(self.conv1(x), labels), 0.2)
+        x = F.interpolate(x, scale_factor=2.0)
+        x = F.leaky_relu(self.norm2(self.conv2(x), labels), 0.2)
+        return self.norm3(torch.tanh(self.conv3(x)))
+
+
+def build_generator(classes: int, image_size: int) -> Generator:
+    """The generator the paper uses at this size: ``Generator`` up to 64 pixels, ``ConditionalGenerator`` above."""
+    return (Generator if image_size <= 64 else ConditionalGenerator)(classes, image_size)
+
+
+def synthesize(generator: Generator, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Draw ``count`` images with random labels from the global random state: images (count, 3, s, s), labels (count,)."""
+    labels = torch.randint(0, generator.classes, (count,), device=device)
+    return generator(torch.randn(count, LATENT, device=device), labels), labels
+
+
+@contextmanager
+def batchnorm_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Tensor]]]:
+    """Collect the input of every BatchNorm2d of ``model`` during one forward."""
+    seen: list[tuple[nn.BatchNorm2d, Tensor]] = []
+    hooks = [
+        m.register_forward_hook(lambda module, args, _: seen.append((module, args[0])))
+        for m in model.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def batchnorm_loss(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
+    """Mean over layers of MSE(batch mean, running mean) + MSE(batch biased variance, running variance)."""
+    terms = []
+    for norm, x in inputs:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        terms.append(F.mse_loss(mean, norm.running_mean) + F.mse_loss(var, norm.running_var))
+    if not terms:
+        raise ValueError("the teacher has no BatchNorm2d layer, so there are no statistics to match")
+    return torch.stack(terms).mean()

@@ -1,0 +1,189 @@
+"""Teachers by name: pytorchcv and torchvision networks, pretrained, from a checkpoint file, or trained here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from granq.data import DataSpec, batches, load_split, normalize
+
+
+def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Module:
+    """Network ``name`` of pytorchcv or torchvision with ``classes`` outputs, in eval mode.
+
+    Raises:
+        ValueError: neither library knows the name.
+        OSError: ``pretrained`` weights cannot be downloaded.
+    """
+    from pytorchcv.model_provider import _models as pytorchcv_models
+    from pytorchcv.model_provider import get_model
+    from torchvision.models import get_model as torchvision_model
+    from torchvision.models import list_models
+
+    if name in pytorchcv_models:
+        if pretrained:
+            return get_model(name, pretrained=True).eval()
+        try:
+            return get_model(name, num_classes=classes).eval()
+        except AssertionError:  # pytorchcv's CIFAR networks take 10 or 100 classes only
+            model = get_model(name)
+            model.output = nn.Linear(model.output.in_features, classes)
+            return model.eval()
+    if name in list_models():
+        options = {"weights": "DEFAULT"} if pretrained else {"num_classes": classes}
+        return torchvision_model(name, **options).eval()
+    raise ValueError(
+        f"unknown network {name!r}; known are pytorchcv's and torchvision's names, such as resnet20_cifar10, "
+        "resnet20_cifar100, resnet18, resnet50, mobilenetv2_w1, mobilenet_v2"
+    )
+
+
+def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top1: float) -> None:
+    """Write a teacher as safetensors with its provenance (network, data, normalization, accuracy) in the header."""
+    from safetensors.torch import save_file
+
+    info = {"network": network, "top1": top1, "torch": torch.__version__, **asdict(spec)}
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, str(path), metadata={"granq": json.dumps(info)})
+
+
+def load_teacher(
+    network: str, spec: DataSpec, path: str | Path | None = None, device: str = "cpu"
+) -> tuple[nn.Module, DataSpec]:
+    """A teacher in eval mode, and the data specification with the normalization that belongs to it.
+
+    Args:
+        network: name in pytorchcv or torchvision.
+        spec: the data it will see.
+        path: checkpoint, safetensors or ``torch.save`` of a state dict; ``None`` downloads pretrained weights.
+        device: where to put it.
+
+    Raises:
+        ValueError: the file is missing, corrupt, or of another network or number of classes.
+    """
+    if path is None:
+        try:
+            return build_network(network, spec.classes, pretrained=True).to(device), spec
+        except OSError as error:
+            raise ValueError(
+                f"cannot download weights of {network}: {error}; pass a checkpoint file"
+            ) from error
+    model = build_network(network, spec.classes)
+    state, info = _read_checkpoint(Path(path))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit {network} with {spec.classes} classes: {str(error).splitlines()[1].strip()}"
+        ) from error
+    if info:
+        spec = replace(spec, image_size=info["image_size"], mean=tuple(info["mean"]), std=tuple(info["std"]))
+    return model.to(device), spec
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
+    if not path.is_file():
+        raise ValueError(f"teacher file {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(str(path), "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}
+                return state, json.loads((file.metadata() or {}).get("granq", "{}"))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own exceptions; the user needs one sentence
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"teacher file {str(path)!r} is not a readable checkpoint: {first}") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"teacher file {str(path)!r} holds no state dict (parameter names with tensors)")
+    return {k.removeprefix("module."): v for k, v in state.items()}, {}
+
+
+@torch.inference_mode()
+def evaluate_top1(model: nn.Module, spec: DataSpec, split: str = "test", device: str = "cpu") -> float:
+    """Top-1 accuracy in percent over a split, the model as it is (eval mode is the caller's)."""
+    return top1_on(model, load_test(spec) if split == "test" else load_split(spec, split), spec, device)
+
+
+def load_test(spec: DataSpec):  # noqa: ANN201
+    return load_split(spec, "test")
+
+
+@torch.inference_mode()
+def top1_on(model: nn.Module, dataset, spec: DataSpec, device: str = "cpu") -> float:  # noqa: ANN001
+    """Top-1 accuracy in percent over a dataset of uint8 images."""
+    right = total = 0
+    for images, labels in batches(dataset, spec):
+        images = images.to(device)
+        right += int((model(images).argmax(1).cpu() == labels).sum())
+        total += len(labels)
+    return 100 * right / max(total, 1)
+
+
+def augment(images: Tensor, padding: int = 4, flip: bool = True) -> Tensor:
+    """Random crop from a reflected border, and a random horizontal flip, both drawn per image. uint8 (N, 3, H, W)."""
+    n, _, h, w = images.shape
+    padded = F.pad(images.float(), (padding,) * 4, mode="reflect")
+    dy, dx = (torch.randint(0, 2 * padding + 1, (n, 1), device=images.device) for _ in range(2))
+    rows = (torch.arange(h, device=images.device) + dy)[:, None, :, None].expand(-1, 3, -1, padded.shape[3])
+    padded = padded.gather(2, rows)
+    cols = torch.arange(w, device=images.device).expand(n, -1)
+    if flip:
+        cols = torch.where(torch.rand(n, 1, device=images.device) < 0.5, cols.flip(1), cols)
+    return padded.gather(3, (cols + dx)[:, None, None, :].expand(-1, 3, h, -1))
+
+
+def train_teacher(
+    network: str,
+    spec: DataSpec,
+    *,
+    epochs: int,
+    lr: float = 0.2,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[nn.Module, float]:
+    """Train a full-precision teacher: SGD with Nesterov, OneCycle, label smoothing, crops and flips.
+
+    Returns:
+        The model of the last epoch in eval mode, and its top-1 accuracy on the test split in percent.
+    """
+    torch.manual_seed(seed)
+    model = build_network(network, spec.classes).to(device, memory_format=torch.channels_last).train()
+    train = load_split(spec, "train")
+    loader = torch.utils.data.DataLoader(
+        train, batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size
+    )
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}],
+        lr=lr,
+        momentum=0.9,
+        nesterov=True,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=epochs * len(loader), pct_start=0.25
+    )
+    progress = tqdm(range(epochs), desc=f"teacher {network}", unit="epoch", mininterval=5)
+    for _ in progress:
+        for images, labels in loader:
+            # Digits are not mirrored: a flipped 2 is no 2.
+            images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)
+            logits = model(images.to(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval(), top1_on(model, load_test(spec), spec, device)

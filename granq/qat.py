@@ -1,0 +1,368 @@
+"""Zero-shot quantization-aware training: the generator and the low-bit student play AdaDFQ's game.
+
+One step draws images, runs teacher and student once each, and takes both gradients from these two forwards:
+the generator's loss with respect to the generator only, the student's with respect to the student only.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from granq.convert import freeze_ranges, frozen_ranges, quantize_model
+from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+
+RECIPES = ("adadfq", "gdfq")
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """Everything that decides a run besides the teacher. Defaults: method.md section 6, CIFAR, in a short budget."""
+
+    scheme: str = "release"
+    weight_bits: int = 3
+    act_bits: int = 3
+    recipe: str = "adadfq"
+    epochs: int = 10
+    iterations: int = 100  # per epoch
+    batch_size: int = 64
+    warmup_epochs: int = 4  # the generator alone
+    student_lr: float = 1e-4
+    generator_lr: float = 1e-3
+    milestones: tuple[int, ...] = ()
+    temperature: float = 20.0
+    alpha_ds: float = 0.2
+    alpha_as: float = 0.1
+    lambda_l: float = 0.1
+    lambda_u: float = 0.8
+    gamma: float = 1.0
+    image_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        for name in ("epochs", "iterations", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}"
+            )
+
+    @classmethod
+    def paper(cls, dataset: str, network: str, bits: int, **changes: Any) -> QATConfig:
+        """The published settings (method.md section 6) for CIFAR ResNet-20, ResNet-18/50 and MobileNetV2."""
+        common: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
+        if dataset in ("cifar10", "cifar100", "digits") or "cifar" in network:
+            chosen = dict(epochs=200, batch_size=200, milestones=(100, 200, 300))
+        else:
+            chosen = dict(
+                epochs=400,
+                batch_size=16,
+                temperature=5.0,
+                student_lr=1e-5,
+                milestones=(350, 400),
+                image_size=224,
+            )
+            if "resnet50" in network:
+                steps = {3: (150, 300, 400), 4: (200, 300, 400)}.get(bits, (350, 400))
+                chosen |= dict(student_lr=1e-4, milestones=steps, warmup_epochs=50)
+                chosen |= dict(lambda_l=0.4 if bits == 3 else 0.3, alpha_ds=0.1 if bits == 4 else 0.2)
+            elif "mobilenet" in network:
+                chosen |= dict(alpha_ds=0.3 if bits == 4 else 0.2)
+            else:
+                chosen |= dict(
+                    warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3
+                )
+        return cls(**(common | chosen | changes))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QATConfig:
+        """From parsed JSON; unknown keys are refused."""
+        if unknown := values.keys() - {f.name for f in fields(cls)}:
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        return cls(**(values | {"milestones": tuple(values.get("milestones", ()))}))
+
+
+def disagreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """CE(t - s, y): images on which only the teacher knows the label. Logits (N, K), labels (N,)."""
+    return F.cross_entropy(teacher - student, labels)
+
+
+def agreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """CE(t + s, y): images on which both know it."""
+    return F.cross_entropy(teacher + student, labels)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy in nats of softmax(logits), (N, K) -> (N,)."""
+    log_p = F.log_softmax(logits, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def margin_loss(teacher: Tensor, student: Tensor, low: float, high: float) -> Tensor:
+    """Keeps the normalized entropy of the difference between ``low`` and ``high`` (AdaDFQ)."""
+    h = entropy(teacher - student)
+    h = (h - h.min()) / (math.log(teacher.shape[1]) - h.min()).clamp_min(1e-12)
+    return F.relu(low - h).mean() + F.relu(h - high).mean()
+
+
+def student_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """-T^2 mean H(softmax((t - s) / T)): maximal entropy means logits equal up to a constant."""
+    return -(temperature**2) * entropy((teacher - student) / temperature).mean()
+
+
+def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """CE(s, y) + KL(teacher || student) (GDFQ, Xu et al. 2020)."""
+    kl = F.kl_div(
+        F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean"
+    )
+    return F.cross_entropy(student, labels) + kl
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes cuda, mps or cpu, whichever is there first."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@dataclass
+class Result:
+    """A finished run. ``best_top1`` is the best epoch *on the test split*, a selection; ``last_top1`` is not."""
+
+    student: nn.Module
+    generator: nn.Module
+    history: pd.DataFrame
+    ptq_top1: float
+    last_top1: float
+    best_top1: float
+    seconds: float
+
+
+class Trainer:
+    """State of one run: networks, optimizers, history. ``step`` is the method, ``run`` the bookkeeping."""
+
+    def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
+        self.config, self.device = config, resolve_device(config.device)
+        torch.manual_seed(
+            config.seed
+        )  # before the generator is built: its initial weights belong to the seed
+        self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
+        self.student = quantize_model(
+            self.teacher, config.scheme, config.weight_bits, config.act_bits
+        ).requires_grad_(True)
+        with torch.inference_mode():
+            size = (1, 3, config.image_size, config.image_size)
+            classes = self.teacher(torch.zeros(size, device=self.device)).shape[1]
+        self.generator = build_generator(classes, config.image_size)
+        self.generator.to(self.device, memory_format=torch.channels_last)
+        self.student_params = list(self.student.parameters())
+        self.generator_params = list(self.generator.parameters())
+        self.optimizers = {
+            "student": torch.optim.SGD(
+                self.student_params, config.student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4
+            ),
+            "generator": torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999)),
+        }
+        self.epoch = 0
+        self.rows: list[dict[str, float]] = []
+        self.ptq_top1 = math.nan
+        self.seconds = 0.0
+
+    def step(self, train_student: bool) -> dict[str, Tensor]:
+        """One iteration; returns detached losses and the teacher's accuracy on the images in percent."""
+        c = self.config
+        images, labels = synthesize(self.generator, c.batch_size, self.device)
+        with batchnorm_inputs(self.teacher) as norms:
+            t = self.teacher(images)
+        s = self.student(images)
+        bn = batchnorm_loss(norms)
+        if c.recipe == "adadfq":
+            loss_g = c.alpha_ds * disagreement_loss(t, s, labels) + c.alpha_as * agreement_loss(t, s, labels)
+            loss_g = loss_g + margin_loss(t, s, c.lambda_l, c.lambda_u) + c.gamma * bn
+            loss_s = student_loss(t.detach(), s, c.temperature)
+        else:
+            loss_g = F.cross_entropy(t, labels) + c.gamma * bn
+            loss_s = gdfq_student_loss(t.detach(), s, labels)
+        self._update("generator", self.generator_params, loss_g, retain_graph=train_student)
+        if train_student:
+            self._update("student", self.student_params, loss_s)
+        hits = (t.argmax(1) == labels).float().mean() * 100
+        return {
+            "generator_loss": loss_g.detach(),
+            "student_loss": loss_s.detach(),
+            "bn_loss": bn.detach(),
+            "teacher_top1": hits,
+        }
+
+    def _update(self, name: str, params: list[Tensor], loss: Tensor, retain_graph: bool = False) -> None:
+        # autograd.grad computes what leads to these parameters and fills no other .grad
+        grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        self.optimizers[name].step()
+
+    def run_epoch(self, evaluate: Callable[[nn.Module], float] | None) -> dict[str, float]:
+        """One epoch of iterations, the test accuracy behind it, and a row in the history."""
+        c, start = self.config, time.perf_counter()
+        training = self.epoch >= c.warmup_epochs
+        freeze_ranges(
+            self.student, training and self.epoch > 0
+        )  # tracked ranges move during the warm-up only
+        decay = 0.1 ** sum(self.epoch >= milestone for milestone in c.milestones)
+        for name, lr in (("student", c.student_lr), ("generator", c.generator_lr)):
+            self.optimizers[name].param_groups[0]["lr"] = lr * decay
+        self.generator.train()
+        sums: dict[str, Tensor] = {}
+        for _ in range(c.iterations):
+            for key, value in self.step(training).items():
+                sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value
+        row = {"epoch": self.epoch + 1, "warmup": not training} | {
+            k: v.item() / c.iterations for k, v in sums.items()
+        }
+        if not math.isfinite(row["generator_loss"]) or not math.isfinite(row["student_loss"]):
+            raise FloatingPointError(
+                f"a loss is not finite in epoch {self.epoch + 1}; lower the learning rates"
+            )
+        self.epoch += 1
+        freeze_ranges(self.student, self.epoch >= c.warmup_epochs)
+        with frozen_ranges(self.student):
+            row["test_top1"] = evaluate(self.student) if evaluate else math.nan
+        if self.epoch == c.warmup_epochs:
+            self.ptq_top1 = row["test_top1"]
+        self.seconds += time.perf_counter() - start
+        self.rows.append(row)
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to continue, as tensors and plain values."""
+        return {
+            "epoch": self.epoch,
+            "student": self.student.state_dict(),
+            "generator": self.generator.state_dict(),
+            **{f"{k}_optimizer": o.state_dict() for k, o in self.optimizers.items()},
+            "rng": torch.get_rng_state(),
+            "rows": self.rows,
+            "ptq_top1": self.ptq_top1,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.generator.load_state_dict(state["generator"])
+        for k in self.optimizers:
+            self.optimizers[k].load_state_dict(state[f"{k}_optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        self.epoch, self.rows, self.ptq_top1 = state["epoch"], state["rows"], state["ptq_top1"]
+        self.seconds = state["seconds"]
+        freeze_ranges(self.student, self.epoch >= self.config.warmup_epochs)
+
+
+def train(
+    teacher: nn.Module,
+    config: QATConfig,
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+) -> Result:
+    """Quantize ``teacher`` without data and fine-tune the student on generated images.
+
+    Args:
+        teacher: network with BatchNorm2d layers; a copy of it is used, the caller's stays as it is.
+        config: the settings.
+        evaluate: student -> test accuracy in percent, called after every epoch; it never influences training.
+        out: run folder; checkpoint and history are replaced atomically after every epoch.
+        resume: continue from the checkpoint in ``out``.
+
+    Raises:
+        FloatingPointError: a loss became NaN or infinite; the last checkpoint stays.
+    """
+    trainer = Trainer(teacher, config)
+    if resume and out and (out / "checkpoint.pt").exists():
+        trainer.restore(torch.load(out / "checkpoint.pt", map_location=trainer.device, weights_only=True))
+    if trainer.epoch == 0 and config.warmup_epochs == 0 and evaluate:
+        trainer.ptq_top1 = evaluate(trainer.student)
+    name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
+    progress = tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch")
+    with progress:
+        while trainer.epoch < config.epochs:
+            row = trainer.run_epoch(evaluate)
+            progress.set_postfix(
+                test=f"{row['test_top1']:.1f}%",
+                teacher=f"{row['teacher_top1']:.0f}%",
+                bn=f"{row['bn_loss']:.2f}",
+            )
+            progress.update()
+            if out:
+                save_atomically(out / "checkpoint.pt", lambda path: torch.save(trainer.state(), path))
+                history = pd.DataFrame(trainer.rows)
+                save_atomically(out / "history.csv", lambda path, h=history: h.to_csv(path, index=False))
+    history = pd.DataFrame(trainer.rows)
+    trained = history.loc[~history.warmup.astype(bool), "test_top1"]
+    last, best = (trained.iloc[-1], trained.max()) if len(trained) else (trainer.ptq_top1,) * 2
+    return Result(
+        trainer.student,
+        trainer.generator,
+        history,
+        trainer.ptq_top1,
+        float(last),
+        float(best),
+        trainer.seconds,
+    )
+
+
+def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path``, sync, then rename: a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def versions(device: str = "cpu") -> dict[str, str]:
+    """What a number must carry to be trusted: software versions and the device's name."""
+    import torchvision
+
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} {torch.get_num_threads()} threads"
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": f"{device} ({name})",
+    }
+
+
+def save_config(path: Path, config: QATConfig, **facts: Any) -> None:
+    """``config.json``: settings and facts of the run, as data."""
+    text = json.dumps({"config": asdict(config)} | facts, indent=2)
+    save_atomically(path, lambda p: p.write_text(text))
+
+
+def quick(**changes: Any) -> QATConfig:
+    """Settings for minutes on two cores."""
+    return replace(QATConfig(), **changes)

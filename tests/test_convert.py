@@ -1,0 +1,122 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+from conftest import TinyNet
+from torch import nn
+
+from granq import (
+    SCHEMES,
+    Scheme,
+    activation_places,
+    build_network,
+    calibrate,
+    fake_quantize,
+    freeze_ranges,
+    quantize_model,
+)
+
+
+def resnet20(num_classes):
+    return build_network("resnet20_cifar10", num_classes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_copy_keeps_teacher_and_keys(tiny, scheme):
+    before = copy.deepcopy(tiny.state_dict())
+    student = quantize_model(tiny, scheme, 2, 2)
+    assert student(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    other = TinyNet().state_dict()
+    student.load_state_dict(other)
+    assert all(torch.equal(student.state_dict()[k], v) for k, v in other.items())
+    twin = quantize_model(tiny, scheme, 2, 2)
+    twin.load_state_dict(student.state_dict())
+    freeze_ranges(twin), freeze_ranges(student)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(twin(x), student(x))
+
+
+def test_release_equals_the_arithmetic_written_out(tiny):
+    """ReLU outputs per image and channel, kernels one by one, nothing clamped, nothing else quantized."""
+    q, w = (lambda t: fake_quantize(t, 3, "per_sample_channel", clamp=False)), {}
+    for name in ("conv1", "conv2", "point", "fc"):
+        w[name] = fake_quantize(tiny.get_submodule(name).weight, 3, "per_kernel", clamp=False)
+    x, conv, relu = torch.randn(2, 3, 8, 8), nn.functional.conv2d, torch.relu
+    a = q(relu(tiny.bn1(conv(x, w["conv1"], tiny.conv1.bias, padding=1))))
+    b = tiny.bn2(conv(a, w["conv2"], tiny.conv2.bias, padding=1)) + conv(a, w["point"], tiny.point.bias)
+    out = nn.functional.linear(q(relu(q(relu(b)).mean((2, 3)))), w["fc"], tiny.fc.bias)
+    assert torch.equal(quantize_model(tiny, "release", 3, 3)(x), out)
+
+
+def test_places_are_named_and_counted_once(tiny):
+    assert len(activation_places(quantize_model(tiny, "release", 3, 3))) == 3  # relu, relu again, F.relu
+    # x; the tensor that conv2 and point share; the pooled features
+    assert len(activation_places(quantize_model(tiny, "strict", 3, 3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "relus"),
+    [(torchvision.models.resnet18, 17), (torchvision.models.mobilenet_v2, 35), (resnet20, 19)],
+)
+def test_known_networks(model, relus):
+    student = quantize_model(model(num_classes=10), "release", 4, 4)
+    assert len(activation_places(student)) == relus
+    assert student(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_pointwise_kernels_stay_unquantized_under_release_only(tiny):
+    levels = {
+        s: quantize_model(tiny, s, 2, 2).point.weight[0].unique().numel() for s in ("release", "strict")
+    }
+    assert levels["release"] == 4 == tiny.point.weight[0].numel()
+    assert levels["strict"] <= 4
+    torch.testing.assert_close(
+        quantize_model(tiny, "release", 2, 2).point.weight, tiny.point.weight, rtol=1e-6, atol=0
+    )
+    assert not torch.allclose(quantize_model(tiny, "strict", 2, 2).point.weight, tiny.point.weight, rtol=1e-3)
+
+
+def test_ranges_are_tracked_then_frozen(tiny):
+    student = quantize_model(tiny, "layerwise", 4, 4)
+    calibrate(student, [torch.randn(4, 3, 8, 8) for _ in range(3)])
+    ranges = {n: q.running_max.clone() for n, q in activation_places(student).items()}
+    student(100 * torch.randn(4, 3, 8, 8))
+    assert all(torch.equal(q.running_max, ranges[n]) for n, q in activation_places(student).items())
+
+
+def test_moving_average_has_momentum_09():
+    student = quantize_model(
+        nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten()), Scheme(None, "per_tensor", tracked=True), 4, 4
+    )
+    for top in (1.0, 2.0):
+        student(torch.tensor([0, top]).reshape(1, 1, 1, 2))
+    (place,) = activation_places(student).values()
+    assert place.running_max.item() == pytest.approx(1.1)
+
+
+def test_skip_keeps_a_layer_in_full_precision(tiny):
+    student = quantize_model(tiny, Scheme("per_out_channel", "per_tensor", skip=("conv1",)), 2, 2)
+    assert torch.equal(student.conv1.weight, tiny.conv1.weight)
+    with pytest.raises(ValueError, match="nothere"):
+        quantize_model(tiny, Scheme("per_out_channel", None, skip=("nothere",)), 2, 2)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else x
+
+
+def test_bad_input(tiny):
+    for bad in [("nope", 3, 3), ("release", 1, 3), ("release", 3, 9)]:
+        with pytest.raises(ValueError):
+            quantize_model(tiny, *bad)
+    with pytest.raises(ValueError, match="no Conv2d or Linear"):
+        quantize_model(nn.ReLU(), "release", 3, 3)
+    with pytest.raises(ValueError, match="cannot trace Branching"):
+        quantize_model(Branching(), "strict", 3, 3)

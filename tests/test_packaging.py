@@ -1,0 +1,79 @@
+"""pyproject.toml is the only list of dependencies; the other build files point to it."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def project() -> dict[str, Any]:
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib needs Python 3.11")
+    return tomllib.loads(read("pyproject.toml"))["project"]
+
+
+def requirement_name(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, requirement
+    return match.group().lower()
+
+
+def environment_entries() -> list[str]:
+    lines = [line.split(" #")[0].strip() for line in read("environment.yml").splitlines()]
+    listed = lines[lines.index("dependencies:") + 1 :]
+    return [line.removeprefix("- ").strip().strip("'\"") for line in listed if line]
+
+
+def test_every_requirement_has_a_lower_bound() -> None:
+    metadata = project()
+    requirements = metadata["dependencies"] + metadata["optional-dependencies"]["dev"]
+    assert all(">=" in requirement for requirement in requirements), requirements
+
+
+def test_environment_defers_to_pyproject() -> None:
+    metadata = project()
+    assert environment_entries() == [f"python{metadata['requires-python']}", "pip", "pip:", "-e .[dev]"]
+    assert "dev" in metadata["optional-dependencies"]
+    assert f"name: {metadata['name']}" in read("environment.yml").splitlines()
+
+
+def test_no_second_dependency_list() -> None:
+    assert not list(ROOT.glob("requirements*.txt"))
+    assert not (ROOT / "setup.py").exists()
+    assert not (ROOT / "setup.cfg").exists()
+
+
+@pytest.mark.parametrize("name", ["Makefile", ".ci/run"])
+def test_build_files_install_no_named_dependency(name: str) -> None:
+    """Tools may be run by name; nothing but the project itself may be installed."""
+    metadata = project()
+    text = read(name)
+    installs = re.findall(r"(?:pip3?|conda|mamba|uv)\s+(?:pip\s+)?install\s+(.*)", text)
+    assert installs == (["-q -e '.[dev]'"] if name == "Makefile" else [])
+    for requirement in metadata["dependencies"] + metadata["optional-dependencies"]["dev"]:
+        dependency = re.escape(requirement_name(requirement))
+        assert not re.search(rf"(?<![\w-]){dependency}\s*(\[.*\])?\s*[=<>~!]=", text), requirement
+
+
+def test_ci_runs_make_test() -> None:
+    lines = read(".ci/run").splitlines()
+    assert "set -euo pipefail" in lines
+    assert "make test" in lines
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_licence_is_mit() -> None:
+    assert read("LICENSE").startswith("MIT License\n")
+    assert project()["license"] == "MIT"

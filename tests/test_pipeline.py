@@ -1,0 +1,192 @@
+"""Losses by hand, one step, reproducibility, and every command on tiny data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from granq import QATConfig, build_network, describe_data, load_split, load_teacher, save_teacher, train
+from granq.cli import main
+from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.qat import Trainer, agreement_loss, disagreement_loss, entropy, margin_loss, student_loss
+
+T = torch.tensor([[2.0, 0, -1], [0.5, 0.5, 0]])
+S = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+Y = torch.tensor([0, 1])
+TINY = QATConfig(
+    epochs=2, warmup_epochs=1, iterations=2, batch_size=4, image_size=8, device="cpu", student_lr=0.1
+)
+
+
+def test_losses_of_the_worked_example():
+    assert disagreement_loss(T, S, Y).item() == pytest.approx(1.043938, abs=1e-6)
+    assert agreement_loss(T, S, Y).item() == pytest.approx(0.265126, abs=1e-6)
+    assert entropy(T - S).tolist() == pytest.approx([0.832396, 1.020191], abs=1e-6)
+    assert margin_loss(T, S, 0.1, 0.8).item() == pytest.approx(0.05, abs=1e-6)
+    assert student_loss(T, S, 20.0).item() == pytest.approx(-439.236694, abs=1e-3)
+
+
+def test_batchnorm_loss_by_hand():
+    norm = nn.BatchNorm2d(1).eval()
+    norm.running_mean.fill_(1.0)
+    norm.running_var.fill_(2.0)
+    with batchnorm_inputs(norm) as seen:
+        norm(torch.tensor([0.0, 4.0]).reshape(1, 1, 1, 2))  # mean 2, biased variance 4
+    assert batchnorm_loss(seen).item() == pytest.approx(1 + 4)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_both_generators_draw_standardized_images(size):
+    images, labels = synthesize(build_generator(5, size), 4)
+    assert images.shape == (4, 3, size, size) and int(labels.max()) < 5
+    assert images.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (images.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("recipe", ["adadfq", "gdfq"])
+def test_one_step_changes_what_it_should(tiny, recipe):
+    trainer = Trainer(tiny, QATConfig(**(vars(TINY) | {"recipe": recipe})))
+
+    def snapshot(module):
+        return [p.detach().clone() for p in module.parameters()]
+
+    before = {n: snapshot(getattr(trainer, n)) for n in ("teacher", "student", "generator")}
+    stats = [b.clone() for b in trainer.student.buffers()]
+    trainer.step(train_student=False)
+    changed = {
+        n: any(not torch.equal(a, b) for a, b in zip(before[n], snapshot(getattr(trainer, n)), strict=True))
+        for n in before
+    }
+    assert changed == {"teacher": False, "student": False, "generator": True}
+    trainer.step(train_student=True)
+    after = snapshot(trainer.student)
+    assert all(not torch.equal(a, b) for a, b in zip(before["student"], after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before["teacher"], snapshot(trainer.teacher), strict=True))
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+    assert all(
+        torch.equal(a, b) for a, b in zip(stats, trainer.student.buffers(), strict=True)
+    )  # BatchNorm frozen
+
+
+def test_one_forward_of_each_network_per_step(tiny):
+    trainer = Trainer(tiny, TINY)
+    calls = []
+    trainer.student.conv1.register_forward_hook(lambda *_: calls.append("student"))
+    trainer.teacher.conv1.register_forward_hook(lambda *_: calls.append("teacher"))
+    trainer.step(train_student=True)
+    assert sorted(calls) == ["student", "teacher"]
+
+
+@pytest.mark.parametrize("scheme", ["release", "layerwise"])
+def test_same_seed_same_bits(tiny, scheme, tmp_path):
+    config = QATConfig(**(vars(TINY) | {"scheme": scheme}))
+    first, second = train(tiny, config), train(tiny, config)
+    for a, b in zip(first.student.state_dict().values(), second.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    other = train(tiny, QATConfig(**(vars(config) | {"seed": 1})))
+    assert not torch.equal(first.student.fc.weight, other.student.fc.weight)
+
+
+def test_resume_equals_an_uninterrupted_run(tiny, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop_at_second(_, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stop
+        return 0.0
+
+    whole = train(tiny, TINY, evaluate=lambda _: 0.0)
+    with pytest.raises(Stop):
+        train(tiny, TINY, evaluate=stop_at_second, out=tmp_path)
+    resumed = train(tiny, TINY, evaluate=lambda _: 0.0, out=tmp_path, resume=True)
+    assert whole.history.equals(resumed.history)
+    for a, b in zip(whole.student.state_dict().values(), resumed.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_paper_presets():
+    assert QATConfig.paper("cifar10", "resnet20_cifar10", 3).milestones == (100, 200, 300)
+    r50 = QATConfig.paper("imagenet", "resnet50", 4)
+    assert (r50.alpha_ds, r50.lambda_l, r50.milestones, r50.warmup_epochs) == (0.1, 0.3, (200, 300, 400), 50)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder whose train split cannot be read."""
+    generator = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "data/test" / label).mkdir(parents=True)
+        (tmp_path / "data/train" / label).mkdir(parents=True)
+        (tmp_path / "data/train" / label / "0.png").write_text("not an image: whoever reads this fails")
+        for i in range(3):
+            pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data/test" / label / f"{i}.jpg")
+    return f"folder:{tmp_path / 'data'}"
+
+
+@pytest.fixture
+def teacher(tmp_path, folder):
+    spec = describe_data(folder, "resnet20_cifar10")
+    save_teacher(
+        tmp_path / "t.safetensors", build_network("resnet20_cifar10", 2), "resnet20_cifar10", spec, 50.0
+    )
+    return tmp_path / "t.safetensors"
+
+
+def quantize_args(folder, teacher, out):
+    return (
+        f"quantize --data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme layerwise --bits 3,3 "
+        f"--out {out} --epochs 2 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu --json"
+    ).split()
+
+
+def test_quantize_then_evaluate_without_training_images(folder, teacher, tmp_path, capsys):
+    assert main(quantize_args(folder, teacher, tmp_path / "run")) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {"teacher_top1", "ptq_top1", "last_top1", "best_top1", "torch", "device"} <= row.keys()
+    assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == row["last_top1"]
+    assert main(quantize_args(folder, teacher, tmp_path / "run")) == 2  # nothing is overwritten
+    assert "already holds files" in capsys.readouterr().err
+
+
+def test_teacher_command_on_digits(tmp_path, capsys):
+    out = tmp_path / "t.safetensors"
+    args = (
+        f"teacher --data digits --network resnet20_cifar10 --out {out} --epochs 4 --json --device cpu".split()
+    )
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] > 20
+    assert main(args) == 2
+    load_teacher("resnet20_cifar10", describe_data("digits"), out)
+    assert len(load_split(describe_data("digits"), "test")) == 450
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--data", "nope"), "known: digits"), (("--data", "folder:/nope"), "does not exist"),
+        (("--network", "nope"), "known are pytorchcv"), (("--scheme", "nope"), "known: release"),
+        (("--bits", "1,3"), "from 2 to 8"), (("--bits", "three"), "from 2 to 8"), (("--data", "digits"), "does not fit"),
+        (("--teacher", "/nope.pt"), "does not exist"), (("--epochs", "0"), "at least 1"),
+        (("--recipe", "nope"), "known: adadfq"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(folder, teacher, tmp_path, capsys, change, message):
+    args = quantize_args(folder, teacher, tmp_path / "run") + list(change)
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_corrupt_teacher(folder, tmp_path, capsys):
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"garbage")
+    assert main(quantize_args(folder, bad, tmp_path / "run")) == 2
+    assert "not a readable checkpoint" in capsys.readouterr().err

@@ -1,0 +1,149 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from granq import GRANULARITIES, choose_qparams, dequantize, fake_quantize, quantize
+
+X = torch.tensor([[0, 0.5, 1, 2], [0, 0.1, 0.2, 0.3]]).reshape(1, 2, 2, 2)
+SHAPES = {
+    "per_tensor": (1, 1, 1, 1), "per_channel": (1, 3, 1, 1), "per_sample": (2, 1, 1, 1),
+    "per_sample_channel": (2, 3, 1, 1), "per_out_channel": (2, 1, 1, 1), "per_kernel": (2, 3, 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("granularity", "s", "codes", "values"),
+    [
+        (
+            "per_tensor",
+            [3.5],
+            [-4, -2, 0, 3, -4, -4, -3, -3],
+            [0, 0.571429, 1.142857, 2, 0, 0, 0.285714, 0.285714],
+        ),
+        (
+            "per_sample_channel",
+            [3.5, 23.333332],
+            [-4, -2, 0, 3, -4, -2, 1, 3],
+            [0, 0.571429, 1.142857, 2, 0, 0.085714, 0.214286, 0.3],
+        ),
+    ],
+)
+def test_worked_example(granularity, s, codes, values):
+    scale_inv, zero_point = choose_qparams(X, 3, granularity)
+    assert scale_inv.flatten().tolist() == pytest.approx(s, rel=1e-7)
+    assert zero_point.flatten().tolist() == [4.0] * len(s)
+    q = quantize(X, scale_inv, zero_point, 3, clamp=False)
+    assert q.flatten().tolist() == codes
+    assert dequantize(q, scale_inv, zero_point).flatten().tolist() == pytest.approx(values, abs=1e-6)
+    assert fake_quantize(X, 3, granularity, clamp=False).flatten().tolist() == pytest.approx(values, abs=1e-6)
+
+
+def test_signed_tie_and_constant_examples():
+    x = torch.tensor([[-1, -0.2, 0.3, 1.4]])
+    s, z = choose_qparams(x, 2)
+    assert (s.item(), z.item()) == (pytest.approx(1.25), 1)
+    assert quantize(x, s, z, 2, clamp=False).tolist() == [[-2, -1, -1, 1]]
+    tie = torch.tensor([[0.5, 1.5, 4, 7.5]])
+    s, z = choose_qparams(tie, 3)
+    assert quantize(tie, s, z, 3, clamp=False).tolist() == [[-4, -2, 0, 4]]
+    assert quantize(tie, s, z, 3).tolist() == [[-4, -2, 0, 3]]
+    constant = torch.full((1, 1, 2, 2), 2.5)
+    assert choose_qparams(constant, 3).scale_inv.item() == pytest.approx(7e8)
+    assert torch.equal(fake_quantize(constant, 3, clamp=False), constant)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("clamp", [True, False])
+def test_matches_a_plain_loop(granularity, clamp):
+    x = torch.randn(2, 3, 4, 4)
+    shape = SHAPES[granularity]
+    assert choose_qparams(x, 3, granularity).scale_inv.shape == shape
+    out = fake_quantize(x, 3, granularity, clamp)
+    for group in itertools.product(*(range(n) for n in shape[:2])):
+        part = tuple(slice(i, i + 1) if n > 1 else slice(None) for i, n in zip(group, shape, strict=False))
+        low, high = min(x[part].flatten().tolist()), max(x[part].flatten().tolist())
+        s = 7 / max(high - low, 1e-8)
+        z = round(s * low) + 4
+        for value, got in zip(x[part].flatten().tolist(), out[part].flatten().tolist(), strict=True):
+            code = round(s * value - z)
+            code = max(-4, min(3, code)) if clamp else code
+            assert got == pytest.approx((code + z) / s, abs=1e-5)
+
+
+def test_matches_torch_fake_quantize_per_channel():
+    w = torch.randn(5, 3, 3, 3)
+    s, z = choose_qparams(w, 4, "per_out_channel")
+    expected = torch.fake_quantize_per_channel_affine(w, (1 / s).flatten(), -z.flatten(), 0, -8, 7)
+    torch.testing.assert_close(fake_quantize(w, 4, "per_out_channel"), expected, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.sampled_from(GRANULARITIES), st.integers(0, 2**31), st.floats(1e-3, 1e3))
+def test_properties(bits, granularity, seed, size):
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed)) * size
+    s, z = choose_qparams(x, bits, granularity)
+    q = quantize(x, s, z, bits)
+    assert int(q.min()) >= -(2 ** (bits - 1)) and int(q.max()) < 2 ** (bits - 1)
+    once = dequantize(q, s, z)
+    assert torch.equal(quantize(once, s, z, bits), q)  # idempotent for fixed parameters
+    assert ((once - x).abs() <= 1.01 / s).all()  # never more than a step away
+    flat = x.flatten(2)[0, 0].argsort()
+    assert (q.flatten(2)[0, 0][flat].diff() >= 0).all()  # order kept
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_gradient_is_one(clamp):
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    fake_quantize(x, 2, clamp=clamp).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 4)])
+def test_dtypes_and_constant_channels(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    x[0] = 0
+    out = fake_quantize(x, 3)
+    assert out.dtype == dtype and out.isfinite().all() and torch.equal(out[0], x[0])
+
+
+def test_release_arithmetic_breaks_in_half_precision():
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    assert fake_quantize(x, 3, promote=False).isnan().all()
+
+
+def test_nan_and_infinity_stay_in_their_group():
+    x = torch.randn(2, 3, 4, 4)
+    x[0, 0, 0, 0], x[1, 1, 0, 0] = float("nan"), float("inf")
+    bad = fake_quantize(x, 3).isnan().flatten(2).all(2)
+    assert bad.nonzero().tolist() == [[0, 0], [1, 1]]
+    assert fake_quantize(x, 3).isnan().sum() == 32
+    with pytest.raises(ValueError, match="finite"):
+        quantize(x, *choose_qparams(x, 3), 3)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_empty_batch(granularity):
+    assert fake_quantize(torch.empty(0, 3, 4, 4), 3, granularity).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "x", "bits", "granularity"),
+    [
+        (ValueError, X, 1, "per_tensor"), (ValueError, X, 9, "per_tensor"), (TypeError, X, 3.0, "per_tensor"),
+        (TypeError, X, True, "per_tensor"), (ValueError, X, 3, "per_pixel"), (TypeError, X.int(), 3, "per_tensor"),
+        (ValueError, X[0, 0, 0], 3, "per_tensor"), (TypeError, [1.0], 3, "per_tensor"),
+    ],
+)  # fmt: skip
+def test_bad_input(error, x, bits, granularity):
+    with pytest.raises(error):
+        fake_quantize(x, bits, granularity)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; lifted where one is present")
+def test_cuda_agrees_with_cpu():
+    x = torch.randn(4, 8, 16, 16)
+    torch.testing.assert_close(fake_quantize(x.cuda(), 3).cpu(), fake_quantize(x, 3))
