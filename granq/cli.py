@@ -19,9 +19,7 @@ EXAMPLES = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; imports nothing heavy."""
-    parser = argparse.ArgumentParser(
-        prog="granq", description="Zero-shot quantization, measured in the open."
-    )
+    parser = argparse.ArgumentParser(prog="granq", description="Zero-shot quantization, measured in the open.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -45,9 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--image-size", type=int)
 
     sub = command("quantize", "Quantize a teacher without its training data.")
-    sub.add_argument(
-        "--data", required=True, help="its test split measures accuracy; no training image is read"
-    )
+    sub.add_argument("--data", required=True, help="its test split measures accuracy; no training image is read")
     sub.add_argument("--network", required=True)
     sub.add_argument("--teacher", type=Path, help="checkpoint; without it pretrained weights are downloaded")
     sub.add_argument("--scheme", required=True)
@@ -88,9 +84,7 @@ def parse_bits(text: str) -> tuple[int, int]:
     """``"3,3"`` -> (3, 3), both from 2 to 8."""
     parts = text.split(",")
     if len(parts) != 2 or not all(p.strip().isdecimal() and 2 <= int(p) <= 8 for p in parts):
-        raise ValueError(
-            f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}"
-        )
+        raise ValueError(f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
@@ -101,9 +95,7 @@ def _claim_folder(out: Path, resume: bool) -> None:
     if resume and not (out / "config.json").is_file():
         raise ValueError(f"{out} holds no run to resume")
     if not resume and out.exists() and any(out.iterdir()):
-        raise ValueError(
-            f"{out} already holds files; choose another --out or pass --resume to continue that run"
-        )
+        raise ValueError(f"{out} already holds files; choose another --out or pass --resume to continue that run")
 
 
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,9 +114,7 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
         model, spec = models.load_teacher(args.network, spec, None, device)
         top1 = models.top1_on(model, data.load_split(spec, "test"), spec, device)
     else:
-        model, top1 = models.train_teacher(
-            args.network, spec, epochs=args.epochs, seed=args.seed, device=device
-        )
+        model, top1 = models.train_teacher(args.network, spec, epochs=args.epochs, seed=args.seed, device=device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     models.save_teacher(args.out, model, args.network, spec, top1)
     facts = {
@@ -175,11 +165,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         out=args.out,
         resume=args.resume,
     )
-    row = (
-        _row(args.data, args.network, config, teacher_top1, result)
-        | {"out": str(args.out)}
-        | qat.versions(device)
-    )
+    row = _row(args.data, args.network, config, teacher_top1, result) | {"out": str(args.out)} | qat.versions(device)
     qat.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
 
@@ -199,19 +185,13 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from granq import convert, data, models, qat
 
     if not (args.run / "checkpoint.pt").is_file():
-        raise ValueError(
-            f"{args.run} holds no run (no checkpoint.pt); make one with granq quantize --out {args.run}"
-        )
+        raise ValueError(f"{args.run} holds no run (no checkpoint.pt); make one with granq quantize --out {args.run}")
     facts = json.loads((args.run / "config.json").read_text())
     config = qat.QATConfig.from_dict(facts["config"])
     spec, saved = data.describe_data(args.data, facts["network"]), facts["spec"]
     if spec.classes != saved["classes"]:
-        raise ValueError(
-            f"{args.data} has {spec.classes} classes but the run's network has {saved['classes']}"
-        )
-    spec = data.replace(
-        spec, image_size=saved["image_size"], mean=tuple(saved["mean"]), std=tuple(saved["std"])
-    )
+        raise ValueError(f"{args.data} has {spec.classes} classes but the run's network has {saved['classes']}")
+    spec = data.replace(spec, image_size=saved["image_size"], mean=tuple(saved["mean"]), std=tuple(saved["std"]))
     network = models.build_network(facts["network"], spec.classes)
     student = convert.quantize_model(network, config.scheme, config.weight_bits, config.act_bits)
     state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -245,36 +225,29 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     for scheme in ("layerwise", "release", "strict"):
         for seed in range(args.seeds):
             config = qat.QATConfig(
-                scheme=scheme, weight_bits=2, act_bits=2, epochs=args.epochs, iterations=20, warmup_epochs=args.epochs // 2,
-                batch_size=64, student_lr=1e-3, seed=seed, device=device,
+                scheme=scheme, weight_bits=2, act_bits=2, epochs=args.epochs, iterations=20,
+                warmup_epochs=args.epochs // 2, batch_size=64, student_lr=1e-3, seed=seed, device=device,
             )  # fmt: skip
             result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
             rows.append(_row("digits", network, config, teacher_top1, result) | qat.versions(device))
             pd.DataFrame(rows).to_csv(args.out / "results.csv", index=False)
     results = pd.DataFrame(rows)
-    summary = results.groupby("scheme", sort=False)[["ptq_top1", "last_top1", "best_top1"]].agg(
-        ["mean", "std"]
-    )
+    summary = results.groupby("scheme", sort=False)[["ptq_top1", "last_top1", "best_top1"]].agg(["mean", "std"])
     lines = [
-        f"digits, {network}, W2A2, teacher {teacher_top1:.2f} %, n = {args.seeds} seeds, {len(test)} test images, {rows[0]['device']}, "
-        f"torch {torch.__version__}. Mean ± std in percent; `best` selects on the test split.",
+        f"digits, {network}, W2A2, teacher {teacher_top1:.2f} %, n = {args.seeds} seeds, {len(test)} test images, "
+        f"{rows[0]['device']}, torch {torch.__version__}. Mean ± std in percent; `best` selects on the test split.",
         "",
         "| scheme | without training | last epoch | best epoch |",
         "|---|---|---|---|",
     ]
-    for scheme, values in summary.iterrows():
-        cells = [
-            f"{values[c, 'mean']:.2f} ± {values[c, 'std']:.2f}"
-            for c in ("ptq_top1", "last_top1", "best_top1")
-        ]
-        lines.append(f"| {scheme} | {' | '.join(cells)} |")
+    for name, values in summary.iterrows():
+        cells = [f"{values[c, 'mean']:.2f} ± {values[c, 'std']:.2f}" for c in ("ptq_top1", "last_top1", "best_top1")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     (args.out / "results.md").write_text(table)
     images = torch.cat([x for x, _ in data.batches(test, spec)])[:64].to(device)
     figures.save_figure("accuracy", results, figures.plot_accuracy, args.out)
-    distortion = analysis.measure_activation_distortion(
-        teacher, images, "features.stage2.unit1.body.conv1", 2
-    )
+    distortion = analysis.measure_activation_distortion(teacher, images, "features.stage2.unit1.body.conv1", 2)
     figures.save_figure("activation_distortion", distortion, figures.plot_activation_distortion, args.out)
     with torch.no_grad():
         labels = torch.arange(10, device=device)

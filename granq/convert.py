@@ -169,7 +169,7 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
         graph = _Tracer().trace(student)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise ValueError(
-            f"cannot trace {type(model).__name__}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            f"cannot trace {type(model).__name__}: {(str(error) or type(error).__name__).splitlines()[0]}; "
             "torch.fx needs a forward without control flow on tensor values"
         ) from error
 
@@ -267,9 +267,7 @@ def _insert_after(graph: fx.Graph, node: fx.Node, root: nn.Module, places: str, 
     if places == "relu":
         node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
         return
-    for user in list(
-        node.users
-    ):  # only the layers read the quantized value; a residual sum reads the original
+    for user in list(node.users):  # only the layers read the quantized value; a residual sum reads the original
         if user.op == "call_module" and user.target in layers:
             user.replace_input_with(node, quantized)
 

@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 CIFAR_STATS = (
     (0.4914, 0.4822, 0.4465),
@@ -22,6 +22,13 @@ CIFAR_STATS = (
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = ("digits", "cifar10", "cifar100", "imagenet", "folder:PATH")
 _IN_MEMORY_SIZE = 64  # pixels; larger images are streamed from disk
+
+
+class ImageData(Protocol):
+    """A sized dataset of (uint8 image (3, size, size), label)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,7 @@ def describe_data(name: str, network: str = "", image_size: int | None = None) -
     elif name.startswith("folder:"):
         root = Path(name.removeprefix("folder:")).expanduser()
         if not root.is_dir():
-            raise ValueError(
-                f"folder {str(root)!r} does not exist; it should hold train/ and test/ (or val/)"
-            )
+            raise ValueError(f"folder {str(root)!r} does not exist; it should hold train/ and test/ (or val/)")
         classes = len([d for d in _split_folder(root, "test").iterdir() if d.is_dir()])
         if not classes:
             raise ValueError(f"folder {str(root)!r} has no class folders in its test split")
@@ -83,7 +88,7 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def load_split(spec: DataSpec, split: str) -> Dataset[Any]:
+def load_split(spec: DataSpec, split: str) -> ImageData:
     """Dataset of (uint8 image (3, size, size), label) for ``split`` 'train' or 'test'; downloads where it can."""
     if spec.name == "digits":
         return _digits(split, spec.image_size)
@@ -95,12 +100,12 @@ def load_split(spec: DataSpec, split: str) -> Dataset[Any]:
     transform = v2.Compose([v2.RGB(), resize, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
     if spec.name in ("cifar10", "cifar100"):
         cls = datasets.CIFAR10 if spec.name == "cifar10" else datasets.CIFAR100
-        data: Dataset[Any] = cls(spec.root, train=split == "train", transform=transform, download=True)
+        data: ImageData = cls(spec.root, train=split == "train", transform=transform, download=True)
     else:
         data = datasets.ImageFolder(str(_split_folder(Path(spec.root), split)), transform=transform)
     if not small:
         return data
-    images, labels = zip(*DataLoader(data, batch_size=500, num_workers=0), strict=True)
+    images, labels = zip(*DataLoader(cast(Any, data), batch_size=500), strict=True)
     return TensorDataset(torch.cat(images), torch.cat(labels))
 
 
@@ -123,7 +128,7 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def batches(dataset: Dataset[Any], spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized (images, labels) in the stored order."""
-    for images, labels in DataLoader(dataset, batch_size=batch_size):
+    for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -92,8 +93,8 @@ def plot_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def save_figure(
-    name: str, data: pd.DataFrame, plot, folder: Path, width: float = 3.3, height: float = 2.4
-) -> None:  # noqa: ANN001
+    name: str, data: pd.DataFrame, plot: Callable[..., Axes], folder: Path, width: float = 3.3, height: float = 2.4
+) -> None:
     """CSV first, then a picture drawn from that CSV alone, as SVG and PNG without dates: the same bytes every time."""
     folder.mkdir(parents=True, exist_ok=True)
     data.to_csv(folder / f"{name}.csv", index=False)

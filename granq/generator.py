@@ -27,16 +27,16 @@ class Generator(nn.Module):
         self.classes, self.size = classes, image_size // 4
         self.embedding = nn.Embedding(classes, LATENT)
         self.linear = nn.Linear(LATENT, 128 * self.size**2)
-        self.norm0 = nn.BatchNorm2d(128)
-        self.conv1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128, eps=0.8)
-        self.conv2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64, eps=0.8)
+        self.norm0: nn.Module = nn.BatchNorm2d(128)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.norm1: nn.Module = nn.BatchNorm2d(128, eps=0.8)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.norm2: nn.Module = nn.BatchNorm2d(64, eps=0.8)
         self.conv3, self.norm3 = nn.Conv2d(64, 3, 3, padding=1), nn.BatchNorm2d(3, affine=False)
 
     def _grid(self, latent: Tensor) -> Tensor:
         x = self.linear(latent).view(-1, 128, self.size, self.size)
-        return x.contiguous(
-            memory_format=torch.channels_last
-        )  # everything behind it then runs in this layout
+        return x.contiguous(memory_format=torch.channels_last)  # everything behind it then runs in this layout
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """noise (N, 100), labels (N,) -> images (N, 3, size, size), standardized per channel."""
@@ -88,7 +88,7 @@ def build_generator(classes: int, image_size: int) -> Generator:
 
 
 def synthesize(generator: Generator, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Draw ``count`` images with random labels from the global random state: images (count, 3, s, s), labels (count,)."""
+    """Draw ``count`` images with random labels from the global random state: (count, 3, s, s), (count,)."""
     labels = torch.randint(0, generator.classes, (count,), device=device)
     return generator(torch.randn(count, LATENT, device=device), labels), labels
 
@@ -113,6 +113,8 @@ def batchnorm_loss(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
     """Mean over layers of MSE(batch mean, running mean) + MSE(batch biased variance, running variance)."""
     terms = []
     for norm, x in inputs:
+        if norm.running_mean is None or norm.running_var is None:
+            continue  # a BatchNorm without running statistics has nothing to match
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         terms.append(F.mse_loss(mean, norm.running_mean) + F.mse_loss(var, norm.running_var))
     if not terms:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.data import DataSpec, batches, load_split, normalize
+from granq.data import DataSpec, ImageData, batches, load_split, normalize
 
 
 def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Module:
@@ -71,9 +73,7 @@ def load_teacher(
         try:
             return build_network(network, spec.classes, pretrained=True).to(device), spec
         except OSError as error:
-            raise ValueError(
-                f"cannot download weights of {network}: {error}; pass a checkpoint file"
-            ) from error
+            raise ValueError(f"cannot download weights of {network}: {error}; pass a checkpoint file") from error
     model = build_network(network, spec.classes)
     state, info = _read_checkpoint(Path(path))
     try:
@@ -109,17 +109,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 @torch.inference_mode()
-def evaluate_top1(model: nn.Module, spec: DataSpec, split: str = "test", device: str = "cpu") -> float:
-    """Top-1 accuracy in percent over a split, the model as it is (eval mode is the caller's)."""
-    return top1_on(model, load_test(spec) if split == "test" else load_split(spec, split), spec, device)
-
-
-def load_test(spec: DataSpec):  # noqa: ANN201
-    return load_split(spec, "test")
-
-
-@torch.inference_mode()
-def top1_on(model: nn.Module, dataset, spec: DataSpec, device: str = "cpu") -> float:  # noqa: ANN001
+def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
     """Top-1 accuracy in percent over a dataset of uint8 images."""
     right = total = 0
     for images, labels in batches(dataset, spec):
@@ -158,10 +148,10 @@ def train_teacher(
         The model of the last epoch in eval mode, and its top-1 accuracy on the test split in percent.
     """
     torch.manual_seed(seed)
-    model = build_network(network, spec.classes).to(device, memory_format=torch.channels_last).train()
+    model = build_network(network, spec.classes).to(device).to(memory_format=torch.channels_last).train()
     train = load_split(spec, "train")
-    loader = torch.utils.data.DataLoader(
-        train, batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size
+    loader: DataLoader[Any] = DataLoader(
+        cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size
     )
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
@@ -171,9 +161,7 @@ def train_teacher(
         momentum=0.9,
         nesterov=True,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=epochs * len(loader), pct_start=0.25
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader), pct_start=0.25)
     progress = tqdm(range(epochs), desc=f"teacher {network}", unit="epoch", mininterval=5)
     for _ in progress:
         for images, labels in loader:
@@ -186,4 +174,4 @@ def train_teacher(
             optimizer.step()
             schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval(), top1_on(model, load_test(spec), spec, device)
+    return model.eval(), top1_on(model, load_split(spec, "test"), spec, device)

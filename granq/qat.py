@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ class QATConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(
-                f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}"
-            )
+            raise ValueError(f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}")
 
     @classmethod
     def paper(cls, dataset: str, network: str, bits: int, **changes: Any) -> QATConfig:
@@ -87,9 +86,7 @@ class QATConfig:
             elif "mobilenet" in network:
                 chosen |= dict(alpha_ds=0.3 if bits == 4 else 0.2)
             else:
-                chosen |= dict(
-                    warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3
-                )
+                chosen |= dict(warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3)
         return cls(**(common | chosen | changes))
 
     @classmethod
@@ -130,9 +127,7 @@ def student_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
 
 def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
     """CE(s, y) + KL(teacher || student) (GDFQ, Xu et al. 2020)."""
-    kl = F.kl_div(
-        F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean"
-    )
+    kl = F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")
     return F.cross_entropy(student, labels) + kl
 
 
@@ -163,18 +158,16 @@ class Trainer:
 
     def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
         self.config, self.device = config, resolve_device(config.device)
-        torch.manual_seed(
-            config.seed
-        )  # before the generator is built: its initial weights belong to the seed
+        torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        self.student = quantize_model(
-            self.teacher, config.scheme, config.weight_bits, config.act_bits
-        ).requires_grad_(True)
+        self.student = quantize_model(self.teacher, config.scheme, config.weight_bits, config.act_bits).requires_grad_(
+            True
+        )
         with torch.inference_mode():
             size = (1, 3, config.image_size, config.image_size)
             classes = self.teacher(torch.zeros(size, device=self.device)).shape[1]
         self.generator = build_generator(classes, config.image_size)
-        self.generator.to(self.device, memory_format=torch.channels_last)
+        self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.student_params = list(self.student.parameters())
         self.generator_params = list(self.generator.parameters())
         self.optimizers = {
@@ -214,7 +207,7 @@ class Trainer:
             "teacher_top1": hits,
         }
 
-    def _update(self, name: str, params: list[Tensor], loss: Tensor, retain_graph: bool = False) -> None:
+    def _update(self, name: str, params: list[nn.Parameter], loss: Tensor, retain_graph: bool = False) -> None:
         # autograd.grad computes what leads to these parameters and fills no other .grad
         grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
         for p, g in zip(params, grads, strict=True):
@@ -225,9 +218,7 @@ class Trainer:
         """One epoch of iterations, the test accuracy behind it, and a row in the history."""
         c, start = self.config, time.perf_counter()
         training = self.epoch >= c.warmup_epochs
-        freeze_ranges(
-            self.student, training and self.epoch > 0
-        )  # tracked ranges move during the warm-up only
+        freeze_ranges(self.student, training and self.epoch > 0)  # tracked ranges move during the warm-up only
         decay = 0.1 ** sum(self.epoch >= milestone for milestone in c.milestones)
         for name, lr in (("student", c.student_lr), ("generator", c.generator_lr)):
             self.optimizers[name].param_groups[0]["lr"] = lr * decay
@@ -236,13 +227,9 @@ class Trainer:
         for _ in range(c.iterations):
             for key, value in self.step(training).items():
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value
-        row = {"epoch": self.epoch + 1, "warmup": not training} | {
-            k: v.item() / c.iterations for k, v in sums.items()
-        }
+        row = {"epoch": self.epoch + 1, "warmup": not training} | {k: v.item() / c.iterations for k, v in sums.items()}
         if not math.isfinite(row["generator_loss"]) or not math.isfinite(row["student_loss"]):
-            raise FloatingPointError(
-                f"a loss is not finite in epoch {self.epoch + 1}; lower the learning rates"
-            )
+            raise FloatingPointError(f"a loss is not finite in epoch {self.epoch + 1}; lower the learning rates")
         self.epoch += 1
         freeze_ranges(self.student, self.epoch >= c.warmup_epochs)
         with frozen_ranges(self.student):
@@ -315,8 +302,7 @@ def train(
             progress.update()
             if out:
                 save_atomically(out / "checkpoint.pt", lambda path: torch.save(trainer.state(), path))
-                history = pd.DataFrame(trainer.rows)
-                save_atomically(out / "history.csv", lambda path, h=history: h.to_csv(path, index=False))
+                save_atomically(out / "history.csv", partial(pd.DataFrame(trainer.rows).to_csv, index=False))
     history = pd.DataFrame(trainer.rows)
     trained = history.loc[~history.warmup.astype(bool), "test_top1"]
     last, best = (trained.iloc[-1], trained.max()) if len(trained) else (trainer.ptq_top1,) * 2
@@ -345,9 +331,7 @@ def versions(device: str = "cpu") -> dict[str, str]:
     import torchvision
 
     name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} {torch.get_num_threads()} threads"
     )
     return {
         "python": platform.python_version(),

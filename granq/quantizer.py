@@ -18,9 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Granularity = Literal[
-    "per_tensor", "per_channel", "per_sample", "per_sample_channel", "per_out_channel", "per_kernel"
-]
+Granularity = Literal["per_tensor", "per_channel", "per_sample", "per_sample_channel", "per_out_channel", "per_kernel"]
 
 #: The dimensions that keep their own range. All other dimensions are reduced and share it.
 #:
@@ -55,9 +53,7 @@ class QParams(NamedTuple):
         return 1 / self.scale_inv
 
 
-def choose_qparams(
-    x: Tensor, bits: int, granularity: str = "per_sample_channel", *, promote: bool = True
-) -> QParams:
+def choose_qparams(x: Tensor, bits: int, granularity: str = "per_sample_channel", *, promote: bool = True) -> QParams:
     """Choose scale and zero point of every group from the minimum and maximum of its values.
 
     Args:

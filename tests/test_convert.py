@@ -67,14 +67,10 @@ def test_known_networks(model, relus):
 
 
 def test_pointwise_kernels_stay_unquantized_under_release_only(tiny):
-    levels = {
-        s: quantize_model(tiny, s, 2, 2).point.weight[0].unique().numel() for s in ("release", "strict")
-    }
+    levels = {s: quantize_model(tiny, s, 2, 2).point.weight[0].unique().numel() for s in ("release", "strict")}
     assert levels["release"] == 4 == tiny.point.weight[0].numel()
     assert levels["strict"] <= 4
-    torch.testing.assert_close(
-        quantize_model(tiny, "release", 2, 2).point.weight, tiny.point.weight, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(quantize_model(tiny, "release", 2, 2).point.weight, tiny.point.weight, rtol=1e-6, atol=0)
     assert not torch.allclose(quantize_model(tiny, "strict", 2, 2).point.weight, tiny.point.weight, rtol=1e-3)
 
 
