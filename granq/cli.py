@@ -218,7 +218,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     device, network = qat.resolve_device(args.device), "resnet20_cifar10"
     spec = data.describe_data("digits", network)
-    teacher, teacher_top1 = models.train_teacher(network, spec, epochs=8, batch_size=64, device=device)
+    teacher, teacher_top1 = models.train_teacher(network, spec, epochs=12, batch_size=64, device=device)
     models.save_teacher(args.out / "teacher.safetensors", teacher, network, spec, teacher_top1)
     test = data.load_split(spec, "test")
     rows = []
@@ -226,7 +226,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
         for seed in range(args.seeds):
             config = qat.QATConfig(
                 scheme=scheme, weight_bits=2, act_bits=2, epochs=args.epochs, iterations=20,
-                warmup_epochs=args.epochs // 2, batch_size=64, student_lr=1e-3, seed=seed, device=device,
+                warmup_epochs=args.epochs // 2, batch_size=32, student_lr=1e-3, seed=seed, device=device,
             )  # fmt: skip
             result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
             rows.append(_row("digits", network, config, teacher_top1, result) | qat.versions(device))
