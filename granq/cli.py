@@ -241,7 +241,10 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
         "|---|---|---|---|",
     ]
     for name, values in summary.iterrows():
-        cells = [f"{values[c, 'mean']:.2f} ± {values[c, 'std']:.2f}" for c in ("ptq_top1", "last_top1", "best_top1")]
+        cells = [
+            f"{values[c, 'mean']:.2f}" + (f" ± {values[c, 'std']:.2f}" if args.seeds > 1 else "")
+            for c in ("ptq_top1", "last_top1", "best_top1")
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     (args.out / "results.md").write_text(table)

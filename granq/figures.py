@@ -49,7 +49,7 @@ def plot_accuracy(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ylabel="test top-1 (%)",
         title=f"{first.dataset}, {first.network}, {first.bits}, n = {data.seed.nunique()} seeds",
     )
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3, columnspacing=0.8, handletextpad=0.3)
     return ax
 
 
