@@ -3,25 +3,45 @@
 The pipeline, one module a step:
 
 1. ``quantizer``  choose a scale and a zero point for every group of values, quantize, dequantize
-2. ``convert``    schemes (release, strict, layerwise, per_channel); a fake-quantized copy of any network
-3. ``data``       datasets by name; ``models`` teachers by name
-4. ``generator``  images from noise that match the teacher's BatchNorm statistics
-5. ``qat``        the student is fine-tuned on them
-6. ``cli``        the command line
+2. ``scaling``    where the scale goes: one quantized convolution, executed in four arrangements
+3. ``convert``    schemes (release, strict, layerwise, per_channel, foldable); a fake-quantized copy of any network
+4. ``auditing``   what is really quantized in it, layer by layer
+5. ``integer``    a foldable student as integer convolutions, exported to safetensors and ONNX
+6. ``data``       datasets by name; ``models`` teachers by name
+7. ``generator``  images from noise that match the teacher's BatchNorm statistics
+8. ``qat``        the student is fine-tuned on them
+9. ``analysis``   measure_*: model and images in, tidy data frame out; ``gallery`` traps and their cures
+10. ``figures``   plot_*: data frame in, picture out; ``bench`` timings; ``explore`` sliders; ``cli`` the commands
 """
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
-from granq.convert import SCHEMES, Scheme, activation_places, calibrate, freeze_ranges, quantize_model
-from granq.data import DataSpec, describe_data, load_split
-from granq.generator import Generator, build_generator, synthesize
-from granq.models import build_network, load_teacher, save_teacher, top1_on, train_teacher
-from granq.qat import QATConfig, Result, quick, train
-from granq.quantizer import GRANULARITIES, QParams, choose_qparams, dequantize, fake_quantize, quantize
+# Public names by module, imported at first use: ``granq --help`` and ``import granq`` stay quick.
+_PUBLIC = {
+    "analysis": ("measure_activation_distortion", "sqnr_db"),
+    "convert": ("SCHEMES", "Scheme", "activation_places", "calibrate", "freeze_ranges", "quantize_model"),
+    "data": ("DataSpec", "batches", "describe_data", "load_split"),
+    "figures": ("plot_accuracy", "plot_activation_distortion", "plot_images", "save_figure"),
+    "generator": ("Generator", "build_generator", "synthesize"),
+    "models": ("build_network", "load_teacher", "save_teacher", "top1_on", "train_teacher"),
+    "qat": ("QATConfig", "Result", "quick", "train"),
+    "quantizer": ("GRANULARITIES", "QParams", "choose_qparams", "dequantize", "fake_quantize", "quantize"),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "GRANULARITIES", "SCHEMES", "DataSpec", "Generator", "QATConfig", "QParams", "Result", "Scheme",
-    "activation_places", "build_generator", "build_network", "calibrate", "choose_qparams", "dequantize",
-    "describe_data", "fake_quantize", "freeze_ranges", "load_split", "load_teacher", "quantize", "quantize_model",
-    "quick", "save_teacher", "synthesize", "top1_on", "train", "train_teacher",
-]  # fmt: skip
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'granq' has no attribute {name!r}")
+    value = getattr(import_module(f"granq.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--pretrained", action="store_true", help="download the weights instead of training")
     sub.add_argument("--epochs", type=int, default=30)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast (faster where supported)")
+    sub.add_argument("--resume", action="store_true", help="continue from OUT.partial, written after every epoch")
     sub.add_argument("--image-size", type=int)
 
     sub = command("quantize", "Quantize a teacher without its training data.")
@@ -105,6 +107,9 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.out} already exists; choose another --out")
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {args.out}")
+    partial = args.out.with_name(args.out.name + ".partial")
+    if partial.exists() and not args.resume:
+        raise ValueError(f"{partial} holds an unfinished training; pass --resume to continue it, or remove it")
     if args.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
     spec = data.describe_data(args.data, args.network, args.image_size)
@@ -114,9 +119,13 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
         model, spec = models.load_teacher(args.network, spec, None, device)
         top1 = models.top1_on(model, data.load_split(spec, "test"), spec, device)
     else:
-        model, top1 = models.train_teacher(args.network, spec, epochs=args.epochs, seed=args.seed, device=device)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        model, top1 = models.train_teacher(
+            args.network, spec, epochs=args.epochs, seed=args.seed, device=device, bf16=args.bf16, checkpoint=partial
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     models.save_teacher(args.out, model, args.network, spec, top1)
+    partial.unlink(missing_ok=True)
     facts = {
         "out": str(args.out),
         "data": args.data,
@@ -166,7 +175,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         resume=args.resume,
     )
     row = _row(args.data, args.network, config, teacher_top1, result) | {"out": str(args.out)} | qat.versions(device)
-    qat.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
+    data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
 
 

@@ -6,7 +6,7 @@ Images leave this module normalized, float32, (N, 3, size, size). Small images a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -132,3 +132,12 @@ def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterat
     """Normalized (images, labels) in the stored order."""
     for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels
+
+
+def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path``, sync, then rename: a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.data import DataSpec, ImageData, batches, load_split, normalize
+from granq.data import DataSpec, ImageData, batches, load_split, normalize, save_atomically
 
 
 def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Module:
@@ -141,14 +143,29 @@ def train_teacher(
     batch_size: int = 128,
     seed: int = 0,
     device: str = "cpu",
+    bf16: bool = False,
+    checkpoint: Path | None = None,
 ) -> tuple[nn.Module, float]:
-    """Train a full-precision teacher: SGD with Nesterov, OneCycle, label smoothing, crops and flips.
+    """Train a full-precision teacher: SGD with Nesterov, OneCycle, label smoothing, crops and flips, averaged weights.
+
+    Args:
+        network: name in pytorchcv or torchvision.
+        spec: the data; its train split trains, its test split is measured once, at the end.
+        epochs: passes over the train split.
+        lr: peak of the OneCycle schedule.
+        batch_size: images per step.
+        seed: of the initial weights, the order and the augmentation.
+        device: cpu, cuda or mps.
+        bf16: forward under bfloat16 autocast: about 1.9 times faster on a CPU with AVX512-BF16; weights stay float32.
+        checkpoint: file rewritten after every epoch; if it is there already, training continues from it.
 
     Returns:
-        The model of the last epoch in eval mode, and its top-1 accuracy on the test split in percent.
+        The exponential moving average (0.99 per step) of the weights in eval mode, and its top-1 accuracy on the test
+        split in percent. No epoch is selected by its accuracy.
     """
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device).to(memory_format=torch.channels_last).train()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     train = load_split(spec, "train")
     loader: DataLoader[Any] = DataLoader(
         cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size
@@ -162,16 +179,31 @@ def train_teacher(
         nesterov=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader), pct_start=0.25)
-    progress = tqdm(range(epochs), desc=f"teacher {network}", unit="epoch", mininterval=5)
-    for _ in progress:
+    parts: dict[str, Any] = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    first = 0
+    if checkpoint and checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"].cpu())
+        first = state["epoch"]
+    progress = tqdm(range(first, epochs), desc=f"teacher {network}", unit="epoch", initial=first, total=epochs)
+    for epoch in progress:
         for images, labels in loader:
             # Digits are not mirrored: a flipped 2 is no 2.
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)
-            logits = model(images.to(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                logits = model(images.to(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            averaged.update_parameters(model)
         progress.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval(), top1_on(model, load_split(spec, "test"), spec, device)
+        if checkpoint:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"epoch": epoch + 1, "rng": torch.get_rng_state()}
+            save_atomically(checkpoint, partial(torch.save, state))
+    teacher = averaged.module.eval()
+    return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from granq.convert import freeze_ranges, frozen_ranges, quantize_model
+from granq.data import save_atomically
 from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 
 RECIPES = ("adadfq", "gdfq")
@@ -315,15 +315,6 @@ def train(
         float(best),
         trainer.seconds,
     )
-
-
-def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path``, sync, then rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def versions(device: str = "cpu") -> dict[str, str]:
