@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -134,6 +134,13 @@ def augment(images: Tensor, padding: int = 4, flip: bool = True) -> Tensor:
     return padded.gather(3, (cols + dx)[:, None, None, :].expand(-1, 3, h, -1))
 
 
+def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+    """Exponential moving average whose memory grows from 10 steps to 100, so that short trainings are not held back."""
+    decay = min(0.99, (1 + int(count)) / (10 + int(count)))
+    # Integer buffers (num_batches_tracked) are not averaged.
+    return average.lerp(value, 1 - decay) if average.is_floating_point() else value
+
+
 def train_teacher(
     network: str,
     spec: DataSpec,
@@ -165,7 +172,7 @@ def train_teacher(
     """
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device).to(memory_format=torch.channels_last).train()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
     train = load_split(spec, "train")
     loader: DataLoader[Any] = DataLoader(
         cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size
