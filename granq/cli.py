@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--pretrained", action="store_true", help="download the weights instead of training")
     sub.add_argument("--epochs", type=int, default=30)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--lr", type=float, default=0.2, help="peak learning rate")
+    sub.add_argument("--init", type=Path, help="continue from the weights of this teacher file")
     sub.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast (faster where supported)")
     sub.add_argument("--resume", action="store_true", help="continue from OUT.partial, written after every epoch")
     sub.add_argument("--image-size", type=int)
@@ -121,7 +123,15 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         model, top1 = models.train_teacher(
-            args.network, spec, epochs=args.epochs, seed=args.seed, device=device, bf16=args.bf16, checkpoint=partial
+            args.network,
+            spec,
+            epochs=args.epochs,
+            lr=args.lr,
+            seed=args.seed,
+            device=device,
+            bf16=args.bf16,
+            init=args.init,
+            checkpoint=partial,
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     models.save_teacher(args.out, model, args.network, spec, top1)

@@ -151,6 +151,7 @@ def train_teacher(
     seed: int = 0,
     device: str = "cpu",
     bf16: bool = False,
+    init: Path | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[nn.Module, float]:
     """Train a full-precision teacher: SGD with Nesterov, OneCycle, label smoothing, crops and flips, averaged weights.
@@ -164,6 +165,7 @@ def train_teacher(
         seed: of the initial weights, the order and the augmentation.
         device: cpu, cuda or mps.
         bf16: forward under bfloat16 autocast: about 1.9 times faster on a CPU with AVX512-BF16; weights stay float32.
+        init: teacher file whose weights training starts from; ``None`` starts from random weights.
         checkpoint: file rewritten after every epoch; if it is there already, training continues from it.
 
     Returns:
@@ -171,7 +173,8 @@ def train_teacher(
         split in percent. No epoch is selected by its accuracy.
     """
     torch.manual_seed(seed)
-    model = build_network(network, spec.classes).to(device).to(memory_format=torch.channels_last).train()
+    model = load_teacher(network, spec, init)[0] if init else build_network(network, spec.classes)
+    model = model.to(device).to(memory_format=torch.channels_last).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
     train = load_split(spec, "train")
     loader: DataLoader[Any] = DataLoader(
