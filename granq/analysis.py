@@ -1,12 +1,54 @@
-"""Measurements: model and images in, tidy data frame out."""
+"""Measurements: a model and batches of images in, a tidy data frame out.
+
+Every ``measure_*`` works on any network of Conv2d and Linear layers through forward hooks, and streams: one batch is
+in memory at a time, between batches only running sums of fixed size are kept. A *batch* is a tensor of images
+(N, 3, H, W) or a pair (images, labels). The *activation of a layer* is the tensor that enters it, which is what a
+quantizer in front of it sees; channels are dimension 1 of (N, C, H, W), and the features of (N, F) or (N, T, F).
+Ranges of activations are dynamic, taken anew from every batch, unless a scheme tracks them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
 
-from granq.quantizer import fake_quantize
+from granq.convert import LAYERS, ActQuantizer, calibrate, frozen_ranges, quantize_model
+from granq.data import DataSpec
+from granq.generator import LATENT, Generator
+from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
+
+Batch = Tensor | Sequence[Tensor]
+ACTIVATION_GRANULARITIES = ("per_tensor", "per_channel", "per_sample", "per_sample_channel")
+MODES = ("local", "accumulated")
+BINS = 64
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Names of the Conv2d and Linear layers of ``model``, in the order of definition."""
+    return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+
+@contextmanager
+def layer_calls(
+    model: nn.Module, layers: Iterable[str], visit: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Within the block every forward of a layer calls ``visit(name, input, output)``; hooks are removed afterwards."""
+    with ExitStack() as hooks:
+        for name in layers:
+            handle = model.get_submodule(name).register_forward_hook(
+                lambda module, args, out, name=name: visit(name, args[0], out)
+            )
+            hooks.callback(handle.remove)
+        yield
 
 
 def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -16,28 +58,440 @@ def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def measure_activation_distortion(
+def measure_scale_maps(
     model: nn.Module,
     images: Tensor,
     layer: str,
     bits: int,
-    granularities: tuple[str, ...] = ("per_tensor", "per_channel", "per_sample_channel"),
+    granularities: Sequence[str] = ACTIVATION_GRANULARITIES,
 ) -> pd.DataFrame:
-    """SQNR of every live channel at the output of ``layer`` behind a ReLU, per granularity, dynamic ranges.
+    """The quantization step of every image and channel in front of ``layer``, under each granularity.
+
+    Args:
+        model: the network.
+        images: one batch (N, 3, H, W), which is also the group of ``per_tensor`` and ``per_channel``.
+        layer: name of a Conv2d or Linear.
+        bits: bit width.
+        granularities: which values share a scale.
 
     Returns:
-        Columns layer, bits, granularity, channel, sqnr_db, images. Channels that are zero everywhere are left out.
+        Columns layer, bits, granularity, image, channel, scale (the step 1/s, in units of the activation).
+
+    Raises:
+        ValueError: the model has no such layer.
     """
-    seen: list[Tensor] = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda m, args, out: seen.append(torch.relu(out)))
-    try:
-        model(images)
-    finally:
-        hook.remove()
-    x = seen[0]  # (N, C, H, W)
-    live = (x.amax((0, 2, 3)) > 0).nonzero().flatten().tolist()
+    frames = []
+
+    def visit(name: str, x: Tensor, _: Tensor) -> None:
+        x = _channels_first(x)
+        for granularity in granularities:
+            scale = choose_qparams(x, bits, granularity).scale.flatten(1).expand(x.shape[:2])  # (N, C)
+            image, channel = np.indices(tuple(scale.shape)).reshape(2, -1)
+            values = dict(layer=layer, bits=bits, granularity=granularity, image=image, channel=channel)
+            frames.append(pd.DataFrame(values | {"scale": scale.flatten().cpu().numpy()}))
+
+    with layer_calls(model, _checked(model, [layer]), visit):
+        model(images.to(_device(model)))
+    return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def measure_activation_distortion(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: Sequence[str],
+    bits: Sequence[int] = (3, 4, 5),
+    granularities: Sequence[str] = ("per_tensor", "per_channel", "per_sample_channel"),
+) -> pd.DataFrame:
+    """Histograms of the activations in front of ``layers``, full precision and quantized, and the error by value.
+
+    One row is one bin of one (layer, bits, granularity). The 64 bins of a layer span its range in the **first batch**
+    and stay fixed; later values outside are counted in the outermost bins.
+
+    Returns:
+        Columns layer, bits, granularity, bin_left, bin_right, density_full_precision, density_quantized (per unit of
+        activation), rms_error (root mean square error of the values whose full-precision value lies in the bin; NaN
+        for an empty bin), mse and sqnr_db of the whole layer (repeated in its rows), images.
+    """
+    edges: dict[str, tuple[float, float]] = {}
+    # full precision counts, quantized counts, squared error; the signal is one number a layer
+    sums: dict[tuple[str, int, str], Tensor] = {}
+    signal: dict[str, float] = {}
+
+    def visit(name: str, x: Tensor, _: Tensor) -> None:
+        x = _channels_first(x)
+        low, high = edges.setdefault(name, (x.min().item(), x.max().item()))
+
+        def bin_of(values: Tensor) -> Tensor:
+            return ((values.flatten() - low) * (BINS / max(high - low, 1e-12))).long().clamp_(0, BINS - 1)
+
+        index = bin_of(x)
+        full = torch.bincount(index, minlength=BINS).double()
+        signal[name] = signal.get(name, 0.0) + x.double().square().sum().item()
+        for k in bits:
+            for granularity in granularities:
+                value = fake_quantize_with(x, choose_qparams(x, k, granularity), k)
+                error = torch.bincount(index, (value - x).flatten().double().square(), minlength=BINS)
+                new = torch.stack([full, torch.bincount(bin_of(value), minlength=BINS).double(), error]).cpu()
+                key = (name, k, granularity)
+                sums[key] = sums[key] + new if key in sums else new
+
+    with layer_calls(model, _checked(model, layers), visit):
+        count = _run(model, batches, "activation distortion")
+    frames = []
+    for (name, k, granularity), (full, quantized, error) in sums.items():
+        low, high = edges[name]
+        bounds = np.linspace(low, max(high, low + 1e-12), BINS + 1)
+        density = (full.sum() * (bounds[1] - bounds[0])).item()
+        values: dict[str, Any] = dict(layer=name, bits=k, granularity=granularity)
+        values |= dict(bin_left=bounds[:-1], bin_right=bounds[1:])
+        values |= dict(density_full_precision=full.numpy() / density, density_quantized=quantized.numpy() / density)
+        values["rms_error"] = (error / full).sqrt().numpy()  # 0 / 0 is NaN: nothing was seen there
+        values["mse"] = (error.sum() / full.sum()).item()
+        values["sqnr_db"] = _decibel(signal[name], error.sum().item())
+        frames.append(pd.DataFrame(values | {"images": count}))
+    return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def measure_channel_scales(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    granularity: str = "per_sample_channel",
+    source: str = "synthetic",
+    *,
+    bits: int = 3,
+) -> pd.DataFrame:
+    """The quantization step of every channel in front of every layer.
+
+    ``per_tensor`` and ``per_channel`` have one range over all images, ``per_sample`` and ``per_sample_channel`` one
+    range per image, of which the mean and the extremes are kept.
+
+    Args:
+        model: the network.
+        batches: the images.
+        granularity: which values share a scale.
+        source: ``"synthetic"`` or ``"real"``, written into the frame.
+        bits: bit width.
+
+    Returns:
+        Columns layer, channel, source, granularity, bits, scale (step, in units of the activation; mean over
+        images), scale_min, scale_max (over images), images.
+    """
+    per_image = granularity in ("per_sample", "per_sample_channel")
+    kept: dict[str, Tensor] = {}  # (3, C): sum, minimum, maximum of the scales; or (2, C): lowest and highest value
+
+    def visit(name: str, x: Tensor, _: Tensor) -> None:
+        x = _channels_first(x)
+        if per_image:
+            scale = choose_qparams(x, bits, granularity).scale.flatten(1).expand(x.shape[:2]).double()
+            new = torch.stack([scale.sum(0), scale.amin(0), scale.amax(0)])
+        else:
+            new = torch.stack([v.flatten().expand(x.shape[1]) for v in min_max(x, granularity)])
+        old = kept.get(name)
+        if old is not None and per_image:
+            new = torch.stack([old[0] + new[0], torch.minimum(old[1], new[1]), torch.maximum(old[2], new[2])])
+        elif old is not None:
+            new = torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
+        kept[name] = new
+
+    rows: dict[str, int] = {}
+
+    def counted(name: str, x: Tensor, out: Tensor) -> None:
+        rows[name] = rows.get(name, 0) + len(_channels_first(x))
+        visit(name, x, out)
+
+    with layer_calls(model, layer_names(model), counted):
+        count = _run(model, batches, f"channel scales, {source}")
+    frames = []
+    for name, values in kept.items():
+        if per_image:
+            mean, low, high = values[0] / rows[name], values[1], values[2]
+        else:
+            mean = low = high = qparams_from_range(values[0], values[1], bits).scale
+        columns = {"scale": mean, "scale_min": low, "scale_max": high}
+        frame = pd.DataFrame({k: v.double().cpu().numpy() for k, v in columns.items()})
+        frame.insert(0, "channel", range(len(frame)))
+        frames.append(frame.assign(layer=name, source=source, granularity=granularity, bits=bits, images=count))
+    order = ["layer", "channel", "source", "granularity", "bits", "scale", "scale_min", "scale_max", "images"]
+    return pd.concat(frames, ignore_index=True)[order]
+
+
+@torch.no_grad()
+def measure_layer_error(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    schemes: Sequence[str],
+    bits: int | tuple[int, int],
+    *,
+    per_channel: bool = False,
+    layers: Sequence[str] | None = None,
+    modes: Sequence[str] = MODES,
+    calibration: Iterable[Batch] | None = None,
+) -> pd.DataFrame:
+    """Error of every layer's output under quantization: the layer alone, and with everything before it.
+
+    ``local``: the layer receives the full-precision input, through the activation quantizer directly in front of it
+    (where the scheme has one there), and works with its quantized weights. ``accumulated``: the whole network is
+    quantized, so errors of earlier layers arrive too. Both are compared with the full-precision output.
+
+    Args:
+        model: the full-precision network.
+        batches: the images.
+        schemes: names in ``granq.SCHEMES``.
+        bits: bit width, or (weights, activations).
+        per_channel: one row per output channel instead of one per layer.
+        layers: names; all Conv2d and Linear layers by default.
+        modes: ``"local"``, ``"accumulated"`` or both.
+        calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
+
+    Returns:
+        Columns layer, scheme, weight_bits, act_bits, mode, (channel,) mse, sqnr_db, cosine_similarity, images. An
+        exact output has an SQNR of infinity.
+    """
+    weight_bits, act_bits = (bits, bits) if isinstance(bits, int) else bits
+    if unknown := set(modes) - set(MODES):
+        raise ValueError(f"unknown mode {sorted(unknown)[0]!r}; known: {', '.join(MODES)}")
+    layers = _checked(model, layer_names(model) if layers is None else layers)
+    device = _device(model)
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError("measure_layer_error needs at least one batch")
+    warm = [_images(b).to(device) for b in ([first] if calibration is None else calibration)]
+    students = {scheme: quantize_model(model, scheme, weight_bits, act_bits) for scheme in schemes}
+    for student in students.values():
+        calibrate(student, warm)
+    del warm
+    sums: dict[tuple[str, str, str], Tensor] = {}  # (scheme, layer, mode) -> (4, C)
+
+    def add(scheme: str, name: str, mode: str, reference: Tensor, value: Tensor) -> None:
+        new = _error_sums(_channels_first(reference), _channels_first(value))
+        key = (scheme, name, mode)
+        sums[key] = sums[key] + new if key in sums else new
+
+    count = 0
+    with ExitStack() as stack:
+        stack.enter_context(parametrize.cached())  # weights are quantized once, not once a batch
+        for student in students.values():
+            stack.enter_context(frozen_ranges(student))
+        quantizers = {scheme: _input_quantizers(student) for scheme, student in students.items()}
+        for batch in tqdm(chain([first], rest), desc="layer error", unit="batch"):
+            images = _images(batch).to(device)
+            count += len(images)
+            clean: dict[str, list[Tensor]] = {}
+
+            def visit_clean(name: str, x: Tensor, out: Tensor, clean: dict[str, list[Tensor]] = clean) -> None:
+                if "local" in modes:
+                    for scheme, student in students.items():
+                        quantizer = quantizers[scheme].get(name)
+                        value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
+                        add(scheme, name, "local", out, value)
+                if "accumulated" in modes:  # a copy: an in-place ReLU behind the layer would change it
+                    clean.setdefault(name, []).append(out.clone())
+
+            with layer_calls(model, layers, visit_clean):
+                model(images)
+            if "accumulated" not in modes:
+                continue
+            for scheme, student in students.items():
+                calls = {name: iter(values) for name, values in clean.items()}
+
+                def visit_student(
+                    name: str,
+                    x: Tensor,
+                    out: Tensor,
+                    scheme: str = scheme,
+                    calls: dict[str, Iterator[Tensor]] = calls,
+                ) -> None:
+                    add(scheme, name, "accumulated", next(calls[name]), out)
+
+                with layer_calls(student, layers, visit_student):
+                    student(images)
+
     rows = []
-    for granularity in granularities:
-        values = sqnr_db(x, fake_quantize(x, bits, granularity), (0, 2, 3)).tolist()
-        rows += [(layer, bits, granularity, c, values[c], len(images)) for c in live]
-    return pd.DataFrame(rows, columns=["layer", "bits", "granularity", "channel", "sqnr_db", "images"])
+    for scheme in schemes:
+        for mode in modes:
+            for name in layers:
+                if (scheme, name, mode) not in sums:
+                    continue  # the forward never calls this layer
+                values = sums[scheme, name, mode]
+                groups = values.T.tolist() if per_channel else [values.sum(1).tolist()]
+                for channel, group in enumerate(groups):
+                    key = (name, scheme, weight_bits, act_bits, mode) + ((channel,) if per_channel else ())
+                    rows.append((*key, *_error_metrics(*group), count))
+    columns = ["layer", "scheme", "weight_bits", "act_bits", "mode"] + (["channel"] if per_channel else [])
+    return pd.DataFrame(rows, columns=[*columns, "mse", "sqnr_db", "cosine_similarity", "images"])
+
+
+@torch.no_grad()
+def measure_synthetic_gap(
+    model: nn.Module, synthetic_batches: Iterable[Batch], real_batches: Iterable[Batch]
+) -> pd.DataFrame:
+    """How far the activations of synthetic images are from those of real images, per layer and channel.
+
+    The two-sample distance is Kolmogorov and Smirnov's: the largest difference of the two distribution functions,
+    0 (equal) to 1 (disjoint), seen at 64 quantiles of the channel in the **first real batch**.
+
+    Returns:
+        Columns layer, channel, mean_synthetic, mean_real, variance_synthetic, variance_real, ks_distance,
+        images_synthetic, images_real.
+    """
+    edges: dict[str, Tensor] = {}  # (C, BINS)
+    levels = torch.linspace(0, 1, BINS, dtype=torch.float64)
+
+    def collect(batches: Iterable[Batch], text: str) -> tuple[dict[str, Tensor], int]:
+        sums: dict[str, Tensor] = {}  # (C, 3 + BINS): count, sum, sum of squares, values up to each edge
+
+        def visit(name: str, x: Tensor, _: Tensor) -> None:
+            flat = _channels_first(x).transpose(0, 1).flatten(1).contiguous()  # (C, values)
+            if name not in edges:
+                edges[name] = _quantiles(flat, levels)
+            # bin b holds the values in (edge[b-1], edge[b]]; the cumulative sum is the distribution function
+            index = torch.searchsorted(edges[name], flat)
+            counts = torch.zeros(len(flat), BINS + 1, dtype=torch.float64, device=x.device)
+            counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
+            values = flat.double()
+            moments = torch.stack([torch.full_like(values[:, 0], flat.shape[1]), values.sum(1), values.square().sum(1)])
+            new = torch.cat([moments.T, counts.cumsum(1)[:, :-1]], 1).cpu()
+            sums[name] = sums[name] + new if name in sums else new
+
+        with layer_calls(model, layer_names(model), visit):
+            count = _run(model, batches, f"synthetic gap, {text}")
+        return sums, count
+
+    real, real_count = collect(real_batches, "real")  # first: it fixes the edges
+    synthetic, synthetic_count = collect(synthetic_batches, "synthetic")
+    frames = []
+    for name, values in real.items():
+        frame = pd.DataFrame({"layer": name, "channel": range(len(values))})
+        moments = {}
+        for source, s in (("synthetic", synthetic[name]), ("real", values)):
+            mean = s[:, 1] / s[:, 0]
+            moments[f"mean_{source}"], moments[f"variance_{source}"] = mean, s[:, 2] / s[:, 0] - mean.square()
+        for column in ("mean_synthetic", "mean_real", "variance_synthetic", "variance_real"):
+            frame[column] = moments[column].clamp_min(0 if "variance" in column else -torch.inf).numpy()
+        distance = synthetic[name][:, 3:] / synthetic[name][:, :1] - values[:, 3:] / values[:, :1]
+        frame["ks_distance"] = distance.abs().amax(1).numpy()
+        frames.append(frame)
+    result = pd.concat(frames, ignore_index=True)
+    return result.assign(images_synthetic=synthetic_count, images_real=real_count)
+
+
+@torch.no_grad()
+def measure_generated_images(
+    generator: Generator, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
+) -> pd.DataFrame:
+    """Images drawn for every label, and what the teacher thinks of them.
+
+    The generator draws one balanced batch in its own mode, so that in training mode its BatchNorm layers use the
+    statistics of that batch, as during the run; its state is not changed, and the global random state neither.
+
+    Args:
+        generator: as trained.
+        teacher: classifies the images.
+        spec: normalization, to show pixels in their natural range.
+        per_class: images for every label.
+        seed: of the noise.
+
+    Returns:
+        One row per image: label (asked for), sample, predicted, confidence (the teacher's probability of the label),
+        size (side in pixels), pixels (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
+    """
+    device = _device(teacher)
+    labels = torch.arange(generator.classes).repeat_interleave(per_class)
+    noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
+    state = {k: v.clone() for k, v in generator.state_dict().items()}  # running statistics move in training mode
+    try:
+        images = generator(noise.to(device), labels.to(device))
+    finally:
+        generator.load_state_dict(state)
+    probability = teacher(images).softmax(1).cpu()
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
+    pixels = ((images.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return pd.DataFrame(
+        {
+            "label": labels.tolist(),
+            "sample": list(range(per_class)) * generator.classes,
+            "predicted": probability.argmax(1).tolist(),
+            "confidence": probability.gather(1, labels[:, None])[:, 0].tolist(),
+            "size": pixels.shape[1],
+            "pixels": [image.contiguous().numpy().tobytes().hex() for image in pixels],
+        }
+    )
+
+
+def decode_pixels(pixels: str, size: int) -> np.ndarray:
+    """The image of a row of ``measure_generated_images``: uint8 (size, size, 3)."""
+    return np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(size, size, 3)
+
+
+def _images(batch: Batch) -> Tensor:
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _run(model: nn.Module, batches: Iterable[Batch], text: str) -> int:
+    """Forward every batch, in the mode the model is in, and count the images."""
+    device, count = _device(model), 0
+    for batch in tqdm(batches, desc=text, unit="batch"):
+        images = _images(batch).to(device)
+        model(images)
+        count += len(images)
+    if not count:
+        raise ValueError("there is no image to measure: batches is empty")
+    return count
+
+
+def _checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    names, known = list(layers), set(layer_names(model))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{unknown[0]!r} is no Conv2d or Linear of the model; known: {', '.join(sorted(known))}")
+    return names
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """(N, C, H, W) and (N, F) as they are, (..., F) as rows (N, F)."""
+    return x if x.dim() in (2, 4) else x.flatten(0, -2)
+
+
+def _error_sums(reference: Tensor, value: Tensor) -> Tensor:
+    """Per channel: number of values, |reference|^2, |value|^2, |error|^2, float64 (4, C)."""
+    dims = tuple(d for d in range(reference.dim()) if d != 1)
+    # norms need no temporary; float32 within one batch, float64 between batches
+    squares = [torch.linalg.vector_norm(t, dim=dims).double() ** 2 for t in (reference, value, value - reference)]
+    count = torch.full_like(squares[0], reference.numel() / reference.shape[1])
+    return torch.stack([count, *squares]).cpu()
+
+
+def _error_metrics(count: float, reference: float, value: float, error: float) -> tuple[float, float, float]:
+    """mse, sqnr_db, cosine_similarity from the sums; the dot product follows from |v - r|^2 = |v|^2 + |r|^2 - 2 v.r."""
+    norms = (reference * value) ** 0.5
+    cosine = (reference + value - error) / 2 / norms if norms else float("nan")
+    return error / count, _decibel(reference, error), max(-1.0, min(1.0, cosine))
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if not noise:
+        return float("inf") if signal else float("nan")
+    return float(10 * np.log10(signal / noise)) if signal else float("-inf")
+
+
+def _input_quantizers(student: fx.GraphModule) -> dict[str, ActQuantizer]:
+    """The activation quantizer directly in front of each layer, where there is one."""
+    found = {}
+    for node in student.graph.nodes:
+        if node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
+            module = student.get_submodule(str(source.target)) if source.op == "call_module" else None
+            if isinstance(module, ActQuantizer):
+                found[str(node.target)] = module
+    return found
+
+
+def _quantiles(flat: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles of every row, (C, values) -> (C, levels), by sorting: torch.quantile refuses large inputs."""
+    index = (levels * (flat.shape[1] - 1)).round().long().to(flat.device)
+    return flat.sort(1).values[:, index].contiguous()
