@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from granq.convert import LAYERS, ActQuantizer, calibrate, frozen_ranges, quantize_model
 from granq.data import DataSpec
-from granq.generator import LATENT, Generator
+from granq.generator import LATENT
 from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
 
 Batch = Tensor | Sequence[Tensor]
@@ -380,7 +380,7 @@ def measure_synthetic_gap(
 
 @torch.no_grad()
 def measure_generated_images(
-    generator: Generator, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
+    generator: nn.Module, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
 ) -> pd.DataFrame:
     """Images drawn for every label, and what the teacher thinks of them.
 
@@ -390,7 +390,7 @@ def measure_generated_images(
     Args:
         generator: as trained.
         teacher: classifies the images.
-        spec: normalization, to show pixels in their natural range.
+        spec: its number of classes, and the normalization, to show pixels in their natural range.
         per_class: images for every label.
         seed: of the noise.
 
@@ -399,7 +399,7 @@ def measure_generated_images(
         size (side in pixels), pixels (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
     """
     device = _device(teacher)
-    labels = torch.arange(generator.classes).repeat_interleave(per_class)
+    labels = torch.arange(spec.classes).repeat_interleave(per_class)
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
     state = {k: v.clone() for k, v in generator.state_dict().items()}  # running statistics move in training mode
     try:
@@ -412,7 +412,7 @@ def measure_generated_images(
     return pd.DataFrame(
         {
             "label": labels.tolist(),
-            "sample": list(range(per_class)) * generator.classes,
+            "sample": list(range(per_class)) * spec.classes,
             "predicted": probability.argmax(1).tolist(),
             "confidence": probability.gather(1, labels[:, None])[:, 0].tolist(),
             "size": pixels.shape[1],

@@ -231,7 +231,6 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from granq import analysis, data, figures, models, qat
-    from granq.generator import LATENT
 
     _claim_folder(args.out, resume=False)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -267,20 +266,12 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     (args.out / "results.md").write_text(table)
-    images = torch.cat([x for x, _ in data.batches(test, spec)])[:64].to(device)
-    figures.save_figure("accuracy", results, figures.plot_accuracy, args.out)
-    distortion = analysis.measure_activation_distortion(teacher, images, "features.stage2.unit1.body.conv1", 2)
+    figures.save_figure("accuracy", results, figures.plot_accuracy_bits, args.out, width=4.6)
+    layer = "features.stage2.unit1.body.conv2.conv"
+    distortion = analysis.measure_activation_distortion(teacher, data.batches(test, spec), [layer], bits=[2])
     figures.save_figure("activation_distortion", distortion, figures.plot_activation_distortion, args.out)
-    with torch.no_grad():
-        labels = torch.arange(10, device=device)
-        drawn = result.generator(torch.randn(10, LATENT, device=device), labels).cpu()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
-    pixels = (drawn * std + mean).clamp(0, 1)
-    n, _, h, w = pixels.shape
-    frame = pd.DataFrame(pixels.permute(0, 2, 3, 1).reshape(-1, 3).numpy(), columns=["red", "green", "blue"])
-    index = pd.MultiIndex.from_product([range(n), range(h), range(w)], names=["image", "row", "column"])
-    frame = frame.round(4).set_index(index).reset_index().assign(label=lambda d: d.image)
-    figures.save_figure("synthetic_images", frame, figures.plot_images, args.out, width=6.8, height=1.2)
+    frame = analysis.measure_generated_images(result.generator, teacher, spec)
+    figures.save_figure("synthetic_images", frame, figures.plot_synthetic_images, args.out, width=6.8, height=1.2)
     print(table, file=sys.stderr)
     print(f"Next: open {args.out}/accuracy.png, then {args.out}/activation_distortion.png.", file=sys.stderr)
     return {"out": str(args.out), "teacher_top1": teacher_top1} | {

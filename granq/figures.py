@@ -1,111 +1,545 @@
-"""Pictures: every ``plot_*`` takes a data frame and ``ax=None`` and returns the Axes."""
+"""Pictures: every ``plot_*`` takes a data frame and ``ax=None``, draws into that Axes and returns it.
+
+A plot touches no file, model, random number or global style. A frame that holds several panels (layers, bits,
+granularities, metrics) is drawn one panel a call, chosen by keyword; axis limits and colors come from the whole frame.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
+
+from granq.analysis import decode_pixels
 
 STYLE = Path(__file__).with_name("granq.mplstyle")
-#: One color and one marker per role everywhere (petroff6, safe for color-vision deficiencies).
+
+
+class Role(NamedTuple):
+    """How a role looks in every figure: color, marker and dash, so that no meaning hangs on color alone."""
+
+    label: str
+    color: str
+    marker: str
+    dash: Any = "-"
+
+
+#: petroff6 (arXiv 2107.02270), safe for color-vision deficiencies; tests/test_figures.py computes the distances.
+_GREY, _BLUE, _ORANGE, _RED, _PLUM, _VIOLET = "#9c9ca1", "#5790fc", "#f89c20", "#e42536", "#964a8b", "#7a21dd"
 ROLES = {
-    "full precision": ("#9c9ca1", "s"),
-    "layerwise": ("#5790fc", "o"),
-    "per_channel": ("#f89c20", "^"),
-    "release": ("#e42536", "D"),
-    "strict": ("#964a8b", "v"),
+    "full precision": Role("full precision", _GREY, "s", ":"),
+    "layerwise": Role("layerwise", _BLUE, "o", "--"),
+    "per_channel": Role("per_channel", _ORANGE, "^", "-."),
+    "release": Role("release (GranQ)", _RED, "D", "-"),
+    "strict": Role("strict", _PLUM, "v", (0, (4, 1, 1, 1, 1, 1))),
+    "foldable": Role("foldable", _VIOLET, "P", (0, (1, 1))),
+    "synthetic": Role("synthetic images", "#222222", ".", "-"),
+    "real": Role("real images", _GREY, "s", ":"),
+}
+#: Granularities of activations share the look of the scheme that is built on them.
+_GRANULARITY_ROLE = {
+    "per_tensor": ROLES["layerwise"]._replace(label="per tensor (layer-wise)"),
+    "per_channel": ROLES["per_channel"]._replace(label="per channel"),
+    "per_sample": ROLES["strict"]._replace(label="per image"),
+    "per_sample_channel": ROLES["release"]._replace(label="per image and channel (GranQ)"),
+}
+METRIC_LABELS = {"mse": "mean square error", "sqnr_db": "SQNR (dB)", "cosine_similarity": "cosine similarity"}
+SQNR_CEILING = 60.0  # decibels; beyond it (1x1 kernels with their own scale reach 150) points sit on the upper edge
+
+
+def role(name: str) -> Role:
+    """Look of a scheme, granularity or image source; an unknown name is drawn black."""
+    return ROLES.get(name) or _GRANULARITY_ROLE.get(name) or Role(name, "#222222", "x")
+
+
+def plot_granularity_maps(
+    data: pd.DataFrame, *, granularity: str | None = None, colorbar: bool = True, ax: Axes | None = None
+) -> Axes:
+    """Scales of every image and channel under one granularity, as a map; colors share the limits of all granularities.
+
+    Args:
+        data: of ``measure_scale_maps``.
+        granularity: default the finest, the last in the data.
+        colorbar: draw it beside this map.
+        ax: default the current Axes.
+    """
+    ax = ax or plt.gca()
+    rows = _select(data, granularity=granularity or data.granularity.iloc[-1])
+    grid = rows.pivot(index="image", columns="channel", values="scale")
+    live = data.scale[data.scale > 1e-7]  # a dead channel has the smallest scale there is, 1e-8 / (2^k - 1)
+    mesh = ax.imshow(
+        grid.clip(lower=live.min()), cmap="viridis", norm=LogNorm(live.min(), live.max()), aspect="auto",
+        interpolation="nearest",
+    )  # fmt: skip
+    name = rows.granularity.iloc[0]
+    count = rows.scale.nunique()
+    ax.set(title=f"{role(name).label}\n{count} scale{'s' * (count > 1)}", xlabel="channel", ylabel="image")
+    if colorbar:
+        ax.figure.colorbar(mesh, ax=ax, label="scale (step, units of activation)")
+    return ax
+
+
+def plot_activation_distortion(
+    data: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    bits: int | None = None,
+    quantity: str = "density",
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Activations of one layer at one bit width, full precision against every granularity.
+
+    Args:
+        data: of ``measure_activation_distortion``.
+        layer: default the first.
+        bits: default the first.
+        quantity: ``"density"`` of the values, or ``"error"``, root mean square by activation value.
+        legend: with the SQNR of every granularity in it.
+        ax: default the current Axes.
+    """
+    ax = ax or plt.gca()
+    rows = _select(data, layer=layer or data.layer.iloc[0], bits=bits or data.bits.iloc[0])
+    edges = [*rows.drop_duplicates("bin_left").bin_left, rows.bin_right.max()]
+    if quantity == "density":
+        first = rows[rows.granularity == rows.granularity.iloc[0]]
+        ax.stairs(first.density_full_precision, edges, fill=True, color="#d9d9dc", label="full precision")
+    for name, part in rows.groupby("granularity", sort=False):
+        look = role(str(name))
+        text = f"{look.label}, {part.sqnr_db.iloc[0]:.1f} dB"
+        if quantity == "density":
+            ax.stairs(part.density_quantized, edges, color=look.color, linestyle=look.dash, linewidth=1, label=text)
+        else:
+            center = (part.bin_start + part.bin_right) / 2
+            ax.plot(center, part.rms_error, color=look.color, linestyle=look.dash, marker=look.marker, markevery=8,
+                    markersize=3, linewidth=1, label=text)  # fmt: skip
+    ax.set(xlabel="activation", title=f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits")
+    ax.set_ylabel("density" if quantity == "density" else "RMS error")
+    if quantity == "density":
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(0)
+    if legend:
+        ax.legend(fontsize=6)
+    return ax
+
+
+def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Scale of every channel of every layer, sources (synthetic, real) side by side, a bar at each median.
+
+    Args:
+        data: of ``measure_channel_scales``, several sources in one frame.
+        ax: default the current Axes.
+    """
+    ax = ax or plt.gca()
+    layers = list(dict.fromkeys(data.layer))
+    sources = list(dict.fromkeys(data.source))
+    live = data[data.scale > 1e-7]
+    for i, source in enumerate(sources):
+        look, offset = role(source), (i - (len(sources) - 1) / 2) * 0.36
+        rows = live[live.source == source]
+        x = rows.layer.map({name: n for n, name in enumerate(layers)}) + offset
+        ax.scatter(x, rows.scale, s=5, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
+                   label=f"{look.label}, n = {rows.images.iloc[0]}")  # fmt: skip
+        median = rows.groupby("layer").scale.median().reindex(layers)
+        ax.hlines(median, np.arange(len(layers)) + offset - 0.15, np.arange(len(layers)) + offset + 0.15, color="black",
+                  linewidth=1.2)  # fmt: skip
+    first = data.iloc[0]
+    ax.set_yscale("log")
+    ax.set(ylabel=f"scale at {first.bits} bits\n(step, units of activation)", title=f"one scale {_per(first)}")
+    _layer_ticks(ax, layers)
+    ax.legend(loc="lower left", ncols=len(sources), markerscale=2)
+    return ax
+
+
+def plot_layer_error(
+    data: pd.DataFrame,
+    *,
+    metric: str = "sqnr_db",
+    mode: str = "accumulated",
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Error of every layer's output, one line a scheme; rows of single channels in the frame are left out.
+
+    Args:
+        data: of ``measure_layer_error``.
+        metric: ``"sqnr_db"``, ``"mse"`` or ``"cosine_similarity"``.
+        mode: ``"local"`` (clean input) or ``"accumulated"`` (quantized input).
+        legend: names the schemes.
+        ax: default the current Axes.
+    """
+    ax = ax or plt.gca()
+    whole = data[data.channel.isna()] if "channel" in data else data
+    rows = _select(whole, mode=mode)
+    layers = list(dict.fromkeys(whole.layer))
+    for scheme, part in rows.groupby("scheme", sort=False):
+        look = role(str(scheme))
+        values = part.set_index("layer")[metric].reindex(layers)
+        x = np.arange(len(layers))
+        ax.plot(x, _shown(values, metric), color=look.color, linestyle=look.dash, marker=look.marker, markersize=3,
+                linewidth=1, label=look.label)  # fmt: skip
+    first = rows.iloc[0]
+    where = "local: clean input" if mode == "local" else "accumulated: quantized input"
+    ax.set(title=f"{where}, W{first.weight_bits}A{first.act_bits}", ylabel=METRIC_LABELS[metric])
+    if metric == "mse":
+        ax.set_yscale("log")
+    _layer_ticks(ax, layers)
+    if legend:
+        ax.legend(ncols=2)
+    return ax
+
+
+def plot_channel_error(
+    data: pd.DataFrame,
+    *,
+    metric: str = "sqnr_db",
+    layer: str | None = None,
+    mode: str = "local",
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Error of every output channel of one layer, worst first, one line a scheme.
+
+    Args:
+        data: of ``measure_layer_error(per_channel=True)``.
+        metric: as in ``plot_layer_error``.
+        layer: default the layer that holds the channel with the lowest SQNR.
+        mode: ``"local"`` or ``"accumulated"``.
+        legend: names the schemes.
+        ax: default the current Axes.
+    """
+    ax = ax or plt.gca()
+    rows = _select(data[data.channel.notna()], mode=mode)
+    rows = _select(rows, layer=layer or rows.layer.iloc[rows.sqnr_db.to_numpy().argmin()])
+    for scheme, part in rows.groupby("scheme", sort=False):
+        look = role(str(scheme))
+        values = np.sort(_shown(part[metric], metric))
+        values = values[::-1] if metric == "mse" else values
+        ax.plot(range(1, len(values) + 1), values, color=look.color, linestyle=look.dash, marker=look.marker,
+                markersize=3, markevery=max(1, len(values) // 12), linewidth=1, label=look.label)  # fmt: skip
+    if metric == "mse":
+        ax.set_yscale("log")
+    ax.set(xlabel="output channel, worst first", ylabel=METRIC_LABELS[metric])
+    ax.set_title(f"{short_layer(rows.layer.iloc[0])}, {mode}, per channel")
+    if legend:
+        ax.legend(ncols=2)
+    return ax
+
+
+def plot_quantizer_latency(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Time of one fake quantization over tensor sizes, per method, with the copy of the same bytes as the floor.
+
+    Args:
+        data: columns method, shape, megabytes, median_ms, q25_ms, q75_ms (granq.bench).
+        ax: default the current Axes.
+    """
+    raise NotImplementedError  # follows the columns of granq.bench
+
+
+def plot_scaling_latency(data: pd.DataFrame, *, quantity: str = "median_ms", ax: Axes | None = None) -> Axes:
+    """Time, memory or counts of the executions of one quantized convolution against channels.
+
+    Args:
+        data: of granq.bench.
+        quantity: the column on the vertical axis.
+        ax: default the current Axes.
+    """
+    raise NotImplementedError  # follows the columns of granq.bench
+
+
+def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Test accuracy over bit widths per scheme: every seed a point, open before training, filled after the last epoch.
+
+    Args:
+        data: rows of ``granq quantize``: scheme, bits, ptq_top1, last_top1, teacher_top1, seed, dataset, network.
+            Rows with a ``source`` are published results, drawn as grey dashes.
+        ax: default the current Axes.
+    """
+    ax = ax or plt.gca()
+    published = data[data.source.notna()] if "source" in data else data[:0]
+    measured = data.drop(published.index)
+    bits = sorted(measured.bits.unique())
+    schemes = [s for s in ROLES if s in set(measured.scheme)] + sorted(set(measured.scheme) - ROLES.keys())
+    width = 0.8 / (len(schemes) + (len(published) > 0))
+    for i, scheme in enumerate(schemes):
+        look = role(scheme)
+        for x, name in enumerate(bits):
+            rows = measured[(measured.scheme == scheme) & (measured.bits == name)].sort_values("seed")
+            start = x - 0.4 + (i + 0.3) * width
+            jitter = (np.arange(len(rows)) - (len(rows) - 1) / 2) * width * 0.08
+            ax.scatter(start + jitter, rows.ptq_top1, s=16, facecolors="none", edgecolors=look.color, linewidths=0.8,
+                       marker=look.marker)  # fmt: skip
+            ax.scatter(start + 0.4 * width + jitter, rows.last_top1, s=16, color=look.color, marker=look.marker,
+                       linewidths=0.8, label=look.label if x == 0 else None)  # fmt: skip
+    if len(published):
+        at = published.bits.map({name: n for n, name in enumerate(bits)}) + 0.4 - width / 2
+        ax.scatter(at, published.last_top1, marker="_", s=40, color="#6b6b70", label="published, own teachers")
+    teacher = measured.teacher_top1.mean()
+    ax.axhline(teacher, color=_GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
+    ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
+    first = measured.iloc[0]
+    ax.set_xticks(range(len(bits)), bits)
+    ax.set_xlim(-0.5, len(bits) - 0.5)
+    ax.set(ylabel="test top-1 (%)", title=f"{dataset_name(first.dataset)}, {first.network}, "
+           f"n = {measured.seed.nunique()} seed{'s' * (measured.seed.nunique() > 1)}")  # fmt: skip
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def plot_granularity_factorial(data: pd.DataFrame, *, bits: int | None = None, ax: Axes | None = None) -> Axes:
+    """Accuracy for every weight granularity (rows) and activation granularity (columns) at one bit width.
+
+    Args:
+        data: of ``measure_granularity_factorial``.
+        bits: default the lowest.
+        ax: default the current Axes.
+    """
+    raise NotImplementedError  # follows the columns of the factorial
+
+
+def plot_true_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Bits per weight with scales counted in, and the share of weights really quantized, per network and scheme.
+
+    Args:
+        data: audits of several networks.
+        ax: default the current Axes.
+    """
+    raise NotImplementedError  # follows the columns of granq.auditing
+
+
+TRAINING_LABELS = {
+    "generator_loss": "generator loss",
+    "student_loss": "student loss",
+    "bn_loss": "BatchNorm distance",
+    "teacher_top1": "teacher on synthetic\nimages (%)",
+    "test_top1": "student, test top-1 (%)",
 }
 
 
-def plot_accuracy(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Top-1 by scheme, every seed a point: columns scheme, teacher_top1, ptq_top1, last_top1, seed."""
+def plot_training_curves(
+    data: pd.DataFrame, *, quantity: str = "test_top1", legend: bool = True, ax: Axes | None = None
+) -> Axes:
+    """One quantity over the epochs, a line for every run; the warm-up (generator alone) is shaded.
+
+    Args:
+        data: histories of runs: scheme, seed, epoch, warmup, and the quantities in ``TRAINING_LABELS``.
+        quantity: column to draw.
+        legend: names the schemes.
+        ax: default the current Axes.
+    """
     ax = ax or plt.gca()
-    schemes = list(dict.fromkeys(data.scheme))
-    for x, scheme in enumerate(schemes):
-        rows = data[data.scheme == scheme]
-        color, marker = ROLES.get(scheme, ("black", "o"))
-        n = len(rows)
-        jitter = [(i - (n - 1) / 2) * 0.06 for i in range(n)]
-        ax.scatter(
-            [x - 0.18 + j for j in jitter],
-            rows.ptq_top1,
-            facecolors="none",
-            edgecolors=color,
-            marker=marker,
-            s=24,
-        )
-        ax.scatter([x + 0.18 + j for j in jitter], rows.last_top1, color=color, marker=marker, s=24)
-    teacher = data.teacher_top1.mean()
-    ax.axhline(teacher, color=ROLES["full precision"][0], linestyle="--", label=f"teacher {teacher:.1f} %")
-    ax.scatter([], [], facecolors="none", edgecolors="black", label="before training")
-    ax.scatter([], [], color="black", label="after, last epoch")
-    ax.set_xticks(range(len(schemes)), schemes)
-    first = data.iloc[0]
-    ax.set(
-        ylabel="test top-1 (%)",
-        title=f"{first.dataset}, {first.network}, {first.bits}, n = {data.seed.nunique()} seeds",
-    )
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3, columnspacing=0.8, handletextpad=0.3)
+    for (scheme, _), rows in data.groupby(["scheme", "seed"], sort=False):
+        look = role(str(scheme))
+        label = look.label if look.label not in ax.get_legend_handles_labels()[1] else None
+        if quantity == "student_loss":  # measured in the warm-up too, but not yet trained on
+            rows = rows[~rows.warmup.astype(bool)]
+        ax.plot(rows.epoch, rows[quantity], color=look.color, linestyle=look.dash, marker=look.marker, markersize=3,
+                linewidth=1, label=label)  # fmt: skip
+    warm = data.epoch[data.warmup.astype(bool)].max()
+    if warm == warm:
+        ax.axvspan(data.epoch.min() - 0.5, warm + 0.5, color="#ececee", zorder=0, linewidth=0)
+    ax.set(xlabel="epoch", ylabel=TRAINING_LABELS[quantity], xlim=(data.epoch.min() - 0.5, data.epoch.max() + 0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if legend:
+        ax.legend()
     return ax
 
 
-def plot_activation_distortion(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Worst to best channel SQNR of one layer per granularity: columns granularity, channel, sqnr_db, layer, bits."""
+def plot_synthetic_images(data: pd.DataFrame, *, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    """Generated images, a column for every label and a row for every epoch (and sample), teacher's confidence below.
+
+    Args:
+        data: of ``measure_generated_images``; a column ``epoch`` stacks several snapshots.
+        names: class names for the columns; default the label numbers.
+        ax: default the current Axes.
+    """
     ax = ax or plt.gca()
-    names = {"per_tensor": "layerwise", "per_channel": "per_channel", "per_sample_channel": "release"}
-    for granularity, rows in data.groupby("granularity", sort=False):
-        color, marker = ROLES[names[str(granularity)]]
-        values = rows.sqnr_db.sort_values()
-        ax.plot(
-            range(1, len(values) + 1),
-            values,
-            color=color,
-            marker=marker,
-            markersize=3,
-            label=str(granularity),
-        )
-    ax.axhline(0, color="#9c9ca1", linewidth=0.6)
-    ax.set(
-        xlabel="channel, worst first",
-        ylabel="SQNR (dB)",
-        title=f"{data.layer.iloc[0]} at {data.bits.iloc[0]} bits",
-    )
-    ax.legend()
+    keys = (["epoch"] if "epoch" in data else []) + ["sample"]
+    groups = [(key, rows.sort_values("label")) for key, rows in data.groupby(keys)]
+    size, classes = int(data["size"].iloc[0]), data.label.nunique()
+    cell, line = round(size * 1.06), round(size * 1.36)  # a gap beside each image and a line of text below
+    canvas = np.full((line * len(groups), cell * classes, 3), 255, np.uint8)
+    for y, (_, rows) in enumerate(groups):
+        for x, row in enumerate(rows.itertuples()):
+            canvas[y * line : y * line + size, x * cell : x * cell + size] = decode_pixels(str(row.pixels), size)
+            ax.text(x * cell + size / 2, y * line + size * 1.2, f"{row.confidence:.0%}", ha="center", va="center",
+                    fontsize=6)  # fmt: skip
+    ax.imshow(canvas, interpolation="nearest")
+    labels = names or [str(v) for v in sorted(data.label.unique())]
+    ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels)
+    ax.set_yticks([y * line + size / 2 for y in range(len(groups))],
+                  [f"epoch {key[0]}" if "epoch" in data else f"sample {key[-1]}" for key, _ in groups])  # fmt: skip
+    ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    ax.set(xlabel="below each image: the teacher's probability of the label that was asked for")
+    ax.spines[:].set_visible(False)
     return ax
 
 
-def plot_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """A grid of generated images: columns image, row, column, red, green, blue in [0, 1], label."""
+GAP_LABELS = {
+    "ks_distance": "Kolmogorov-Smirnov\ndistance",
+    "mean": "difference of means\n(real standard deviations)",
+    "variance": "variance, synthetic / real",
+}
+
+
+def plot_synthetic_gap(
+    data: pd.DataFrame, *, quantity: str = "ks_distance", legend: bool = True, ax: Axes | None = None
+) -> Axes:
+    """Distance of synthetic from real activations, per layer: every channel a point, a bar at each median.
+
+    Args:
+        data: of ``measure_synthetic_gap``; a column ``pair`` holds several comparisons, such as real against real,
+            which shows how much of a distance is the sample.
+        quantity: ``"ks_distance"``, ``"mean"`` or ``"variance"``.
+        legend: names the pairs.
+        ax: default the current Axes.
+    """
     ax = ax or plt.gca()
-    count, size = data.image.nunique(), data.row.max() + 1
-    pixels = data.sort_values(["image", "row", "column"])[["red", "green", "blue"]].to_numpy()
-    grid = pixels.reshape(count, size, size, 3).transpose(1, 0, 2, 3).reshape(size, count * size, 3)
-    ax.imshow(grid, interpolation="nearest")
-    labels = data.drop_duplicates("image").sort_values("image").label
-    ax.set_xticks([size * (i + 0.5) for i in range(count)], [str(v) for v in labels])
-    ax.set_yticks([])
-    ax.set(xlabel="label the generator was asked for", title="Synthetic images")
+    layers = list(dict.fromkeys(data.layer))
+    data = data if "pair" in data else data.assign(pair="synthetic against real")
+    pairs = list(dict.fromkeys(data.pair))
+    live = data[(data.variance_real > 0) & (data.variance_synthetic > 0)]
+    values = {
+        "ks_distance": live.ks_distance,
+        "mean": (live.mean_synthetic - live.mean_real).abs() / live.variance_real**0.5,
+        "variance": live.variance_synthetic / live.variance_real,
+    }[quantity]
+    for i, pair in enumerate(pairs):
+        look, offset = role("synthetic" if i == 0 else "real"), (i - (len(pairs) - 1) / 2) * 0.36
+        chosen = values[live.pair == pair]
+        layer = live.layer[live.pair == pair]
+        x = layer.map({name: n for n, name in enumerate(layers)}) + offset
+        ax.scatter(x, chosen, s=5, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
+                   label=pair)  # fmt: skip
+        median = chosen.groupby(layer).median().reindex(layers)
+        ax.hlines(median, np.arange(len(layers)) + offset - 0.15, np.arange(len(layers)) + offset + 0.15, color="black",
+                  linewidth=1.2)  # fmt: skip
+    if quantity == "variance":
+        ax.set_yscale("log")
+        ax.axhline(1, color=_GREY, linewidth=0.6)
+    else:
+        ax.set_ylim(0)
+    ax.set_ylabel(GAP_LABELS[quantity])
+    _layer_ticks(ax, layers)
+    if legend:
+        ax.legend(markerscale=2, ncols=2)
     return ax
+
+
+def results_table(data: pd.DataFrame) -> pd.DataFrame:
+    """Published and measured accuracies side by side: one row per method and bit width, best first.
+
+    Args:
+        data: as for ``plot_accuracy_bits``.
+
+    Returns:
+        Columns dataset, network, bits, method, kind (measured, published), top1_percent (mean over seeds, last
+        epoch), std, n, teacher_top1_percent, source. Write it with ``to_csv``, ``to_markdown`` or ``to_latex``.
+    """
+    raise NotImplementedError
+
+
+def plot_results_table(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """The frame of ``results_table`` as dots with their spread, one line a method, measured filled, published open.
+
+    Args:
+        data: of ``results_table``, one bit width.
+        ax: default the current Axes.
+    """
+    raise NotImplementedError
+
+
+def short_layer(name: str) -> str:
+    """A layer name without the parts that every layer has: ``features.stage2.unit1.body.conv1.conv`` -> s2.u1.conv1."""
+    words = [w for w in name.split(".") if w not in ("features", "body", "layers", "model")]
+    if len(words) > 1 and words[-1] in ("conv", "0"):
+        words.pop()
+    shorter = {"stage": "s", "unit": "u", "layer": "l"}
+    words = [next((s + w.removeprefix(k) for k, s in shorter.items() if w.removeprefix(k).isdigit()), w) for w in words]
+    return ".".join(words)
+
+
+def dataset_name(name: str) -> str:
+    """``folder:/some/where`` without the path, which means nothing to a reader."""
+    return "image folder" if name.startswith("folder:") else name
 
 
 def save_figure(
-    name: str, data: pd.DataFrame, plot: Callable[..., Axes], folder: Path, width: float = 3.3, height: float = 2.4
+    name: str,
+    data: pd.DataFrame,
+    plot: Callable[..., Axes],
+    folder: Path,
+    width: float = 3.3,
+    height: float = 2.4,
+    panels: Callable[[pd.DataFrame], list[list[Callable[..., Axes]]]] | None = None,
 ) -> None:
-    """CSV first, then a picture drawn from that CSV alone, as SVG and PNG without dates: the same bytes every time."""
+    """CSV first, then a picture drawn from that CSV alone, as SVG and PNG without dates: the same bytes every time.
+
+    Args:
+        name: file name without its ending.
+        data: the frame.
+        plot: draws a single panel.
+        folder: made if missing; files of this name in it are replaced.
+        width: inches.
+        height: inches.
+        panels: from the frame, rows of plot functions, one for each panel; replaces ``plot``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data.to_csv(folder / f"{name}.csv", index=False)
+    draw_figure(name, plot, folder, width, height, panels)
+
+
+def draw_figure(
+    name: str,
+    plot: Callable[..., Axes],
+    folder: Path,
+    width: float = 3.3,
+    height: float = 2.4,
+    panels: Callable[[pd.DataFrame], list[list[Callable[..., Axes]]]] | None = None,
+) -> None:
+    """Draw ``folder/name.csv`` as SVG and PNG; arguments as for ``save_figure``."""
+    data = pd.read_csv(folder / f"{name}.csv")
     backend = matplotlib.get_backend()
-    plt.switch_backend("agg")
-    try:
-        with plt.style.context(STYLE):
-            figure, ax = plt.subplots(figsize=(width, height))
-            plot(pd.read_csv(folder / f"{name}.csv"), ax=ax)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-            plt.close(figure)
-    finally:
-        plt.switch_backend(backend)
+    with ExitStack() as stack:
+        stack.callback(plt.switch_backend, backend)
+        plt.switch_backend("agg")
+        stack.enter_context(plt.style.context(STYLE))
+        grid = panels(data) if panels else [[plot]]
+        figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=(width, height), squeeze=False)
+        for row, line in zip(grid, axes, strict=True):
+            for draw, ax in zip(row, line, strict=True):
+                draw(data, ax=ax)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        plt.close(figure)
+
+
+def _select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    for column, value in values.items():
+        data = data[data[column] == value]
+        if data.empty:
+            raise ValueError(f"the data hold no row with {column} = {value!r}")
+    return data
+
+
+def _shown(values: pd.Series, metric: str) -> np.ndarray:
+    return np.minimum(values.to_numpy(), SQNR_CEILING) if metric == "sqnr_db" else values.to_numpy()
+
+
+def _per(row: pd.Series) -> str:
+    return role(str(row.granularity)).label.split(" (")[0]
+
+
+def _layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
+    ax.set_xticks(range(len(layers)), [short_layer(name) for name in layers], rotation=90, fontsize=6)
+    ax.set_xlim(-0.6, len(layers) - 0.4)
