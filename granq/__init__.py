@@ -54,6 +54,7 @@ _PUBLIC = {
     ),
     "generator": ("Generator", "build_generator", "synthesize"),
     "models": ("build_network", "load_teacher", "save_teacher", "top1_on", "train_teacher"),
+    "registry": ("FIGURES", "Setting", "make_figure", "redraw_figure"),
     "qat": ("QATConfig", "Result", "quick", "train"),
     "quantizer": ("GRANULARITIES", "QParams", "choose_qparams", "dequantize", "fake_quantize", "quantize"),
 }

@@ -495,7 +495,7 @@ def save_figure(
         panels: from the frame, rows of plot functions, one for each panel; replaces ``plot``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data.to_csv(folder / f"{name}.csv", index=False)
+    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     draw_figure(name, plot, folder, width, height, panels)
 
 

@@ -1,0 +1,422 @@
+"""Every figure by name: its question, how it is measured, how it is drawn. ``granq figures`` runs this list.
+
+``measure -> CSV -> plot``: a figure's frame is written with its provenance in every row, read back, and drawn from the
+CSV alone. A :class:`Setting` holds what the measurements share (teacher, images, one zero-shot run) and makes each of
+them once, at first use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from granq import analysis, figures, models, qat
+from granq.convert import SCHEMES
+from granq.data import DataSpec, ImageData, batches, describe_data, load_split
+from granq.generator import build_generator, synthesize
+
+PRESETS = ("quick", "cifar10")
+PUBLISHED = Path(__file__).with_name("published_results.csv")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a preset measures. The bits are those at which its data show an effect."""
+
+    images: int  # real, and as many synthetic
+    bits: int  # of the single-width figures; digits lose nothing at 3
+    accuracy_bits: tuple[int, ...]
+    accuracy_seeds: int
+    run: dict[str, int]  # settings of a zero-shot run
+    snapshots: tuple[int, ...]  # epochs after which the generator draws
+
+
+BUDGETS = {
+    "quick": Budget(
+        images=256, bits=2, accuracy_bits=(2, 3, 4), accuracy_seeds=2,
+        run=dict(epochs=6, iterations=20, warmup_epochs=3, batch_size=32), snapshots=(1, 3, 6),
+    ),
+    "cifar10": Budget(
+        images=1024, bits=3, accuracy_bits=(3, 4, 5), accuracy_seeds=3,
+        run=dict(epochs=6, iterations=100, warmup_epochs=4, batch_size=64), snapshots=(1, 2, 4, 6),
+    ),
+}  # fmt: skip
+
+
+class Setting:
+    """What the measurements of one preset share.
+
+    Args:
+        preset: ``"quick"`` (digits; the teacher is trained here unless given) or ``"cifar10"``.
+        data: dataset name; digits or cifar10 by default.
+        network: name in pytorchcv or torchvision.
+        teacher: checkpoint file; ``quick`` trains one without it, ``cifar10`` downloads.
+        runs: folders of finished ``granq quantize`` runs with this teacher: the first gives the generator, all give
+            training curves. Without them a short ``release`` run is made here.
+        out: folder of the figures, where results of long runs are looked up.
+        device: auto, cpu, cuda or mps.
+        seed: of everything that draws.
+
+    Raises:
+        ValueError: unknown preset or dataset, missing files, or runs of another network.
+    """
+
+    def __init__(
+        self,
+        preset: str = "quick",
+        *,
+        data: str | None = None,
+        network: str = "resnet20_cifar10",
+        teacher: Path | None = None,
+        runs: tuple[Path, ...] = (),
+        out: Path = Path("figures"),
+        device: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        self.preset, self.budget, self.network, self.seed = preset, BUDGETS[preset], network, seed
+        self.data = data or ("digits" if preset == "quick" else "cifar10")
+        self.teacher_file, self.runs, self.out = teacher, runs, out
+        self.device = qat.resolve_device(device)
+        self._described = describe_data(self.data, network)
+        if teacher is not None and not teacher.is_file():
+            raise ValueError(f"teacher file {str(teacher)!r} does not exist")
+        for run in runs:
+            if not all((run / name).is_file() for name in ("config.json", "checkpoint.pt", "history.csv")):
+                raise ValueError(f"{run} holds no run (config.json, checkpoint.pt, history.csv)")
+            if (other := json.loads((run / "config.json").read_text())["network"]) != network:
+                raise ValueError(f"{run} is a run of {other}, not of {network}")
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, DataSpec, float]:
+        if self.teacher_file is None and self.preset == "quick":
+            model, top1 = models.train_teacher(
+                self.network, self._described, epochs=12, batch_size=64, seed=self.seed, device=self.device
+            )
+            return model, self._described, top1
+        model, spec = models.load_teacher(self.network, self._described, self.teacher_file, self.device)
+        return model, spec, models.top1_on(model, load_split(spec, "test"), spec, self.device)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The full-precision network in eval mode."""
+        return self._loaded[0]
+
+    @property
+    def spec(self) -> DataSpec:
+        """The data, with the normalization that belongs to the teacher."""
+        return self._loaded[1]
+
+    @cached_property
+    def test(self) -> ImageData:
+        """The test split."""
+        return load_split(self.spec, "test")
+
+    def real(self, part: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
+        """Batches of real test images in an order drawn once; ``part`` 0 and 1 are disjoint samples of equal size."""
+        order = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        count = min(self.budget.images, len(order) // 2)
+        subset = Subset(cast(Any, self.test), order[part * count : (part + 1) * count])
+        return (images for images, _ in batches(cast(Any, subset), self.spec, batch_size))
+
+    def synthetic(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """As many generated images as real ones, drawn as during the run: BatchNorm with the batch's statistics."""
+        generator = self.zero_shot[0].train()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            for _ in range(0, min(self.budget.images, len(self.test) // 2), batch_size):
+                yield synthesize(cast(Any, generator), batch_size, self.device)[0]
+
+    def config(self, **changes: Any) -> qat.QATConfig:
+        """Settings of a zero-shot run in this preset."""
+        bits = dict(weight_bits=self.budget.bits, act_bits=self.budget.bits)
+        rate = {"student_lr": 1e-3} if self.preset == "quick" else {}
+        values: dict[str, Any] = {**self.budget.run, **bits, **rate}
+        values |= dict(image_size=self.spec.image_size, seed=self.seed, device=self.device)
+        return qat.QATConfig(**(values | changes))
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Top-1 on the test split in percent."""
+        return models.top1_on(model, self.test, self.spec, self.device)
+
+    @cached_property
+    def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
+        """Generator, history and generated images over training, of the given runs or of a short one made here."""
+        if self.runs:
+            return self._read_runs()
+        trainer = qat.Trainer(self.teacher, self.config())
+        frames = []
+        while trainer.epoch < trainer.config.epochs:
+            trainer.run_epoch(self.evaluate)
+            if trainer.epoch in self.budget.snapshots:
+                drawn = analysis.measure_generated_images(trainer.generator, self.teacher, self.spec, seed=self.seed)
+                frames.append(drawn.assign(epoch=trainer.epoch))
+        history = _history(pd.DataFrame(trainer.rows), trainer.config)
+        return trainer.generator, history, pd.concat(frames, ignore_index=True)
+
+    def _read_runs(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
+        configs = [qat.QATConfig.from_dict(json.loads((r / "config.json").read_text())["config"]) for r in self.runs]
+        history = [_history(pd.read_csv(r / "history.csv"), c) for r, c in zip(self.runs, configs, strict=True)]
+        state = torch.load(self.runs[0] / "checkpoint.pt", map_location=self.device, weights_only=True)
+        generator = build_generator(self.spec.classes, self.spec.image_size).to(self.device)
+        generator.load_state_dict(state["generator"])
+        generator.train()
+        drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, seed=self.seed)
+        return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=state["epoch"])
+
+    def layers(self, count: int) -> list[str]:
+        """``count`` convolutions spread evenly over the depth, neither the first nor the last layer."""
+        names = analysis.layer_names(self.teacher)
+        inner = [n for n in names[1:-1] if isinstance(self.teacher.get_submodule(n), nn.Conv2d)] or names
+        return [inner[(i + 1) * len(inner) // (count + 1)] for i in range(count)]
+
+    def facts(self, teacher: bool = True) -> dict[str, Any]:
+        """Provenance, written into every row of a CSV."""
+        facts: dict[str, Any] = {"preset": self.preset, "seed": self.seed, "commit": _commit()}
+        if teacher:
+            name = figures.dataset_name(self.data)
+            facts |= dict(dataset=name, network=self.network, teacher_top1=self._loaded[2])
+        versions = qat.versions(self.device)
+        return facts | {k: versions[k] for k in ("torch", "device")}
+
+
+def _history(rows: pd.DataFrame, config: qat.QATConfig) -> pd.DataFrame:
+    bits = f"W{config.weight_bits}A{config.act_bits}"
+    return rows.assign(scheme=config.scheme, bits=bits, seed=config.seed, recipe=config.recipe)
+
+
+def _commit() -> str:
+    """The commit of the checkout this runs from, with ``+`` if the sources differ from it; empty outside of one."""
+    root = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=root, capture_output=True)
+    except OSError:  # no git here
+        return ""
+    return head.stdout.strip() + ("+" if changed.returncode == 1 else "")
+
+
+# How each figure is measured
+
+
+def _granularity_maps(s: Setting) -> pd.DataFrame:
+    images = next(s.real(batch_size=32))
+    return analysis.measure_scale_maps(s.teacher, images, s.layers(1)[0], s.budget.bits)
+
+
+def _activation_distortion(s: Setting) -> pd.DataFrame:
+    return analysis.measure_activation_distortion(s.teacher, s.real(), s.layers(3))
+
+
+def _channel_scales(s: Setting) -> pd.DataFrame:
+    measure = partial(analysis.measure_channel_scales, s.teacher, bits=s.budget.bits)
+    frames = [measure(s.synthetic(), source="synthetic"), measure(s.real(), source="real")]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _layer_error(s: Setting) -> pd.DataFrame:
+    frame = analysis.measure_layer_error(
+        s.teacher, s.real(), list(SCHEMES), s.budget.bits, calibration=list(itertools.islice(s.real(1), 2))
+    )
+    # the layer that hurts most, over all schemes, channel by channel
+    worst = frame[frame["mode"] == "local"].groupby("layer").sqnr_db.mean().idxmin()
+    channels = analysis.measure_layer_error(
+        s.teacher, s.real(), list(SCHEMES), s.budget.bits, layers=[str(worst)], per_channel=True,
+        calibration=list(itertools.islice(s.real(1), 2)),
+    )  # fmt: skip
+    return pd.concat([frame, channels], ignore_index=True)
+
+
+def _synthetic_gap(s: Setting) -> pd.DataFrame:
+    measure = partial(analysis.measure_synthetic_gap, s.teacher)
+    return pd.concat(
+        [
+            measure(s.synthetic(), s.real()).assign(pair="synthetic against real"),
+            measure(s.real(1), s.real()).assign(pair="real against other real"),
+        ],
+        ignore_index=True,
+    )
+
+
+def measure_accuracy(s: Setting) -> pd.DataFrame:
+    """Rows of ``granq quantize`` for every scheme, width and seed, with the published results below them.
+
+    ``quick`` makes the runs; ``cifar10`` takes ``results_cifar10.csv`` from the figure folder, hours of runs.
+    """
+    if s.preset == "quick":
+        rows = []
+        for bits, scheme, k in itertools.product(s.budget.accuracy_bits, SCHEMES, range(s.budget.accuracy_seeds)):
+            config = s.config(scheme=scheme, weight_bits=bits, act_bits=bits, seed=s.seed + k)
+            result = qat.train(s.teacher, config, evaluate=s.evaluate)
+            values = dict(scheme=scheme, bits=f"W{bits}A{bits}", recipe=config.recipe, seed=config.seed)
+            values |= dict(ptq_top1=result.ptq_top1, last_top1=result.last_top1, best_top1=result.best_top1)
+            rows.append(s.facts() | values | {"seconds": round(result.seconds, 1)})
+        return pd.DataFrame(rows)
+    path = s.out / "results_cifar10.csv"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; its rows are printed by granq quantize --json")
+    measured = pd.read_csv(path)
+    return pd.concat([measured, _published(measured)], ignore_index=True)
+
+
+def _published(measured: pd.DataFrame) -> pd.DataFrame:
+    """Published results for the same images, network and widths, in the columns of the measured rows."""
+    table = pd.read_csv(PUBLISHED)
+    teachers = table[table.method == "full precision"].set_index(["dataset", "network", "source"]).top1_percent
+    table = table[(table.dataset == "CIFAR-10") & (table.network == "ResNet-20")]
+    table = table.assign(bits=[f"W{b}A{b}" for b in table.bits])
+    table = table[table.bits.isin(measured.bits)]
+    own = [teachers.get((r.dataset, r.network, r.source)) for r in table.itertuples()]
+    return pd.DataFrame(
+        dict(dataset=table.dataset, network=table.network, scheme=table.method, bits=table.bits, source=table.source,
+             last_top1=table.top1_percent, std=table["std"], teacher_top1=own)
+    )  # fmt: skip
+
+
+# How each figure is drawn: rows of panels, each a plot function with its keywords set
+
+Grid = list[list[Callable[..., Axes]]]
+
+
+def _map_panels(data: pd.DataFrame) -> Grid:
+    names = list(dict.fromkeys(data.granularity))
+    draw = figures.plot_granularity_maps
+    return [[partial(draw, granularity=name, colorbar=name == names[-1]) for name in names]]
+
+
+def _distortion_panels(data: pd.DataFrame) -> Grid:
+    rows = itertools.product(dict.fromkeys(data.layer), ("density", "error"))
+    draw = figures.plot_activation_distortion
+    return [[partial(draw, layer=n, bits=k, quantity=q) for k in sorted(set(data.bits))] for n, q in rows]
+
+
+def _error_panels(data: pd.DataFrame) -> Grid:
+    modes = analysis.MODES
+    grid: Grid = [
+        [partial(figures.plot_layer_error, metric=m, mode=mode, legend=m == "sqnr_db" and mode == "local")
+         for mode in modes]
+        for m in ("sqnr_db", "mse", "cosine_similarity")
+    ]  # fmt: skip
+    return [*grid, [partial(figures.plot_channel_error, mode=mode, legend=False) for mode in modes]]
+
+
+def _curve_panels(data: pd.DataFrame) -> Grid:
+    names = list(figures.TRAINING_LABELS)
+    return [[partial(figures.plot_training_curves, quantity=name, legend=name == names[0]) for name in names]]
+
+
+def _gap_panels(data: pd.DataFrame) -> Grid:
+    return [[partial(figures.plot_synthetic_gap, quantity=q, legend=q == "ks_distance")] for q in figures.GAP_LABELS]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: the question it answers, its data, its picture, and its description for those who cannot see it."""
+
+    question: str
+    measure: Callable[[Setting], pd.DataFrame]
+    plot: Callable[..., Axes]
+    size: tuple[float, float]  #: width and height in inches
+    alt: str
+    panels: Callable[[pd.DataFrame], Grid] | None = None
+    teacher: bool = True  #: the measurement depends on the teacher, which its provenance then names
+
+
+FIGURES: dict[str, Figure] = {
+    "granularity_maps": Figure(
+        "What do the scales look like?",
+        _granularity_maps,
+        figures.plot_granularity_maps,
+        (6.8, 2.4),
+        "Maps of images by channels, colored by quantization step, one map per granularity: one color for per tensor, "
+        "vertical stripes for per channel, horizontal stripes for per image, single cells for GranQ.",
+        _map_panels,
+    ),
+    "activation_distortion": Figure(
+        "What do few bits do to activations?",
+        _activation_distortion,
+        figures.plot_activation_distortion,
+        (6.8, 9.0),
+        "For three layers and 3, 4 and 5 bits: density of the activations in full precision and under per-tensor, "
+        "per-channel and GranQ scales, and below it the root mean square error by activation value.",
+        _distortion_panels,
+    ),
+    "channel_scales": Figure(
+        "How far apart are the channels?",
+        _channel_scales,
+        figures.plot_channel_scales,
+        (6.8, 3.2),
+        "A logarithmic axis of quantization steps over all layers, one point per channel, synthetic images beside "
+        "real ones, with a bar at each median.",
+    ),
+    "layer_error": Figure(
+        "Which layer is guilty?",
+        _layer_error,
+        figures.plot_layer_error,
+        (6.8, 8.4),
+        "SQNR, mean square error and cosine similarity over the layers, one line per scheme, left with clean inputs "
+        "and right with quantized inputs; the bottom row shows every channel of the worst layer.",
+        _error_panels,
+    ),
+    "accuracy_bits": Figure(
+        "How much accuracy is left at each bit width?",
+        measure_accuracy,
+        figures.plot_accuracy_bits,
+        (6.8, 2.8),
+        "Test accuracy over bit widths, one column of points per scheme, open points before training and filled "
+        "points after it, with the teacher as a dotted line and published results as dashes where there are any.",
+    ),
+    "training_curves": Figure(
+        "How does a run go?",
+        lambda s: s.zero_shot[1],
+        figures.plot_training_curves,
+        (6.8, 1.9),
+        "Five small panels over epochs: generator loss, student loss, BatchNorm distance, the teacher's accuracy on "
+        "synthetic images and the student's test accuracy, with the warm-up shaded.",
+        _curve_panels,
+    ),
+    "synthetic_images": Figure(
+        "What does the generator draw?",
+        lambda s: s.zero_shot[2],
+        figures.plot_synthetic_images,
+        (6.8, 3.2),
+        "Generated images, one column per class and one row per epoch, each with the teacher's probability of the "
+        "class that was asked for.",
+    ),
+    "synthetic_gap": Figure(
+        "How far are synthetic images from real ones, seen from inside the network?",
+        _synthetic_gap,
+        figures.plot_synthetic_gap,
+        (6.8, 5.6),
+        "Three rows over the layers: Kolmogorov-Smirnov distance, difference of means and ratio of variances, one "
+        "point per channel, synthetic against real images beside real against other real images.",
+        _gap_panels,
+    ),
+}
+
+
+def make_figure(name: str, setting: Setting) -> None:
+    """Measure one figure and write its CSV, SVG and PNG into ``setting.out``."""
+    figure = FIGURES[name]
+    data = figure.measure(setting)
+    facts = {k: v for k, v in setting.facts(figure.teacher).items() if k not in data}
+    figures.save_figure(name, data.assign(**facts), figure.plot, setting.out, *figure.size, figure.panels)
+
+
+def redraw_figure(name: str, folder: Path) -> None:
+    """Draw ``folder/name.csv`` again, without measuring."""
+    figure = FIGURES[name]
+    figures.draw_figure(name, figure.plot, folder, *figure.size, figure.panels)
