@@ -17,7 +17,8 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from granq.analysis import decode_pixels
 
@@ -42,10 +43,9 @@ ROLES = {
     "release": Role("release (GranQ)", _RED, "D", "-"),
     "strict": Role("strict", _PLUM, "v", (0, (4, 1, 1, 1, 1, 1))),
     "foldable": Role("foldable", _VIOLET, "P", (0, (1, 1))),
-    "synthetic": Role("synthetic images", "#222222", ".", "-"),
+    "synthetic": Role("synthetic images", "#222222", "X", "-"),
     "real": Role("real images", _GREY, "s", ":"),
 }
-#: Granularities of activations share the look of the scheme that is built on them.
 _GRANULARITY_ROLE = {
     "per_tensor": ROLES["layerwise"]._replace(label="per tensor (layer-wise)"),
     "per_channel": ROLES["per_channel"]._replace(label="per channel"),
@@ -57,8 +57,13 @@ SQNR_CEILING = 60.0  # decibels; beyond it (1x1 kernels with their own scale rea
 
 
 def role(name: str) -> Role:
-    """Look of a scheme, granularity or image source; an unknown name is drawn black."""
-    return ROLES.get(name) or _GRANULARITY_ROLE.get(name) or Role(name, "#222222", "x")
+    """Look of a scheme or image source; an unknown name is drawn black."""
+    return ROLES.get(name, Role(name, "#222222", "x"))
+
+
+def granularity_role(name: str) -> Role:
+    """Look of a granularity of activations: that of the scheme which is built on it."""
+    return _GRANULARITY_ROLE.get(name, Role(name, "#222222", "x"))
 
 
 def plot_granularity_maps(
@@ -82,9 +87,13 @@ def plot_granularity_maps(
     )  # fmt: skip
     name = rows.granularity.iloc[0]
     count = rows.scale.nunique()
-    ax.set(title=f"{role(name).label}\n{count} scale{'s' * (count > 1)}", xlabel="channel", ylabel="image")
+    label = granularity_role(name).label.replace(" and ", "\nand ").replace(" (layer", "\n(layer")
+    ax.set(title=f"{label}\n{count} scale{'s' * (count > 1)}", xlabel="channel", ylabel="image")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     if colorbar:
-        ax.figure.colorbar(mesh, ax=ax, label="scale (step, units of activation)")
+        bar = ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)")
+        _plain_log(bar.ax.yaxis)
     return ax
 
 
@@ -93,7 +102,7 @@ def plot_activation_distortion(
     *,
     layer: str | None = None,
     bits: int | None = None,
-    quantity: str = "density",
+    quantity: str = "distribution",
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
@@ -103,31 +112,38 @@ def plot_activation_distortion(
         data: of ``measure_activation_distortion``.
         layer: default the first.
         bits: default the first.
-        quantity: ``"density"`` of the values, or ``"error"``, root mean square by activation value.
-        legend: with the SQNR of every granularity in it.
+        quantity: ``"distribution"``, the share of values above each activation, in which quantization levels are
+            stairs; or ``"error"``, root mean square by activation value, where at least 1 value in 100,000 lies.
+        legend: names the granularities; the title holds the SQNR of each, in the same order.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
     rows = _select(data, layer=layer or data.layer.iloc[0], bits=bits or data.bits.iloc[0])
     edges = [*rows.drop_duplicates("bin_left").bin_left, rows.bin_right.max()]
-    if quantity == "density":
+    if quantity == "distribution":
         first = rows[rows.granularity == rows.granularity.iloc[0]]
-        ax.stairs(first.density_full_precision, edges, fill=True, color="#d9d9dc", label="full precision")
-    for name, part in rows.groupby("granularity", sort=False):
-        look = role(str(name))
-        text = f"{look.label}, {part.sqnr_db.iloc[0]:.1f} dB"
-        if quantity == "density":
-            ax.stairs(part.density_quantized, edges, color=look.color, linestyle=look.dash, linewidth=1, label=text)
-        else:
-            center = (part.bin_start + part.bin_right) / 2
-            ax.plot(center, part.rms_error, color=look.color, linestyle=look.dash, marker=look.marker, markevery=8,
-                    markersize=3, linewidth=1, label=text)  # fmt: skip
-    ax.set(xlabel="activation", title=f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits")
-    ax.set_ylabel("density" if quantity == "density" else "RMS error")
-    if quantity == "density":
+        above = _share_above(first.density_full_precision, edges)
+        ax.stairs(above, edges, fill=True, color="#d9d9dc", label="full precision")
         ax.set_yscale("log")
-    else:
-        ax.set_ylim(0)
+        ax.set_ylim(max(1e-5, above[above > 0].min()), 1)
+    for name, part in rows.groupby("granularity", sort=False):
+        look = granularity_role(str(name))
+        if quantity == "distribution":
+            above = _share_above(part.density_quantized, edges)
+            ax.stairs(above, edges, color=look.color, linestyle=look.dash, linewidth=1, label=look.label, baseline=None)
+        else:
+            part = part[part.density_full_precision * (part.bin_right - part.bin_left) >= 1e-5]
+            center = (part.bin_left + part.bin_right) / 2
+            ax.plot(center, part.rms_error, color=look.color, linestyle=look.dash, marker=look.marker, markevery=8,
+                    markersize=3, linewidth=1, label=look.label)  # fmt: skip
+            ax.set_ylim(0)
+    title = f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits"
+    if quantity == "distribution":
+        title += (
+            "\nSQNR " + ", ".join(f"{v:.1f}" for v in rows.groupby("granularity", sort=False).sqnr_db.first()) + " dB"
+        )
+    ax.set(xlabel="activation", title=title)
+    ax.set_ylabel("share of values above" if quantity == "distribution" else "RMS error")
     if legend:
         ax.legend(fontsize=6)
     return ax
@@ -148,16 +164,18 @@ def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         look, offset = role(source), (i - (len(sources) - 1) / 2) * 0.36
         rows = live[live.source == source]
         x = rows.layer.map({name: n for n, name in enumerate(layers)}) + offset
-        ax.scatter(x, rows.scale, s=5, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
+        ax.scatter(x, rows.scale, s=7, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
                    label=f"{look.label}, n = {rows.images.iloc[0]}")  # fmt: skip
         median = rows.groupby("layer").scale.median().reindex(layers)
         ax.hlines(median, np.arange(len(layers)) + offset - 0.15, np.arange(len(layers)) + offset + 0.15, color="black",
                   linewidth=1.2)  # fmt: skip
     first = data.iloc[0]
     ax.set_yscale("log")
-    ax.set(ylabel=f"scale at {first.bits} bits\n(step, units of activation)", title=f"one scale {_per(first)}")
+    _plain_log(ax.yaxis)
+    ax.set_ylabel(f"scale at {first.bits} bits\n(step, in units of the activation)")
+    ax.set_title(f"one scale {granularity_role(first.granularity).label.split(' (')[0]}", loc="left")
     _layer_ticks(ax, layers)
-    ax.legend(loc="lower left", ncols=len(sources), markerscale=2)
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sources), markerscale=1.5, borderaxespad=0)
     return ax
 
 
@@ -167,6 +185,7 @@ def plot_layer_error(
     metric: str = "sqnr_db",
     mode: str = "accumulated",
     legend: bool = True,
+    names: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Error of every layer's output, one line a scheme; rows of single channels in the frame are left out.
@@ -176,6 +195,7 @@ def plot_layer_error(
         metric: ``"sqnr_db"``, ``"mse"`` or ``"cosine_similarity"``.
         mode: ``"local"`` (clean input) or ``"accumulated"`` (quantized input).
         legend: names the schemes.
+        names: write the layers' names.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
@@ -193,7 +213,7 @@ def plot_layer_error(
     ax.set(title=f"{where}, W{first.weight_bits}A{first.act_bits}", ylabel=METRIC_LABELS[metric])
     if metric == "mse":
         ax.set_yscale("log")
-    _layer_ticks(ax, layers)
+    _layer_ticks(ax, layers, names)
     if legend:
         ax.legend(ncols=2)
     return ax
@@ -322,7 +342,7 @@ TRAINING_LABELS = {
     "student_loss": "student loss",
     "bn_loss": "BatchNorm distance",
     "teacher_top1": "teacher on synthetic\nimages (%)",
-    "test_top1": "student, test top-1 (%)",
+    "test_top1": "student on test\nimages (%)",
 }
 
 
@@ -347,8 +367,10 @@ def plot_training_curves(
                 linewidth=1, label=label)  # fmt: skip
     warm = data.epoch[data.warmup.astype(bool)].max()
     if warm == warm:
-        ax.axvspan(data.epoch.min() - 0.5, warm + 0.5, color="#ececee", zorder=0, linewidth=0)
-    ax.set(xlabel="epoch", ylabel=TRAINING_LABELS[quantity], xlim=(data.epoch.min() - 0.5, data.epoch.max() + 0.5))
+        ax.axvspan(
+            data.epoch.min() - 0.5, warm + 0.5, color="#ececee", zorder=0, linewidth=0, label="warm-up: generator alone"
+        )
+    ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity], xlim=(data.epoch.min() - 0.5, data.epoch.max() + 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if legend:
         ax.legend()
@@ -387,13 +409,18 @@ def plot_synthetic_images(data: pd.DataFrame, *, names: Sequence[str] | None = N
 
 GAP_LABELS = {
     "ks_distance": "Kolmogorov-Smirnov\ndistance",
-    "mean": "difference of means\n(real standard deviations)",
-    "variance": "variance, synthetic / real",
+    "mean": "shift of the mean\n(standard deviations)",
+    "variance": "ratio of variances",
 }
 
 
 def plot_synthetic_gap(
-    data: pd.DataFrame, *, quantity: str = "ks_distance", legend: bool = True, ax: Axes | None = None
+    data: pd.DataFrame,
+    *,
+    quantity: str = "ks_distance",
+    legend: bool = True,
+    names: bool = True,
+    ax: Axes | None = None,
 ) -> Axes:
     """Distance of synthetic from real activations, per layer: every channel a point, a bar at each median.
 
@@ -402,6 +429,7 @@ def plot_synthetic_gap(
             which shows how much of a distance is the sample.
         quantity: ``"ks_distance"``, ``"mean"`` or ``"variance"``.
         legend: names the pairs.
+        names: write the layers' names.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
@@ -419,18 +447,19 @@ def plot_synthetic_gap(
         chosen = values[live.pair == pair]
         layer = live.layer[live.pair == pair]
         x = layer.map({name: n for n, name in enumerate(layers)}) + offset
-        ax.scatter(x, chosen, s=5, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
+        ax.scatter(x, chosen, s=7, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
                    label=pair)  # fmt: skip
         median = chosen.groupby(layer).median().reindex(layers)
         ax.hlines(median, np.arange(len(layers)) + offset - 0.15, np.arange(len(layers)) + offset + 0.15, color="black",
                   linewidth=1.2)  # fmt: skip
     if quantity == "variance":
         ax.set_yscale("log")
+        _plain_log(ax.yaxis)
         ax.axhline(1, color=_GREY, linewidth=0.6)
     else:
         ax.set_ylim(0)
     ax.set_ylabel(GAP_LABELS[quantity])
-    _layer_ticks(ax, layers)
+    _layer_ticks(ax, layers, names)
     if legend:
         ax.legend(markerscale=2, ncols=2)
     return ax
@@ -464,6 +493,7 @@ def short_layer(name: str) -> str:
     words = [w for w in name.split(".") if w not in ("features", "body", "layers", "model")]
     if len(words) > 1 and words[-1] in ("conv", "0"):
         words.pop()
+    words = ["skip" if w in ("identity_conv", "downsample") else w for w in words]
     shorter = {"stage": "s", "unit": "u", "layer": "l"}
     words = [next((s + w.removeprefix(k) for k, s in shorter.items() if w.removeprefix(k).isdigit()), w) for w in words]
     return ".".join(words)
@@ -519,6 +549,8 @@ def draw_figure(
         for row, line in zip(grid, axes, strict=True):
             for draw, ax in zip(row, line, strict=True):
                 draw(data, ax=ax)
+        if axes.size > 1:
+            _share_labels(figure, axes)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         plt.close(figure)
@@ -536,10 +568,35 @@ def _shown(values: pd.Series, metric: str) -> np.ndarray:
     return np.minimum(values.to_numpy(), SQNR_CEILING) if metric == "sqnr_db" else values.to_numpy()
 
 
-def _per(row: pd.Series) -> str:
-    return role(str(row.granularity)).label.split(" (")[0]
+def _share_above(density: pd.Series, edges: Sequence[float]) -> np.ndarray:
+    """Share of the values in each bin or above it."""
+    return (density.to_numpy() * np.diff(edges))[::-1].cumsum()[::-1]
 
 
-def _layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
-    ax.set_xticks(range(len(layers)), [short_layer(name) for name in layers], rotation=90, fontsize=6)
+def _plain_log(axis: Any) -> None:
+    """Ticks 1, 2, 5 written as numbers: a range below one decade has no power of ten to name."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _layer_ticks(ax: Axes, layers: Sequence[str], names: bool = True) -> None:
+    ax.set_xticks(range(len(layers)), [short_layer(n) if names else "" for n in layers], rotation=90, fontsize=6)
     ax.set_xlim(-0.6, len(layers) - 0.4)
+
+
+def _share_labels(figure: Figure, axes: np.ndarray) -> None:
+    """One legend above all panels, and no axis label that the panel to the left or below repeats."""
+    found = {}
+    for ax in axes.flat:
+        if (own := ax.get_legend()) is not None:
+            own.remove()
+        found.update({label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)})
+    if found:
+        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(len(found), 5))
+    for row, column in np.ndindex(axes.shape):
+        ax = axes[row, column]
+        if column and ax.get_ylabel() == axes[row, 0].get_ylabel():
+            ax.set_ylabel("")
+        if row + 1 < len(axes) and ax.get_xlabel() == axes[row + 1, column].get_xlabel():
+            ax.set_xlabel("")

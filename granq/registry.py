@@ -213,7 +213,7 @@ def _commit() -> str:
 
 
 def _granularity_maps(s: Setting) -> pd.DataFrame:
-    images = next(s.real(batch_size=32))
+    images = next(s.real(batch_size=16))
     return analysis.measure_scale_maps(s.teacher, images, s.layers(1)[0], s.budget.bits)
 
 
@@ -298,7 +298,7 @@ def _map_panels(data: pd.DataFrame) -> Grid:
 
 
 def _distortion_panels(data: pd.DataFrame) -> Grid:
-    rows = itertools.product(dict.fromkeys(data.layer), ("density", "error"))
+    rows = itertools.product(dict.fromkeys(data.layer), ("distribution", "error"))
     draw = figures.plot_activation_distortion
     return [[partial(draw, layer=n, bits=k, quantity=q) for k in sorted(set(data.bits))] for n, q in rows]
 
@@ -306,20 +306,20 @@ def _distortion_panels(data: pd.DataFrame) -> Grid:
 def _error_panels(data: pd.DataFrame) -> Grid:
     modes = analysis.MODES
     grid: Grid = [
-        [partial(figures.plot_layer_error, metric=m, mode=mode, legend=m == "sqnr_db" and mode == "local")
+        [partial(figures.plot_layer_error, metric=m, mode=mode, names=m == "cosine_similarity")
          for mode in modes]
         for m in ("sqnr_db", "mse", "cosine_similarity")
     ]  # fmt: skip
-    return [*grid, [partial(figures.plot_channel_error, mode=mode, legend=False) for mode in modes]]
+    return [*grid, [partial(figures.plot_channel_error, mode=mode) for mode in modes]]
 
 
 def _curve_panels(data: pd.DataFrame) -> Grid:
     names = list(figures.TRAINING_LABELS)
-    return [[partial(figures.plot_training_curves, quantity=name, legend=name == names[0]) for name in names]]
+    return [[partial(figures.plot_training_curves, quantity=name) for name in names]]
 
 
 def _gap_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_synthetic_gap, quantity=q, legend=q == "ks_distance")] for q in figures.GAP_LABELS]
+    return [[partial(figures.plot_synthetic_gap, quantity=q, names=q == "variance")] for q in figures.GAP_LABELS]
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ FIGURES: dict[str, Figure] = {
         _activation_distortion,
         figures.plot_activation_distortion,
         (6.8, 9.0),
-        "For three layers and 3, 4 and 5 bits: density of the activations in full precision and under per-tensor, "
+        "For three layers and 3, 4 and 5 bits: share of values above each activation, in full precision and under per-tensor, "
         "per-channel and GranQ scales, and below it the root mean square error by activation value.",
         _distortion_panels,
     ),
@@ -366,7 +366,7 @@ FIGURES: dict[str, Figure] = {
         "Which layer is guilty?",
         _layer_error,
         figures.plot_layer_error,
-        (6.8, 8.4),
+        (6.8, 7.2),
         "SQNR, mean square error and cosine similarity over the layers, one line per scheme, left with clean inputs "
         "and right with quantized inputs; the bottom row shows every channel of the worst layer.",
         _error_panels,
@@ -383,7 +383,7 @@ FIGURES: dict[str, Figure] = {
         "How does a run go?",
         lambda s: s.zero_shot[1],
         figures.plot_training_curves,
-        (6.8, 1.9),
+        (6.8, 1.8),
         "Five small panels over epochs: generator loss, student loss, BatchNorm distance, the teacher's accuracy on "
         "synthetic images and the student's test accuracy, with the warm-up shaded.",
         _curve_panels,
@@ -400,7 +400,7 @@ FIGURES: dict[str, Figure] = {
         "How far are synthetic images from real ones, seen from inside the network?",
         _synthetic_gap,
         figures.plot_synthetic_gap,
-        (6.8, 5.6),
+        (6.8, 4.6),
         "Three rows over the layers: Kolmogorov-Smirnov distance, difference of means and ratio of variances, one "
         "point per channel, synthetic against real images beside real against other real images.",
         _gap_panels,
