@@ -113,7 +113,8 @@ def plot_activation_distortion(
         layer: default the first.
         bits: default the first.
         quantity: ``"distribution"``, the share of values above each activation, in which quantization levels are
-            stairs; or ``"error"``, root mean square by activation value, where at least 1 value in 100,000 lies.
+            stairs, up to the activation that 0.2 % of the values exceed and without the lowest bin, which holds the
+            zeros; or ``"error"``, root mean square by activation value, where at least 1 value in 100,000 lies.
         legend: names the granularities; the title holds the SQNR of each, in the same order.
         ax: default the current Axes.
     """
@@ -124,8 +125,8 @@ def plot_activation_distortion(
         first = rows[rows.granularity == rows.granularity.iloc[0]]
         above = _share_above(first.density_full_precision, edges)
         ax.stairs(above, edges, fill=True, color="#d9d9dc", label="full precision")
-        ax.set_yscale("log")
-        ax.set_ylim(max(1e-5, above[above > 0].min()), 1)
+        ax.set_xlim(edges[0], edges[max(1, int((above > 0.002).sum()))])
+        ax.set_ylim(0, 1.15 * above[1])
     for name, part in rows.groupby("granularity", sort=False):
         look = granularity_role(str(name))
         if quantity == "distribution":
@@ -596,6 +597,8 @@ def _share_labels(figure: Figure, axes: np.ndarray) -> None:
         figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(len(found), 5))
     for row, column in np.ndindex(axes.shape):
         ax = axes[row, column]
+        if row + 1 < len(axes) and ax.get_title() == (below := axes[row + 1, column]).get_title():
+            below.set_title("", visible=False)
         if column and ax.get_ylabel() == axes[row, 0].get_ylabel():
             ax.set_ylabel("")
         if row + 1 < len(axes) and ax.get_xlabel() == axes[row + 1, column].get_xlabel():

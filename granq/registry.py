@@ -350,8 +350,8 @@ FIGURES: dict[str, Figure] = {
         _activation_distortion,
         figures.plot_activation_distortion,
         (6.8, 9.0),
-        "For three layers and 3, 4 and 5 bits: share of values above each activation, in full precision and under per-tensor, "
-        "per-channel and GranQ scales, and below it the root mean square error by activation value.",
+        "For three layers and 3, 4 and 5 bits: share of values above each activation, in full precision and under "
+        "per-tensor, per-channel and GranQ scales, and below it the root mean square error by activation value.",
         _distortion_panels,
     ),
     "channel_scales": Figure(
