@@ -53,8 +53,9 @@ _PUBLIC = {
         "save_figure",
     ),
     "generator": ("Generator", "build_generator", "synthesize"),
+    "integer": ("export_onnx", "integer_model", "measure_integer_agreement", "save_integers"),
     "models": ("build_network", "load_teacher", "save_teacher", "top1_on", "train_teacher"),
-    "registry": ("FIGURES", "Setting", "make_figure", "redraw_figure"),
+    "registry": ("FIGURES", "Setting", "make_figures", "redraw_figures"),
     "qat": ("QATConfig", "Result", "quick", "train"),
     "quantizer": ("GRANULARITIES", "QParams", "choose_qparams", "dequantize", "fake_quantize", "quantize"),
 }

@@ -14,6 +14,8 @@ EXAMPLES = {
     "quantize": "granq quantize --data digits --network resnet20_cifar10 --teacher teacher.safetensors "
     "--scheme release --bits 3,3 --out runs/first",
     "evaluate": "granq evaluate runs/first --data digits",
+    "figures": "granq figures channel_scales layer_error --preset quick --out figures/quick",
+    "export": "granq export runs/foldable --data digits --out runs/integers",
 }
 
 
@@ -60,9 +62,27 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(f"--{name}", type=int)
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
 
+    sub = command("figures", "Measure figures, write their CSV, and draw them from it; all of them without names.")
+    sub.add_argument("names", nargs="*", metavar="NAME")
+    sub.add_argument("--from-csv", action="store_true", help="draw again from the CSV files in --out, compute nothing")
+    sub.add_argument("--preset", default="quick", help="quick (digits, minutes) or cifar10")
+    sub.add_argument("--data", help="replaces the preset's images, such as folder:PATH")
+    sub.add_argument("--network", default="resnet20_cifar10")
+    sub.add_argument("--teacher", type=Path, help="checkpoint; quick trains a teacher without it")
+    sub.add_argument(
+        "--run", type=Path, action="append", default=[], help="finished granq quantize run to show; repeat"
+    )
+    sub.add_argument("--out", type=Path, help="default figures, for the quick preset figures/quick")
+    sub.add_argument("--seed", type=int, default=0)
+
     sub = command("evaluate", "Measure the accuracy of a finished run.")
     sub.add_argument("run", type=Path)
     sub.add_argument("--data", required=True)
+
+    sub = command("export", "Write a run of scheme foldable as integers (safetensors) and ONNX, and check both.")
+    sub.add_argument("run", type=Path)
+    sub.add_argument("--data", required=True, help="its test split compares the integers with the student")
+    sub.add_argument("--out", type=Path, required=True)
     return parser
 
 
@@ -164,7 +184,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     else:
         config = qat.QATConfig(**changes)
     if args.resume:
-        saved = qat.QATConfig.from_dict(json.loads((args.out / "config.json").read_text())["config"])
+        saved = qat.QATConfig.from_dict(_read_config(args.out)["config"])
         if saved != config:
             raise ValueError(f"{args.out} was started with other settings; resume it with the same options")
     test = data.load_split(spec, "test")  # the training split is never touched
@@ -198,32 +218,90 @@ def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: A
     }  # fmt: skip
 
 
-def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def _load_run(run: Path, dataset: str, device: str) -> tuple[Any, Any, dict[str, Any], int]:
+    """Student with frozen ranges, data specification, ``config.json`` and epoch of a run folder."""
     import torch
 
     from granq import convert, data, models, qat
 
-    if not (args.run / "checkpoint.pt").is_file():
-        raise ValueError(f"{args.run} holds no run (no checkpoint.pt); make one with granq quantize --out {args.run}")
-    facts = json.loads((args.run / "config.json").read_text())
+    if not (run / "checkpoint.pt").is_file():
+        raise ValueError(f"{run} holds no run (no checkpoint.pt); make one with granq quantize --out {run}")
+    facts = _read_config(run)
     config = qat.QATConfig.from_dict(facts["config"])
-    spec, saved = data.describe_data(args.data, facts["network"]), facts["spec"]
+    spec, saved = data.describe_data(dataset, facts["network"]), facts["spec"]
     if spec.classes != saved["classes"]:
-        raise ValueError(f"{args.data} has {spec.classes} classes but the run's network has {saved['classes']}")
+        raise ValueError(f"{dataset} has {spec.classes} classes but the run's network has {saved['classes']}")
     spec = data.replace(spec, image_size=saved["image_size"], mean=tuple(saved["mean"]), std=tuple(saved["std"]))
     network = models.build_network(facts["network"], spec.classes)
     student = convert.quantize_model(network, config.scheme, config.weight_bits, config.act_bits)
-    state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     student.load_state_dict(state["student"])
     convert.freeze_ranges(student)
+    return student.to(device), spec, facts, state["epoch"]
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((run / "config.json").read_text())
+        facts["config"], facts["network"], facts["spec"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run / 'config.json'} is missing or damaged ({error}); the run cannot be read") from error
+    return facts
+
+
+def _figures(args: argparse.Namespace) -> dict[str, Any]:
+    from granq import registry
+
+    measured_quickly = args.preset == "quick" and not args.from_csv
+    out = args.out or Path("figures/quick" if measured_quickly else "figures")
+    if args.from_csv:
+        names = registry.redraw_figures(args.names, out)
+    else:
+        setting = registry.Setting(
+            args.preset, data=args.data, network=args.network, teacher=args.teacher, runs=tuple(args.run), out=out,
+            device=args.device, seed=args.seed,
+        )  # fmt: skip
+        names = registry.make_figures(args.names, setting)
+    return {"out": str(out), "figures": ", ".join(names)}
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from granq import data, models, qat
+
     device = qat.resolve_device(args.device)
+    student, spec, facts, epoch = _load_run(args.run, args.data, device)
     test = data.load_split(spec, "test")
-    top1 = models.top1_on(student.to(device), test, spec, device)
+    top1, config = models.top1_on(student, test, spec, device), facts["config"]
     return {
-        "run": str(args.run), "data": args.data, "network": facts["network"], "scheme": config.scheme,
-        "bits": f"W{config.weight_bits}A{config.act_bits}", "epoch": state["epoch"], "top1": top1,
+        "run": str(args.run), "data": args.data, "network": facts["network"], "scheme": config["scheme"],
+        "bits": f"W{config['weight_bits']}A{config['act_bits']}", "epoch": epoch, "top1": top1,
         "images": len(test), "teacher_top1": facts["teacher_top1"],
     } | qat.versions(device)  # fmt: skip
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from granq import data, integer, models
+
+    _claim_folder(args.out, resume=False)
+    student, spec, facts, epoch = _load_run(args.run, args.data, "cpu")
+    twin = integer.integer_model(student)
+    test = data.load_split(spec, "test")
+    images, _ = next(data.batches(test, spec))
+    args.out.mkdir(parents=True, exist_ok=True)
+    integer.export_onnx(twin, images[:2], args.out / "network.onnx")
+    agreement = integer.measure_integer_agreement(student, images)
+    agreement.to_csv(args.out / "agreement.csv", index=False)
+    top1 = models.top1_on(twin, test, spec)
+    result = {
+        "run": str(args.run), "data": args.data, "network": facts["network"], "epoch": epoch,
+        "teacher_top1": facts["teacher_top1"], "top1_fake_quantized": models.top1_on(student, test, spec),
+        "top1_integer": top1, "images": len(test), "outputs_beyond_bound": int(agreement.beyond_bound.sum()),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    integer.save_integers(twin, args.out / "integers.safetensors", facts["config"] | result)
+    return result | {"out": str(args.out)}
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:

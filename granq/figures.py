@@ -6,6 +6,7 @@ granularities, metrics) is drawn one panel a call, chosen by keyword; axis limit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -473,20 +474,96 @@ def results_table(data: pd.DataFrame) -> pd.DataFrame:
         data: as for ``plot_accuracy_bits``.
 
     Returns:
-        Columns dataset, network, bits, method, kind (measured, published), top1_percent (mean over seeds, last
-        epoch), std, n, teacher_top1_percent, source. Write it with ``to_csv``, ``to_markdown`` or ``to_latex``.
+        Columns bits, method, kind (measured, published), top1 (percent; mean over seeds, last epoch), std, n (seeds),
+        teacher_top1, drop (points below the teacher), dataset, network, source. What a source does not state stays
+        empty. ``table_text`` writes it as Markdown or LaTeX.
     """
-    raise NotImplementedError
+    data = data if "source" in data else data.assign(source=np.nan)
+    own = data[data.source.isna() & data.last_top1.notna()]
+    groups = own.groupby(["dataset", "network", "scheme", "bits"], sort=False)
+    measured = groups.agg(
+        top1=("last_top1", "mean"),
+        std=("last_top1", "std"),
+        n=("seed", "nunique"),
+        teacher_top1=("teacher_top1", "mean"),
+    )
+    measured = measured.reset_index().assign(kind="measured", source="this repository")
+    published = data[data.source.notna()].rename(columns={"last_top1": "top1"}).assign(kind="published")
+    table = pd.concat([measured, published.reindex(columns=measured.columns)], ignore_index=True)
+    table = table.rename(columns={"scheme": "method"})
+    table["drop"] = table.teacher_top1 - table.top1
+    table = table.sort_values(["bits", "drop", "top1"], ascending=[True, True, False], ignore_index=True)
+    order = ["bits", "method", "kind", "top1", "std", "n", "teacher_top1", "drop", "dataset", "network", "source"]
+    return table[order]
 
 
-def plot_results_table(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """The frame of ``results_table`` as dots with their spread, one line a method, measured filled, published open.
+def table_text(table: pd.DataFrame, form: str) -> str:
+    """The frame of ``results_table`` as text.
 
     Args:
-        data: of ``results_table``, one bit width.
+        table: rows to print, in their order.
+        form: ``"markdown"`` or ``"latex"`` (a booktabs tabular).
+
+    Raises:
+        ValueError: unknown form.
+    """
+    if form not in ("markdown", "latex"):
+        raise ValueError(f"unknown form {form!r}; known: markdown, latex")
+    heads = ["bits", "method", "kind", "top-1 (%)", "std", "n", "teacher (%)", "drop (points)", "source"]
+    columns = ["bits", "method", "kind", "top1", "std", "n", "teacher_top1", "drop", "source"]
+
+    def cell(value: Any, column: str) -> str:
+        if pd.isna(value):
+            return ""
+        if isinstance(value, float):
+            return f"{value:.0f}" if column == "n" else f"{value:.2f}"
+        return str(value)
+
+    rows = [[cell(v, c) for c, v in zip(columns, row, strict=True)] for row in table[columns].itertuples(index=False)]
+    if form == "markdown":
+        lines = [heads, ["---"] * len(heads), *rows]
+        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    escaped = [[re.sub(r"([%&_#$])", r"\\\1", word) for word in line] for line in [heads, *rows]]
+    body = [" & ".join(line) + r" \\" for line in escaped]
+    frame = [
+        r"\begin{tabular}{lllrrrrrl}",
+        r"\toprule",
+        body[0],
+        r"\midrule",
+        *body[1:],
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(frame) + "\n"
+
+
+def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes | None = None) -> Axes:
+    """Points lost against each method's own teacher, one line a method: measured filled, published open.
+
+    Args:
+        data: of ``results_table``. Rows whose teacher no source states cannot be placed and are counted below.
+        bits: default the first.
         ax: default the current Axes.
     """
-    raise NotImplementedError
+    ax = ax or plt.gca()
+    every = _select(data, bits=bits or data.bits.iloc[0])
+    rows = every[every["drop"].notna()].iloc[::-1].reset_index(drop=True)
+    for y, row in enumerate(rows.to_dict("records")):
+        own = row["kind"] == "measured"
+        look = role(row["method"]) if own else Role(row["method"], "#6b6b70", "o")
+        spread = None if pd.isna(row["std"]) else row["std"]
+        ax.errorbar(row["drop"], y, xerr=spread, fmt=look.marker, color=look.color, markersize=4, capsize=2,
+                    markerfacecolor=look.color if own else "none", linewidth=1)  # fmt: skip
+    names = [f"{role(m).label}, n = {n:.0f}" if k == "measured" else m
+             for m, n, k in zip(rows.method, rows.n, rows.kind, strict=True)]  # fmt: skip
+    ax.set_yticks(range(len(rows)), names, fontsize=6)
+    ax.axvline(0, color=_GREY, linestyle=":", linewidth=1)
+    left = len(every) - len(rows)
+    ax.set(
+        xlabel="points below the own teacher",
+        title=str(every.bits.iloc[0]) + (f" ({left} more in the table)" if left else ""),
+    )
+    return ax
 
 
 def short_layer(name: str) -> str:
@@ -587,7 +664,7 @@ def _layer_ticks(ax: Axes, layers: Sequence[str], names: bool = True) -> None:
 
 
 def _share_labels(figure: Figure, axes: np.ndarray) -> None:
-    """One legend above all panels, and no axis label that the panel to the left or below repeats."""
+    """One legend above all panels, and no title or axis label that a neighboring panel repeats."""
     found = {}
     for ax in axes.flat:
         if (own := ax.get_legend()) is not None:
@@ -595,11 +672,13 @@ def _share_labels(figure: Figure, axes: np.ndarray) -> None:
         found.update({label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)})
     if found:
         figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(len(found), 5))
-    for row, column in np.ndindex(axes.shape):
-        ax = axes[row, column]
-        if row + 1 < len(axes) and ax.get_title() == (below := axes[row + 1, column]).get_title():
-            below.set_title("", visible=False)
-        if column and ax.get_ylabel() == axes[row, 0].get_ylabel():
-            ax.set_ylabel("")
-        if row + 1 < len(axes) and ax.get_xlabel() == axes[row + 1, column].get_xlabel():
+    grid = {(r, c): ax for r, line in enumerate(axes) for c, ax in enumerate(line)}
+    said = {at: (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) for at, ax in grid.items()}
+    for (r, c), ax in grid.items():
+        title, xlabel, ylabel = said[r, c]
+        if r and title == said[r - 1, c][0]:
+            ax.set_title("")
+        if (r + 1, c) in said and xlabel == said[r + 1, c][1]:
             ax.set_xlabel("")
+        if c and ylabel == said[r, c - 1][2]:
+            ax.set_ylabel("")

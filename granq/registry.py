@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 
 from granq import analysis, figures, models, qat
 from granq.convert import SCHEMES
@@ -29,6 +30,7 @@ from granq.generator import build_generator, synthesize
 
 PRESETS = ("quick", "cifar10")
 PUBLISHED = Path(__file__).with_name("published_results.csv")
+RESULTS = "results_cifar10.csv"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(
-        images=256, bits=2, accuracy_bits=(2, 3, 4), accuracy_seeds=2,
-        run=dict(epochs=6, iterations=20, warmup_epochs=3, batch_size=32), snapshots=(1, 3, 6),
+        images=256, bits=2, accuracy_bits=(2, 3), accuracy_seeds=2,
+        run=dict(epochs=4, iterations=20, warmup_epochs=2, batch_size=32), snapshots=(1, 2, 4),
     ),
     "cifar10": Budget(
         images=1024, bits=3, accuracy_bits=(3, 4, 5), accuracy_seeds=3,
@@ -177,6 +179,11 @@ class Setting:
         drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, seed=self.seed)
         return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=state["epoch"])
 
+    @cached_property
+    def accuracy(self) -> pd.DataFrame:
+        """Accuracies of schemes, widths and seeds, measured and published."""
+        return _accuracy(self)
+
     def layers(self, count: int) -> list[str]:
         """``count`` convolutions spread evenly over the depth, neither the first nor the last layer."""
         names = analysis.layer_names(self.teacher)
@@ -251,10 +258,10 @@ def _synthetic_gap(s: Setting) -> pd.DataFrame:
     )
 
 
-def measure_accuracy(s: Setting) -> pd.DataFrame:
+def _accuracy(s: Setting) -> pd.DataFrame:
     """Rows of ``granq quantize`` for every scheme, width and seed, with the published results below them.
 
-    ``quick`` makes the runs; ``cifar10`` takes ``results_cifar10.csv`` from the figure folder, hours of runs.
+    ``quick`` makes short runs; ``cifar10`` takes the rows of long ones from ``results_cifar10.csv`` beside the figures.
     """
     if s.preset == "quick":
         rows = []
@@ -265,10 +272,8 @@ def measure_accuracy(s: Setting) -> pd.DataFrame:
             values |= dict(ptq_top1=result.ptq_top1, last_top1=result.last_top1, best_top1=result.best_top1)
             rows.append(s.facts() | values | {"seconds": round(result.seconds, 1)})
         return pd.DataFrame(rows)
-    path = s.out / "results_cifar10.csv"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; its rows are printed by granq quantize --json")
-    measured = pd.read_csv(path)
+    measured = pd.read_csv(s.out / RESULTS)
+    measured = measured.reindex(columns=list(dict.fromkeys([*measured, "last_top1"])))  # rows without training only
     return pd.concat([measured, _published(measured)], ignore_index=True)
 
 
@@ -316,6 +321,10 @@ def _error_panels(data: pd.DataFrame) -> Grid:
 def _curve_panels(data: pd.DataFrame) -> Grid:
     names = list(figures.TRAINING_LABELS)
     return [[partial(figures.plot_training_curves, quantity=name) for name in names]]
+
+
+def _table_panels(data: pd.DataFrame) -> Grid:
+    return [[partial(figures.plot_results_table, bits=k) for k in sorted(set(data.bits))]]
 
 
 def _gap_panels(data: pd.DataFrame) -> Grid:
@@ -373,7 +382,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "accuracy_bits": Figure(
         "How much accuracy is left at each bit width?",
-        measure_accuracy,
+        lambda s: s.accuracy,
         figures.plot_accuracy_bits,
         (6.8, 2.8),
         "Test accuracy over bit widths, one column of points per scheme, open points before training and filled "
@@ -405,18 +414,92 @@ FIGURES: dict[str, Figure] = {
         "point per channel, synthetic against real images beside real against other real images.",
         _gap_panels,
     ),
+    "results_table": Figure(
+        "How do these results compare with published ones?",
+        lambda s: figures.results_table(s.accuracy),
+        figures.plot_results_table,
+        (6.8, 3.6),
+        "One panel per bit width, one line per method, the position is the number of points lost against the method's "
+        "own teacher; measured methods filled with their spread, published ones open.",
+        _table_panels,
+    ),
 }
 
 
-def make_figure(name: str, setting: Setting) -> None:
-    """Measure one figure and write its CSV, SVG and PNG into ``setting.out``."""
-    figure = FIGURES[name]
-    data = figure.measure(setting)
-    facts = {k: v for k, v in setting.facts(figure.teacher).items() if k not in data}
-    figures.save_figure(name, data.assign(**facts), figure.plot, setting.out, *figure.size, figure.panels)
+def make_figures(names: Iterable[str], setting: Setting) -> list[str]:
+    """Measure figures (all without names), write CSV, SVG and PNG into ``setting.out``, and the gallery in its README.
+
+    Raises:
+        ValueError: an unknown name, missing rows of long runs, or a folder that holds figures of another preset.
+    """
+    names = _known(names)
+    for name in names:
+        path = setting.out / f"{name}.csv"
+        if path.is_file() and setting.preset not in set(pd.read_csv(path, nrows=1).get("preset", [setting.preset])):
+            raise ValueError(f"{path} was measured with another preset; choose another --out")
+    if setting.preset == "cifar10" and {"accuracy_bits", "results_table"} & set(names):
+        if not (setting.out / RESULTS).is_file():
+            raise ValueError(f"{setting.out / RESULTS} is missing: a row for each run of granq quantize --json")
+    for name in tqdm(names, desc="figures", unit="figure"):
+        figure = FIGURES[name]
+        data = figure.measure(setting)
+        facts = {k: v for k, v in setting.facts(figure.teacher).items() if k not in data}
+        setting.out.mkdir(parents=True, exist_ok=True)
+        data.assign(**facts).to_csv(setting.out / f"{name}.csv", index=False, float_format="%.6g")
+        redraw_figures([name], setting.out)
+    return names
 
 
-def redraw_figure(name: str, folder: Path) -> None:
-    """Draw ``folder/name.csv`` again, without measuring."""
-    figure = FIGURES[name]
-    figures.draw_figure(name, figure.plot, folder, *figure.size, figure.panels)
+def redraw_figures(names: Iterable[str], folder: Path) -> list[str]:
+    """Draw figures again from the CSV files in ``folder``, all that are there if ``names`` is empty; returns the names.
+
+    Raises:
+        ValueError: an unknown name, or a figure without its CSV.
+    """
+    names = _known(names) if names else [name for name in FIGURES if (folder / f"{name}.csv").is_file()]
+    if missing := [name for name in names if not (folder / f"{name}.csv").is_file()]:
+        raise ValueError(f"{folder / missing[0]}.csv does not exist; granq figures {missing[0]} measures it")
+    if not names:
+        raise ValueError(f"{folder} holds no CSV of a figure; granq figures measures them")
+    for name in names:
+        figure = FIGURES[name]
+        figures.draw_figure(name, figure.plot, folder, *figure.size, figure.panels)
+        if name == "results_table":
+            table = pd.read_csv(folder / f"{name}.csv")
+            (folder / f"{name}.md").write_text(figures.table_text(table, "markdown"))
+            (folder / f"{name}.tex").write_text(figures.table_text(table, "latex"))
+    write_gallery(folder)
+    return names
+
+
+GALLERY = ("<!-- gallery, written by granq figures -->", "<!-- end of gallery -->")
+
+
+def write_gallery(folder: Path) -> None:
+    """Write every figure in ``folder`` into its README.md, between two marks; the text around them stays as it is."""
+    parts = []
+    for name, figure in FIGURES.items():
+        if not all((folder / f"{name}.{kind}").is_file() for kind in ("csv", "png")):
+            continue
+        facts = pd.read_csv(folder / f"{name}.csv").iloc[0]
+        teacher = f", teacher {facts.teacher_top1:.2f} %" if "teacher_top1" in facts else ""
+        data = f"{facts.dataset}, {facts.network}{teacher}; " if "dataset" in facts else ""
+        command = f"granq figures {name} --preset {facts.preset}"
+        parts.append(
+            f"## {name}\n\n**{figure.question}**\n\n![{figure.alt}]({name}.png)\n\n{figure.alt}\n\n"
+            f"[CSV]({name}.csv), [SVG]({name}.svg). {data}seed {facts.seed}, {facts.device}, torch {facts.torch}, "
+            f"commit {facts.commit}: `{command}`.\n"
+        )
+    readme = folder / "README.md"
+    text = readme.read_text() if readme.is_file() else "# Figures\n"
+    start, _, rest = text.partition(GALLERY[0])
+    _, _, end = rest.partition(GALLERY[1])
+    middle = "\n".join([GALLERY[0], "", *parts, GALLERY[1]])
+    readme.write_text(f"{start.rstrip()}\n\n{middle}{end.rstrip()}\n")
+
+
+def _known(names: Iterable[str]) -> list[str]:
+    names = list(names) or list(FIGURES)
+    if unknown := [name for name in names if name not in FIGURES]:
+        raise ValueError(f"unknown figure {unknown[0]!r}; known: {', '.join(FIGURES)}")
+    return names
