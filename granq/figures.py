@@ -354,12 +354,14 @@ def plot_training_curves(
     """One quantity over the epochs, a line for every run; the warm-up (generator alone) is shaded.
 
     Args:
-        data: histories of runs: scheme, seed, epoch, warmup, and the quantities in ``TRAINING_LABELS``.
+        data: histories of runs: epoch, warmup, and the quantities in ``TRAINING_LABELS``; scheme and seed tell several
+            runs apart.
         quantity: column to draw.
         legend: names the schemes.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
+    data = data if "scheme" in data else data.assign(scheme="student", seed=0)
     for (scheme, _), rows in data.groupby(["scheme", "seed"], sort=False):
         look = role(str(scheme))
         label = look.label if look.label not in ax.get_legend_handles_labels()[1] else None
@@ -572,8 +574,7 @@ def short_layer(name: str) -> str:
     if len(words) > 1 and words[-1] in ("conv", "0"):
         words.pop()
     words = ["skip" if w in ("identity_conv", "downsample") else w for w in words]
-    shorter = {"stage": "s", "unit": "u", "layer": "l"}
-    words = [next((s + w.removeprefix(k) for k, s in shorter.items() if w.removeprefix(k).isdigit()), w) for w in words]
+    words = [re.sub(r"^(stage|unit|layer)(\d+)$", lambda m: m[1][0] + m[2], w) for w in words]
     return ".".join(words)
 
 

@@ -195,7 +195,7 @@ class Setting:
         facts: dict[str, Any] = {"preset": self.preset, "seed": self.seed, "commit": _commit()}
         if teacher:
             name = figures.dataset_name(self.data)
-            facts |= dict(dataset=name, network=self.network, teacher_top1=self._loaded[2])
+            facts |= dict(dataset=name, network=self.network, teacher_test_top1=self._loaded[2])
         versions = qat.versions(self.device)
         return facts | {k: versions[k] for k in ("torch", "device")}
 
@@ -482,7 +482,8 @@ def write_gallery(folder: Path) -> None:
         if not all((folder / f"{name}.{kind}").is_file() for kind in ("csv", "png")):
             continue
         facts = pd.read_csv(folder / f"{name}.csv").iloc[0]
-        teacher = f", teacher {facts.teacher_top1:.2f} %" if "teacher_top1" in facts else ""
+        top1 = facts.get("teacher_test_top1", facts.get("teacher_top1"))  # a history's teacher_top1 is on drawn images
+        teacher = "" if top1 is None else f", teacher {top1:.2f} %"
         data = f"{facts.dataset}, {facts.network}{teacher}; " if "dataset" in facts else ""
         command = f"granq figures {name} --preset {facts.preset}"
         parts.append(

@@ -1,0 +1,218 @@
+"""Measurements against plain computations, their column contract, and memory that does not grow with batches."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from granq import analysis
+from granq.convert import calibrate, quantize_model
+from granq.data import DataSpec
+from granq.generator import Generator
+from granq.quantizer import choose_qparams, fake_quantize
+
+LAYERS = ["conv1", "conv2", "point", "fc"]
+SPEC = DataSpec("digits", 3, 8, (0.3,) * 3, (0.4,) * 3)
+
+
+def images(count: int = 3, n: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def inputs_of(model: nn.Module, layer: str, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    seen = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    for batch in batches:
+        model(batch)
+    hook.remove()
+    return seen
+
+
+MEASURES = {
+    "scale_maps": (
+        lambda m: analysis.measure_scale_maps(m, images()[0], "conv2", 3),
+        ["layer", "bits", "granularity", "image", "channel", "scale"],
+        4 * 5 * 4,
+    ),
+    "activation_distortion": (
+        lambda m: analysis.measure_activation_distortion(m, images(), ["conv2", "fc"], bits=(3, 4)),
+        ["layer", "bits", "granularity", "bin_left", "bin_right", "density_full_precision", "density_quantized",
+         "rms_error", "mse", "sqnr_db", "images"],
+        2 * 2 * 3 * analysis.BINS,
+    ),
+    "channel_scales": (
+        lambda m: analysis.measure_channel_scales(m, images()),
+        ["layer", "channel", "source", "granularity", "bits", "scale", "scale_min", "scale_max", "images"],
+        3 + 4 + 4 + 4,
+    ),
+    "layer_error": (
+        lambda m: analysis.measure_layer_error(m, images(), ["release", "layerwise"], 3),
+        ["layer", "scheme", "weight_bits", "act_bits", "mode", "mse", "sqnr_db", "cosine_similarity", "images"],
+        4 * 2 * 2,
+    ),
+    "channel_error": (
+        lambda m: analysis.measure_layer_error(m, images(), ["strict"], (4, 3), per_channel=True, layers=["conv2"]),
+        ["layer", "scheme", "weight_bits", "act_bits", "mode", "channel", "mse", "sqnr_db", "cosine_similarity",
+         "images"],
+        4 * 2,
+    ),
+    "synthetic_gap": (
+        lambda m: analysis.measure_synthetic_gap(m, images(2), images()),
+        ["layer", "channel", "mean_synthetic", "mean_real", "variance_synthetic", "variance_real", "ks_distance",
+         "images_synthetic", "images_real"],
+        3 + 4 + 4 + 4,
+    ),
+    "generated_images": (
+        lambda m: analysis.measure_generated_images(Generator(3, 8), m, SPEC, per_class=2),
+        ["label", "sample", "predicted", "confidence", "size", "pixels"],
+        6,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_columns_and_rows(name: str, tiny: nn.Module) -> None:
+    measure, columns, rows = MEASURES[name]
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    frame = measure(tiny)
+    assert list(frame.columns) == columns
+    assert len(frame) == rows
+    assert not frame.drop(columns="rms_error", errors="ignore").isna().any().any()
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    assert not any(m._forward_hooks for m in tiny.modules()), "a hook was left behind"
+
+
+def test_scale_maps_are_the_quantizer_s(tiny: nn.Module) -> None:
+    frame = analysis.measure_scale_maps(tiny, images()[0], "conv2", 3)
+    x = inputs_of(tiny, "conv2", images(1))[0]
+    for name, rows in frame.groupby("granularity"):
+        expected = choose_qparams(x, 3, str(name)).scale.flatten(1).expand(5, 4)
+        assert torch.equal(torch.tensor(rows.pivot(index="image", columns="channel", values="scale").values), expected)
+
+
+def test_distortion_equals_plain_computation_over_all_batches(tiny: nn.Module) -> None:
+    frame = analysis.measure_activation_distortion(tiny, images(), ["conv2"], bits=[3])
+    xs = inputs_of(tiny, "conv2", images())
+    for name, rows in frame.groupby("granularity"):
+        values = [fake_quantize(x, 3, str(name)) for x in xs]
+        error = torch.cat([v - x for v, x in zip(values, xs, strict=True)]).double()
+        expected = 10 * torch.log10(torch.cat(xs).double().square().sum() / error.square().sum())
+        assert rows.sqnr_db.iloc[0] == pytest.approx(expected.item(), abs=1e-4)
+        width = rows.bin_right - rows.bin_left
+        for column in ("density_full_precision", "density_quantized"):
+            assert (rows[column] * width).sum() == pytest.approx(1)
+        share = (rows.density_full_precision * width).to_numpy()
+        assert np.nansum(share * rows.rms_error**2) == pytest.approx(error.square().mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_sample_channel"])
+def test_channel_scales_over_batches(tiny: nn.Module, granularity: str) -> None:
+    frame = analysis.measure_channel_scales(tiny, images(), granularity, "real", bits=3)
+    x = torch.cat(inputs_of(tiny, "conv2", images()))
+    scales = choose_qparams(x, 3, granularity).scale[:, :, 0, 0].mean(0)  # all batches as one
+    np.testing.assert_allclose(frame[frame.layer == "conv2"].scale, scales, rtol=1e-6)
+
+
+def test_layer_error_local_and_accumulated(tiny: nn.Module) -> None:
+    """Both modes against outputs collected by hand; local starts from the clean input, accumulated does not."""
+    batches = images()
+    frame = analysis.measure_layer_error(tiny, iter(batches), ["strict"], (4, 3))
+    student = quantize_model(tiny, "strict", 4, 3)
+    calibrate(student, batches[:1])
+    with torch.no_grad():
+        clean = inputs_of(tiny, "conv2", batches)
+        reference = torch.cat([tiny.conv2(x) for x in clean]).double()
+        local = torch.cat([student.conv2(fake_quantize(x, 3, "per_sample_channel")) for x in clean]).double()
+        dirty = inputs_of(student, "conv2", batches)  # already quantized: the hook sits behind the quantizer
+        accumulated = torch.cat([student.conv2(x) for x in dirty]).double()
+    for mode, value in (("local", local), ("accumulated", accumulated)):
+        row = frame[(frame.layer == "conv2") & (frame["mode"] == mode)].iloc[0]
+        assert row.mse == pytest.approx((value - reference).square().mean().item(), rel=1e-4)
+        assert row.cosine_similarity == pytest.approx(
+            torch.cosine_similarity(value.flatten(), reference.flatten(), 0).item(), abs=1e-5
+        )
+    assert not torch.equal(local, accumulated)
+
+
+def test_first_layer_has_no_error_before_it(tiny: nn.Module) -> None:
+    frame = analysis.measure_layer_error(tiny, images(), ["strict"], 3, layers=["conv1"]).set_index("mode")
+    assert frame.mse["local"] == pytest.approx(frame.mse["accumulated"])
+
+
+def test_in_place_relu_does_not_hide_errors() -> None:
+    """A ReLU that overwrites the reference output in place must not change what it is compared with."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    inplace = nn.Sequential(plain[0], nn.ReLU(inplace=True), plain[2]).eval()
+    a, b = (analysis.measure_layer_error(m, images(), ["strict"], 3) for m in (plain, inplace))
+    np.testing.assert_allclose(a.mse, b.mse)
+
+
+def test_equal_images_have_no_gap(tiny: nn.Module) -> None:
+    frame = analysis.measure_synthetic_gap(tiny, images(), images())
+    assert frame.ks_distance.max() == 0
+    shifted = analysis.measure_synthetic_gap(tiny, [x + 100 for x in images()], images())
+    # the first batch fixes the quantiles, so values of later batches above its maximum are not seen
+    assert (shifted[shifted.layer == "conv1"].ks_distance > 0.99).all()
+
+
+def test_gap_counts_what_a_library_counts(tiny: nn.Module) -> None:
+    from scipy.stats import ks_2samp
+
+    synthetic = [x * 1.5 for x in images(2)]
+    frame = analysis.measure_synthetic_gap(tiny, synthetic, images()).query("layer == 'conv1'")
+    for channel, row in enumerate(frame.itertuples()):
+        ours, theirs = (torch.cat(b)[:, channel].flatten().numpy() for b in (synthetic, images()))
+        # 64 of all the places where the distance could be largest: never above the exact one, and close to it
+        exact = ks_2samp(ours, theirs).statistic
+        assert exact - 0.04 < row.ks_distance <= exact + 1e-9
+        assert row.variance_synthetic == pytest.approx(ours.var(), rel=1e-4)
+
+
+def test_generated_images_are_reproducible_and_leave_the_generator_alone(tiny: nn.Module) -> None:
+    generator = Generator(3, 8)
+    before, rng = {k: v.clone() for k, v in generator.state_dict().items()}, torch.get_rng_state()
+    first, again = (analysis.measure_generated_images(generator, tiny, SPEC) for _ in range(2))
+    assert first.equals(again)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
+    assert analysis.decode_pixels(first.pixels[0], 8).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["activation_distortion", "channel_scales", "layer_error", "synthetic_gap"])
+def test_memory_does_not_grow_with_batches(name: str, tiny: nn.Module) -> None:
+    """Tensor bytes alive when the last batch is asked for: the same after 3 and after 12 batches."""
+
+    def alive(count: int) -> int:
+        held = []
+
+        def stream():
+            for i in range(count):
+                if i == count - 1:
+                    gc.collect()
+                    tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)
+                    held.append(sum(t.untyped_storage().nbytes() for t in tensors))
+                yield torch.randn(4, 3, 8, 8)
+
+        {
+            "activation_distortion": lambda b: analysis.measure_activation_distortion(tiny, b, LAYERS),
+            "channel_scales": lambda b: analysis.measure_channel_scales(tiny, b),
+            "layer_error": lambda b: analysis.measure_layer_error(tiny, b, ["strict"], 3),
+            "synthetic_gap": lambda b: analysis.measure_synthetic_gap(tiny, b, images(1)),
+        }[name](stream())
+        return held[0]
+
+    assert alive(12) <= alive(3) + 1024
+
+
+def test_bad_input_is_told(tiny: nn.Module) -> None:
+    with pytest.raises(ValueError, match="'nowhere' is no Conv2d or Linear"):
+        analysis.measure_activation_distortion(tiny, images(), ["nowhere"])
+    with pytest.raises(ValueError, match="unknown mode"):
+        analysis.measure_layer_error(tiny, images(), ["strict"], 3, modes=["global"])
+    for measure in (analysis.measure_channel_scales, lambda m, b: analysis.measure_layer_error(m, b, ["strict"], 3)):
+        with pytest.raises(ValueError, match="batch"):
+            measure(tiny, [])
