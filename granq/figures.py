@@ -6,6 +6,7 @@ granularities, metrics) is drawn one panel a call, chosen by keyword; axis limit
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -259,24 +260,68 @@ def plot_channel_error(
 
 
 def plot_quantizer_latency(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Time of one fake quantization over tensor sizes, per method, with the copy of the same bytes as the floor.
+    """Time of one fake quantization per tensor shape and method: median, with the quartiles as a bar.
 
     Args:
-        data: columns method, shape, megabytes, median_ms, q25_ms, q75_ms (granq.bench).
+        data: columns method, shape, median_ms, q25_ms, q75_ms. The method ``copy`` is the floor: the same bytes cloned.
         ax: default the current Axes.
     """
-    raise NotImplementedError  # follows the columns of granq.bench
+    ax = ax or plt.gca()
+    shapes = list(dict.fromkeys(data["shape"]))
+    methods = list(dict.fromkeys(data.method))
+    looks = dict(zip(methods, _cycle(len(methods)), strict=True)) | {"copy": Role("copy", _GREY, "s", ":")}
+    for i, method in enumerate(methods):
+        rows = data[data.method == method]
+        x = rows["shape"].map({name: n for n, name in enumerate(shapes)}) + (i - (len(methods) - 1) / 2) * 0.12
+        _medians(ax, x, rows, looks[method], "copy of the same bytes" if method == "copy" else method, line=False)
+    ax.set_yscale("log")
+    ax.set_xticks(
+        range(len(shapes)), [str(v).strip("()").replace(", ", "\u00d7") for v in shapes], rotation=30, ha="right"
+    )
+    ax.set(xlabel="activation shape (N\u00d7C\u00d7H\u00d7W)", ylabel="time (ms), median and quartiles")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
 
 
-def plot_scaling_latency(data: pd.DataFrame, *, quantity: str = "median_ms", ax: Axes | None = None) -> Axes:
-    """Time, memory or counts of the executions of one quantized convolution against channels.
+SCALING_LABELS = {
+    "median_ms": "time (ms)",
+    "peak_mb": "peak memory (MB)",
+    "scale_multiplications": "scale multiplications",
+}
+
+
+def plot_scaling_latency(
+    data: pd.DataFrame, *, against: str = "channels", quantity: str = "median_ms", legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Time, memory or counts of the executions of one quantized convolution against channels or batch.
 
     Args:
-        data: of granq.bench.
+        data: columns execution, channels, batch, and the quantities in ``SCALING_LABELS``; q25_ms and q75_ms with the
+            time. The other one of channels and batch is held at its most frequent value.
+        against: ``"channels"`` or ``"batch"``.
         quantity: the column on the vertical axis.
+        legend: names the executions.
         ax: default the current Axes.
     """
-    raise NotImplementedError  # follows the columns of granq.bench
+    ax = ax or plt.gca()
+    other = "batch" if against == "channels" else "channels"
+    rows = data[data[other] == data[other].mode().iloc[0]]
+    executions = list(dict.fromkeys(data.execution))
+    for execution, look in zip(executions, _cycle(len(executions)), strict=True):
+        part = rows[rows.execution == execution].sort_values(against)
+        if quantity == "median_ms":
+            _medians(ax, part[against], part, look, execution, line=True)
+        else:
+            ax.plot(part[against], part[quantity], color=look.color, linestyle=look.dash, marker=look.marker,
+                    markersize=3, linewidth=1, label=execution)  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log" if (rows[quantity] > 0).all() else "symlog")
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.set(xlabel=f"{against} ({other} {rows[other].iloc[0]})", ylabel=SCALING_LABELS[quantity])
+    if legend:
+        ax.legend()
+    return ax
 
 
 def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -318,25 +363,69 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_granularity_factorial(data: pd.DataFrame, *, bits: int | None = None, ax: Axes | None = None) -> Axes:
-    """Accuracy for every weight granularity (rows) and activation granularity (columns) at one bit width.
+def plot_granularity_factorial(
+    data: pd.DataFrame,
+    *,
+    bits: int | None = None,
+    ranges: str | None = None,
+    colorbar: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Accuracy for every weight granularity (rows) and activation granularity (columns), as a map with its numbers.
 
     Args:
-        data: of ``measure_granularity_factorial``.
+        data: columns weights, activations (granularities), ranges (static, dynamic), bits, top1; rows that differ in
+            nothing else (seeds) are averaged. Colors share the limits of the whole frame.
         bits: default the lowest.
+        ranges: default the first.
+        colorbar: draw it beside this map.
         ax: default the current Axes.
     """
-    raise NotImplementedError  # follows the columns of the factorial
+    ax = ax or plt.gca()
+    rows = _select(data, bits=data.bits.min() if bits is None else bits, ranges=ranges or data.ranges.iloc[0])
+    grid = rows.pivot_table(index="weights", columns="activations", values="top1", sort=False)
+    mesh = ax.imshow(grid, cmap="cividis", vmin=data.top1.min(), vmax=data.top1.max(), aspect="auto")
+    middle = (data.top1.min() + data.top1.max()) / 2
+    for (y, x), value in np.ndenumerate(grid.to_numpy()):
+        if value == value:
+            ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6,
+                    color="white" if value < middle else "black")  # fmt: skip
+    ax.set_xticks(range(grid.shape[1]), [_plain(v) for v in grid.columns], rotation=40, ha="right", fontsize=6)
+    ax.set_yticks(range(grid.shape[0]), [_plain(v) for v in grid.index], fontsize=6)
+    ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {rows.ranges.iloc[0]}")
+    if colorbar:
+        ax.figure.colorbar(mesh, ax=ax, label="test top-1 (%)")
+    return ax
 
 
-def plot_true_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Bits per weight with scales counted in, and the share of weights really quantized, per network and scheme.
+def plot_true_bits(data: pd.DataFrame, *, quantity: str = "bits_per_weight", legend: bool = True,
+                   ax: Axes | None = None) -> Axes:  # fmt: skip
+    """What a label such as W3A3 comes to: a point for every network and scheme.
 
     Args:
-        data: audits of several networks.
+        data: columns network, scheme, weight_bits, bits_per_weight (scales and zero points counted in) and
+            quantized_percent (share of the weights that take at most 2^bits values in a group of several).
+        quantity: ``"bits_per_weight"`` or ``"quantized_percent"``.
+        legend: names the schemes.
         ax: default the current Axes.
     """
-    raise NotImplementedError  # follows the columns of granq.auditing
+    ax = ax or plt.gca()
+    networks = list(dict.fromkeys(data.network))
+    for i, (scheme, rows) in enumerate(data.groupby("scheme", sort=False)):
+        look = role(str(scheme))
+        y = (
+            rows.network.map({name: n for n, name in enumerate(networks)})
+            + (i - (data.scheme.nunique() - 1) / 2) * 0.15
+        )
+        ax.scatter(rows[quantity], y, color=look.color, marker=look.marker, s=20, label=look.label)
+    goal, text = (data.weight_bits.iloc[0], "the label") if quantity == "bits_per_weight" else (100, "all weights")
+    ax.axvline(goal, color=_GREY, linestyle=":", label=text)
+    ax.set_yticks(range(len(networks)), networks)
+    ax.set_ylim(len(networks) - 0.5, -0.5)
+    ax.set_xlabel("true bits per weight" if quantity == "bits_per_weight" else "weights really quantized (%)")
+    if legend:
+        ax.legend()
+    return ax
 
 
 TRAINING_LABELS = {
@@ -645,6 +734,22 @@ def _select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
 
 def _shown(values: pd.Series, metric: str) -> np.ndarray:
     return np.minimum(values.to_numpy(), SQNR_CEILING) if metric == "sqnr_db" else values.to_numpy()
+
+
+def _cycle(count: int) -> list[Role]:
+    """Looks for things that are no scheme: methods and executions, in their order."""
+    return list(itertools.islice(itertools.cycle(ROLES[n] for n in ("layerwise", "per_channel", "release", "strict",
+                                                                    "foldable")), count))  # fmt: skip
+
+
+def _medians(ax: Axes, x: Any, rows: pd.DataFrame, look: Role, label: str, *, line: bool) -> None:
+    spread = [rows.median_ms - rows.q25_ms, rows.q75_ms - rows.median_ms]
+    ax.errorbar(x, rows.median_ms, yerr=spread, color=look.color, marker=look.marker, markersize=4, capsize=2,
+                linewidth=1, linestyle=look.dash if line else "none", label=label)  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    return str(name).removeprefix("per_").replace("_", " ")
 
 
 def _share_above(density: pd.Series, edges: Sequence[float]) -> np.ndarray:
