@@ -33,8 +33,13 @@ else
 	$(BIN)/python -m pytest --nbmake notebooks
 endif
 
-figures: $(STAMP) ## Draw the figures
-	$(BIN)/granq figures
+figures: $(STAMP) ## Measure digits into figures/quick; draw figures/ again from its CSV (TEACHER=, DATA=folder:... measures it anew)
+	$(BIN)/granq figures --preset quick --out figures/quick
+ifneq ($(TEACHER),)
+	$(BIN)/granq figures --preset cifar10 --teacher "$(TEACHER)" $(if $(DATA),--data "$(DATA)") --out figures
+else
+	$(BIN)/granq figures --from-csv --out figures
+endif
 
 lab: $(STAMP) ## Open JupyterLab on 127.0.0.1
 	$(BIN)/jupyter lab --ip=127.0.0.1

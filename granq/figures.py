@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from granq.analysis import decode_pixels
 
@@ -188,7 +188,6 @@ def plot_layer_error(
     metric: str = "sqnr_db",
     mode: str = "accumulated",
     legend: bool = True,
-    names: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Error of every layer's output, one line a scheme; rows of single channels in the frame are left out.
@@ -198,7 +197,6 @@ def plot_layer_error(
         metric: ``"sqnr_db"``, ``"mse"`` or ``"cosine_similarity"``.
         mode: ``"local"`` (clean input) or ``"accumulated"`` (quantized input).
         legend: names the schemes.
-        names: write the layers' names.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
@@ -216,7 +214,7 @@ def plot_layer_error(
     ax.set(title=f"{where}, W{first.weight_bits}A{first.act_bits}", ylabel=METRIC_LABELS[metric])
     if metric == "mse":
         ax.set_yscale("log")
-    _layer_ticks(ax, layers, names)
+    _layer_ticks(ax, layers)
     if legend:
         ax.legend(ncols=2)
     return ax
@@ -269,16 +267,17 @@ def plot_quantizer_latency(data: pd.DataFrame, *, ax: Axes | None = None) -> Axe
     ax = ax or plt.gca()
     shapes = list(dict.fromkeys(data["shape"]))
     methods = list(dict.fromkeys(data.method))
-    looks = dict(zip(methods, _cycle(len(methods)), strict=True)) | {"copy": Role("copy", _GREY, "s", ":")}
+    looks = _looks(methods)
     for i, method in enumerate(methods):
         rows = data[data.method == method]
         x = rows["shape"].map({name: n for n, name in enumerate(shapes)}) + (i - (len(methods) - 1) / 2) * 0.12
         _medians(ax, x, rows, looks[method], "copy of the same bytes" if method == "copy" else method, line=False)
     ax.set_yscale("log")
+    _plain_log(ax.yaxis)
     ax.set_xticks(
         range(len(shapes)), [str(v).strip("()").replace(", ", "\u00d7") for v in shapes], rotation=30, ha="right"
     )
-    ax.set(xlabel="activation shape (N\u00d7C\u00d7H\u00d7W)", ylabel="time (ms), median and quartiles")
+    ax.set(xlabel="activation shape (N\u00d7C\u00d7H\u00d7W)", ylabel="time (ms)\nmedian and quartiles")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
@@ -308,7 +307,7 @@ def plot_scaling_latency(
     other = "batch" if against == "channels" else "channels"
     rows = data[data[other] == data[other].mode().iloc[0]]
     executions = list(dict.fromkeys(data.execution))
-    for execution, look in zip(executions, _cycle(len(executions)), strict=True):
+    for execution, look in _looks(executions).items():
         part = rows[rows.execution == execution].sort_values(against)
         if quantity == "median_ms":
             _medians(ax, part[against], part, look, execution, line=True)
@@ -350,7 +349,9 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                        linewidths=0.8, label=look.label if x == 0 else None)  # fmt: skip
     if len(published):
         at = published.bits.map({name: n for n, name in enumerate(bits)}) + 0.4 - width / 2
-        ax.scatter(at, published.last_top1, marker="_", s=40, color="#6b6b70", label="published, own teachers")
+        ax.scatter(
+            at, published.last_top1, marker="_", s=40, linewidths=0.8, color="#6b6b70", label="published, own teachers"
+        )
     teacher = measured.teacher_top1.mean()
     ax.axhline(teacher, color=_GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
@@ -390,7 +391,7 @@ def plot_granularity_factorial(
         if value == value:
             ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6,
                     color="white" if value < middle else "black")  # fmt: skip
-    ax.set_xticks(range(grid.shape[1]), [_plain(v) for v in grid.columns], rotation=40, ha="right", fontsize=6)
+    ax.set_xticks(range(grid.shape[1]), [_plain(v) for v in grid.columns], rotation=90, fontsize=6)
     ax.set_yticks(range(grid.shape[0]), [_plain(v) for v in grid.index], fontsize=6)
     ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {rows.ranges.iloc[0]}")
     if colorbar:
@@ -418,11 +419,11 @@ def plot_true_bits(data: pd.DataFrame, *, quantity: str = "bits_per_weight", leg
             + (i - (data.scheme.nunique() - 1) / 2) * 0.15
         )
         ax.scatter(rows[quantity], y, color=look.color, marker=look.marker, s=20, label=look.label)
-    goal, text = (data.weight_bits.iloc[0], "the label") if quantity == "bits_per_weight" else (100, "all weights")
-    ax.axvline(goal, color=_GREY, linestyle=":", label=text)
+    bits = quantity == "bits_per_weight"
+    ax.axvline(data.weight_bits.iloc[0] if bits else 100, color=_GREY, linestyle=":", zorder=0)
     ax.set_yticks(range(len(networks)), networks)
     ax.set_ylim(len(networks) - 0.5, -0.5)
-    ax.set_xlabel("true bits per weight" if quantity == "bits_per_weight" else "weights really quantized (%)")
+    ax.set_xlabel("true bits per weight (dotted: the label)" if bits else "weights really quantized (%)")
     if legend:
         ax.legend()
     return ax
@@ -512,7 +513,6 @@ def plot_synthetic_gap(
     *,
     quantity: str = "ks_distance",
     legend: bool = True,
-    names: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Distance of synthetic from real activations, per layer: every channel a point, a bar at each median.
@@ -522,7 +522,6 @@ def plot_synthetic_gap(
             which shows how much of a distance is the sample.
         quantity: ``"ks_distance"``, ``"mean"`` or ``"variance"``.
         legend: names the pairs.
-        names: write the layers' names.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
@@ -552,7 +551,7 @@ def plot_synthetic_gap(
     else:
         ax.set_ylim(0)
     ax.set_ylabel(GAP_LABELS[quantity])
-    _layer_ticks(ax, layers, names)
+    _layer_ticks(ax, layers)
     if legend:
         ax.legend(markerscale=2, ncols=2)
     return ax
@@ -651,8 +650,8 @@ def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes 
     ax.axvline(0, color=_GREY, linestyle=":", linewidth=1)
     left = len(every) - len(rows)
     ax.set(
-        xlabel="points below the own teacher",
-        title=str(every.bits.iloc[0]) + (f" ({left} more in the table)" if left else ""),
+        xlabel="points lost",
+        title=str(every.bits.iloc[0]) + (f"\n{left} more in the table" if left else ""),
     )
     return ax
 
@@ -736,10 +735,17 @@ def _shown(values: pd.Series, metric: str) -> np.ndarray:
     return np.minimum(values.to_numpy(), SQNR_CEILING) if metric == "sqnr_db" else values.to_numpy()
 
 
-def _cycle(count: int) -> list[Role]:
-    """Looks for things that are no scheme: methods and executions, in their order."""
-    return list(itertools.islice(itertools.cycle(ROLES[n] for n in ("layerwise", "per_channel", "release", "strict",
-                                                                    "foldable")), count))  # fmt: skip
+def _looks(names: Sequence[str]) -> dict[str, Role]:
+    """Looks of methods and executions: that of the scheme they belong to, and of a free one for the others."""
+    belongs = {"copy": "full precision", "per_sample_channel": "release", "per_channel": "per_channel"}
+    belongs |= {"layer": "layerwise", "per_tensor": "layerwise", "pre": "release", "fold": "foldable"}
+    found: dict[str, Role] = {}
+    for name in names:
+        scheme = next((ROLES[v] for k, v in belongs.items() if name.startswith(k)), None)
+        if scheme is not None and scheme not in found.values():
+            found[name] = scheme
+    free = itertools.cycle([look for look in list(ROLES.values())[1:6] if look not in found.values()] or [role("")])
+    return {name: found.get(name) or next(free) for name in names}
 
 
 def _medians(ax: Axes, x: Any, rows: pd.DataFrame, look: Role, label: str, *, line: bool) -> None:
@@ -749,7 +755,7 @@ def _medians(ax: Axes, x: Any, rows: pd.DataFrame, look: Role, label: str, *, li
 
 
 def _plain(name: str) -> str:
-    return str(name).removeprefix("per_").replace("_", " ")
+    return {"per_sample": "per image", "per_sample_channel": "per image, channel"}.get(name, name.replace("_", " "))
 
 
 def _share_above(density: pd.Series, edges: Sequence[float]) -> np.ndarray:
@@ -764,13 +770,13 @@ def _plain_log(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _layer_ticks(ax: Axes, layers: Sequence[str], names: bool = True) -> None:
-    ax.set_xticks(range(len(layers)), [short_layer(n) if names else "" for n in layers], rotation=90, fontsize=6)
+def _layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
+    ax.set_xticks(range(len(layers)), [short_layer(n) for n in layers], rotation=90, fontsize=6)
     ax.set_xlim(-0.6, len(layers) - 0.4)
 
 
 def _share_labels(figure: Figure, axes: np.ndarray) -> None:
-    """One legend above all panels, and no title or axis label that a neighboring panel repeats."""
+    """One legend above all panels, and no title, axis label or tick name that a neighboring panel repeats."""
     found = {}
     for ax in axes.flat:
         if (own := ax.get_legend()) is not None:
@@ -780,6 +786,7 @@ def _share_labels(figure: Figure, axes: np.ndarray) -> None:
         figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(len(found), 5))
     grid = {(r, c): ax for r, line in enumerate(axes) for c, ax in enumerate(line)}
     said = {at: (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) for at, ax in grid.items()}
+    names = {at: (_named_ticks(ax.xaxis), _named_ticks(ax.yaxis)) for at, ax in grid.items()}
     for (r, c), ax in grid.items():
         title, xlabel, ylabel = said[r, c]
         if r and title == said[r - 1, c][0]:
@@ -788,3 +795,12 @@ def _share_labels(figure: Figure, axes: np.ndarray) -> None:
             ax.set_xlabel("")
         if c and ylabel == said[r, c - 1][2]:
             ax.set_ylabel("")
+        if c and names[r, c][1] == names[r, c - 1][1] != []:
+            ax.tick_params(labelleft=False)
+        if (r + 1, c) in said and names[r, c][0] == names[r + 1, c][0] != []:
+            ax.tick_params(labelbottom=False)
+
+
+def _named_ticks(axis: Any) -> list[str]:
+    """Tick labels that are names, not numbers."""
+    return [t.get_text() for t in axis.get_ticklabels()] if isinstance(axis.get_major_locator(), FixedLocator) else []

@@ -311,7 +311,7 @@ def _distortion_panels(data: pd.DataFrame) -> Grid:
 def _error_panels(data: pd.DataFrame) -> Grid:
     modes = analysis.MODES
     grid: Grid = [
-        [partial(figures.plot_layer_error, metric=m, mode=mode, names=m == "cosine_similarity")
+        [partial(figures.plot_layer_error, metric=m, mode=mode)
          for mode in modes]
         for m in ("sqnr_db", "mse", "cosine_similarity")
     ]  # fmt: skip
@@ -328,7 +328,7 @@ def _table_panels(data: pd.DataFrame) -> Grid:
 
 
 def _gap_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_synthetic_gap, quantity=q, names=q == "variance")] for q in figures.GAP_LABELS]
+    return [[partial(figures.plot_synthetic_gap, quantity=q)] for q in figures.GAP_LABELS]
 
 
 @dataclass(frozen=True)
