@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.quantizer import _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
+from granq.quantizer import QParams, _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -35,6 +35,8 @@ class Scheme:
         clamp: keep codes within their range.
         promote: half-precision ranges are computed in float32.
         skip: names of layers left in full precision, such as ``("features.init_block.conv",)``.
+        fold: multiply each layer's weight by the steps of its input channels before it is quantized, so that the layer
+            is one integer convolution and one rescale (``granq.integer``). Needs static ranges, at most one a channel.
     """
 
     weights: str | None
@@ -44,6 +46,15 @@ class Scheme:
     clamp: bool = True
     promote: bool = True
     skip: tuple[str, ...] = ()
+    fold: bool = False
+
+    def __post_init__(self) -> None:
+        static = self.tracked and self.activations in ("per_channel", "per_tensor")
+        if self.fold and not (static and self.places == "inputs" and self.weights in ("per_out_channel", "per_tensor")):
+            raise ValueError(
+                "scales fold into weights only if activation ranges are tracked, per_channel or per_tensor, at the "
+                "inputs, and weight scales are per_out_channel or per_tensor"
+            )
 
 
 #: method.md section 2. ``layerwise`` and ``per_channel`` quantize where ``release`` does, so that granularity and
@@ -53,6 +64,7 @@ SCHEMES: dict[str, Scheme] = {
     "strict": Scheme("per_out_channel", "per_sample_channel"),
     "layerwise": Scheme("per_out_channel", "per_tensor", tracked=True, places="relu"),
     "per_channel": Scheme("per_out_channel", "per_channel", tracked=True, places="relu"),
+    "foldable": Scheme("per_out_channel", "per_channel", tracked=True, fold=True),
 }
 
 
@@ -66,17 +78,50 @@ def get_scheme(scheme: str | Scheme) -> Scheme:
 
 
 class WeightQuantizer(nn.Module):
-    """Parametrization of a layer's weight: (O, I, kh, kw) or (O, I) -> the same, fake-quantized."""
+    """Parametrization of a layer's weight: (O, I, kh, kw) or (O, I) -> the same, fake-quantized.
 
-    def __init__(self, bits: int, granularity: str, clamp: bool, promote: bool) -> None:
+    With ``source``, the quantizer of the layer's input, the weight is quantized in units of its steps: the integers
+    ``folded`` returns are then all that an integer convolution needs.
+    """
+
+    def __init__(
+        self, bits: int, granularity: str, clamp: bool, promote: bool, groups: int, source: ActQuantizer | None = None
+    ) -> None:
         super().__init__()
         self.bits, self.granularity, self.clamp, self.promote = bits, granularity, clamp, promote
+        self.groups = groups
+        self._source = (source,)  # in a tuple, so that the input's quantizer does not become our submodule
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.bits, self.granularity, self.clamp, promote=self.promote)
+        if self.source is None:
+            return fake_quantize(weight, self.bits, self.granularity, self.clamp, promote=self.promote)
+        step = self.input_step(weight)
+        return fake_quantize_with(weight * step, self.folded_qparams(weight), self.bits, self.clamp) / step
+
+    @property
+    def source(self) -> ActQuantizer | None:
+        """The quantizer of the layer's input, if its steps are folded into the weight."""
+        return self._source[0]
+
+    def folded_qparams(self, weight: Tensor) -> QParams:
+        """Parameters of ``weight * input_step``; ranges hold zero, so that ``q + z`` fits k bits and a sign."""
+        low, high = min_max(weight * self.input_step(weight), self.granularity)
+        return qparams_from_range(low.clamp_max(0), high.clamp_min(0), self.bits, promote=self.promote)
+
+    def input_step(self, weight: Tensor) -> Tensor:
+        """The step of every input channel, laid out against ``weight``: (1 or O, I/groups, 1, 1) or (1, I)."""
+        source = self.source
+        if source is None or not source.seen:
+            return weight.new_ones((1,) * weight.dim())  # no batch has set the ranges yet
+        step = source.qparams().scale
+        if step.numel() == 1 or self.groups == 1:
+            return step.reshape(1, -1, *(1,) * (weight.dim() - 2))
+        per_group = step.reshape(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, 0)
+        return per_group.reshape(*per_group.shape, *(1,) * (weight.dim() - 2))
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, granularity={self.granularity}, clamp={self.clamp}"
+        folded = ", folded" if self.source is not None else ""
+        return f"bits={self.bits}, granularity={self.granularity}, clamp={self.clamp}{folded}"
 
 
 class ActQuantizer(nn.Module):
@@ -89,19 +134,16 @@ class ActQuantizer(nn.Module):
     running_min: Tensor
     running_max: Tensor
 
-    def __init__(
-        self, bits: int, granularity: str, tracked: bool, clamp: bool, promote: bool, rows: bool = False
-    ) -> None:
+    def __init__(self, bits: int, scheme: Scheme, rows: bool = False) -> None:
         super().__init__()
-        self.bits, self.granularity, self.tracked, self.clamp, self.promote = (
-            bits,
-            granularity,
-            tracked,
-            clamp,
-            promote,
-        )
+        if scheme.activations is None:
+            raise ValueError("the scheme leaves activations in full precision")
+        self.bits, self.granularity, self.tracked = bits, scheme.activations, scheme.tracked
+        self.clamp, self.promote = scheme.clamp, scheme.promote
+        self.include_zero = scheme.fold  # zero padding then has an exact code
         self.rows = rows
         self.frozen = False
+        tracked = scheme.tracked
         if tracked:
             self.register_buffer("running_min", torch.empty(0))  # shaped by the first batch
             self.register_buffer("running_max", torch.empty(0))
@@ -116,10 +158,21 @@ class ActQuantizer(nn.Module):
             return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=self.promote)
         if not self.frozen:
             self._observe(x)
-        if not self.running_min.numel():
+        return fake_quantize_with(x, self.qparams(), self.bits, self.clamp)
+
+    @property
+    def seen(self) -> bool:
+        """Whether tracked ranges exist."""
+        return self.tracked and bool(self.running_min.numel())
+
+    def qparams(self) -> QParams:
+        """Parameters of the tracked ranges. Raises RuntimeError before the first batch."""
+        if not self.seen:
             raise RuntimeError("ranges were frozen before a batch was seen: run granq.calibrate first")
-        qparams = qparams_from_range(self.running_min, self.running_max, self.bits, promote=self.promote)
-        return fake_quantize_with(x, qparams, self.bits, self.clamp)
+        low, high = self.running_min, self.running_max
+        if self.include_zero:
+            low, high = low.clamp_max(0), high.clamp_min(0)
+        return qparams_from_range(low, high, self.bits, promote=self.promote)
 
     def _observe(self, x: Tensor) -> None:
         low, high = min_max(x, self.granularity)
@@ -177,9 +230,7 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
     if scheme.activations is not None:
         for node in _places(graph, student, scheme, set(layers)):
             rows = any(isinstance(_module(student, user), nn.Linear) for user in node.users)
-            quantizers[node.name] = ActQuantizer(
-                act_bits, scheme.activations, scheme.tracked, scheme.clamp, scheme.promote, rows
-            )
+            quantizers[node.name] = ActQuantizer(act_bits, scheme, rows)
             _insert_after(graph, node, student, scheme.places, set(layers))
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
@@ -187,10 +238,13 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
         if name and not _has_module(quantized, name):
             quantized.add_submodule(name, module)
     if scheme.weights is not None:
+        sources = _input_quantizers(quantized, layers) if scheme.fold else {}
         for layer in dict.fromkeys(layers.values()):  # a layer under two names once
-            parametrize.register_parametrization(
-                layer, "weight", WeightQuantizer(weight_bits, scheme.weights, scheme.clamp, scheme.promote)
+            groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+            weight_quantizer = WeightQuantizer(
+                weight_bits, scheme.weights, scheme.clamp, scheme.promote, groups, sources.get(layer)
             )
+            parametrize.register_parametrization(layer, "weight", weight_quantizer)
             layer.register_load_state_dict_pre_hook(_rename_on_load)
             layer.register_state_dict_post_hook(_rename_on_save)
     return quantized.eval()
@@ -259,6 +313,19 @@ def _places(graph: fx.Graph, root: nn.Module, scheme: Scheme, layers: set[str]) 
         return [n for n in graph.nodes if _is_relu(n, root)]
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target in layers]
     return list(dict.fromkeys(value for n in calls if isinstance(value := _layer_input(n), fx.Node)))
+
+
+def _input_quantizers(model: fx.GraphModule, layers: Mapping[str, nn.Module]) -> dict[nn.Module, ActQuantizer]:
+    """The quantizer in front of every layer. Raises ValueError where a layer reads two: its weight folds only once."""
+    sources: dict[nn.Module, ActQuantizer] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and node.target in layers and isinstance(_layer_input(node), fx.Node):
+            layer, source = layers[str(node.target)], _module(model, _layer_input(node))
+            if not isinstance(source, ActQuantizer):
+                continue
+            if sources.setdefault(layer, source) is not source:
+                raise ValueError(f"layer {node.target} is called on two inputs: the scales of both cannot fold into it")
+    return sources
 
 
 def _insert_after(graph: fx.Graph, node: fx.Node, root: nn.Module, places: str, layers: set[str]) -> None:

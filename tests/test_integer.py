@@ -1,0 +1,110 @@
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import TinyNet
+from safetensors.torch import load_file
+from torch import nn
+
+from granq import (
+    Scheme,
+    build_network,
+    calibrate,
+    export_onnx,
+    integer_model,
+    measure_integer_agreement,
+    quantize_model,
+    save_integers,
+)
+
+
+def with_statistics(model):
+    """Random BatchNorm statistics and affine parameters, so that the rescale has something to fold."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.2), norm.running_var.uniform_(0.5, 2)
+            norm.weight.data.uniform_(0.5, 1.5), norm.bias.data.normal_(0, 0.2)
+    return model.eval()
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.grouped = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, groups=4)
+        self.depthwise = nn.Conv2d(12, 12, 3, groups=12)
+        self.fc = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.depthwise(torch.relu(self.grouped(torch.relu(self.first(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [TinyNet, Grouped, lambda: build_network("resnet20_cifar10", 10)])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_integers_equal_the_fake_quantized_twin(make, bits):
+    def draw():
+        return torch.randn(8, 3, 16, 16) * torch.tensor([0.1, 1, 5]).view(1, 3, 1, 1)
+
+    student = quantize_model(with_statistics(make()), "foldable", bits, bits)
+    calibrate(student, [draw() for _ in range(2)])
+    frame = measure_integer_agreement(student, draw())
+    layers = frame[frame.layer != "network"]
+    assert len(layers) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in student.modules())
+    assert (layers.beyond_bound == 0).all() and (layers.max_accumulator > 0).all()
+    # In float64 no value lies so close to a tie that the two orders of summation disagree about its code.
+    x = draw().double()
+    twin = integer_model(student.double())
+    torch.testing.assert_close(twin.double()(x), student(x), rtol=1e-4, atol=1e-4)
+
+
+def test_every_weight_of_a_filter_is_one_of_few_integers(tiny):
+    student = quantize_model(tiny, "foldable", 2, 2)
+    calibrate(student, [torch.randn(8, 3, 8, 8)])
+    weight = integer_model(student).get_submodule("conv2").weight
+    assert weight.abs().max() <= 3 and all(len(f.unique()) <= 4 for f in weight)
+
+
+def test_a_range_holds_zero_so_padding_is_exact():
+    """All inputs are above 5: without zero in the range the padded border would have no code."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, bias=False)).eval()
+    student = quantize_model(model, "foldable", 8, 8)
+    x = 5 + torch.rand(4, 1, 6, 6)
+    calibrate(student, [x])
+    assert (student(x) - model(x)).abs().max() < 0.1 * model(x).abs().max()
+    assert measure_integer_agreement(student, x).beyond_bound[0] == 0
+
+
+def test_export(tmp_path, tiny):
+    student = quantize_model(with_statistics(tiny), "foldable", 3, 3)
+    calibrate(student, [torch.randn(8, 3, 8, 8)])
+    twin, x = integer_model(student), torch.randn(5, 3, 8, 8)
+    save_integers(twin, tmp_path / "i.safetensors", {"bits": 3})
+    saved = load_file(tmp_path / "i.safetensors")
+    assert saved["conv1.weight"].dtype == torch.int8 and saved["conv1.rescale"].shape == (4,)
+    export_onnx(twin, x[:2], tmp_path / "n.onnx")
+    kinds = [n.op_type for n in onnx.load(tmp_path / "n.onnx").graph.node]
+    assert kinds.count("QuantizeLinear") == 3 and kinds.count("DequantizeLinear") == 3 + 4
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
+    logits = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]  # another batch size than the example's
+    torch.testing.assert_close(torch.from_numpy(logits), twin(x), rtol=1e-5, atol=1e-5)
+
+
+def test_refusals(tiny):
+    with pytest.raises(ValueError, match="foldable scheme"):
+        integer_model(quantize_model(tiny, "strict", 3, 3))
+    with pytest.raises(ValueError, match="never set"):
+        integer_model(quantize_model(tiny, "foldable", 3, 3))
+    with pytest.raises(ValueError, match="fold"):
+        Scheme("per_out_channel", "per_sample_channel", fold=True)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(torch.relu(self.conv(x)))
+
+    with pytest.raises(ValueError, match="called on two inputs"):
+        quantize_model(Twice(), "foldable", 3, 3)
