@@ -118,6 +118,11 @@ class Setting:
         return self._loaded[0]
 
     @property
+    def top1(self) -> float:
+        """Its accuracy on the test split in percent."""
+        return self._loaded[2]
+
+    @property
     def spec(self) -> DataSpec:
         """The data, with the normalization that belongs to the teacher."""
         return self._loaded[1]
@@ -195,7 +200,7 @@ class Setting:
         facts: dict[str, Any] = {"preset": self.preset, "seed": self.seed, "commit": _commit()}
         if teacher:
             name = figures.dataset_name(self.data)
-            facts |= dict(dataset=name, network=self.network, teacher_test_top1=self._loaded[2])
+            facts |= dict(dataset=name, network=self.network, teacher_test_top1=self.top1)
         versions = qat.versions(self.device)
         return facts | {k: versions[k] for k in ("torch", "device")}
 
@@ -270,11 +275,12 @@ def _accuracy(s: Setting) -> pd.DataFrame:
             result = qat.train(s.teacher, config, evaluate=s.evaluate)
             values = dict(scheme=scheme, bits=f"W{bits}A{bits}", recipe=config.recipe, seed=config.seed)
             values |= dict(ptq_top1=result.ptq_top1, last_top1=result.last_top1, best_top1=result.best_top1)
-            rows.append(s.facts() | values | {"seconds": round(result.seconds, 1)})
+            rows.append(s.facts() | {"teacher_top1": s.top1} | values | {"seconds": round(result.seconds, 1)})
         return pd.DataFrame(rows)
     measured = pd.read_csv(s.out / RESULTS)
     measured = measured.reindex(columns=list(dict.fromkeys([*measured, "last_top1"])))  # rows without training only
-    return pd.concat([measured, _published(measured)], ignore_index=True)
+    top1 = measured.teacher_top1.mean()
+    return pd.concat([measured, _published(measured)], ignore_index=True).assign(teacher_test_top1=top1)
 
 
 def _published(measured: pd.DataFrame) -> pd.DataFrame:
@@ -416,7 +422,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "results_table": Figure(
         "How do these results compare with published ones?",
-        lambda s: figures.results_table(s.accuracy),
+        lambda s: figures.results_table(s.accuracy).assign(teacher_test_top1=s.accuracy.teacher_test_top1.iloc[0]),
         figures.plot_results_table,
         (6.8, 3.6),
         "One panel per bit width, one line per method, the position is the number of points lost against the method's "
@@ -443,7 +449,9 @@ def make_figures(names: Iterable[str], setting: Setting) -> list[str]:
     for name in tqdm(names, desc="figures", unit="figure"):
         figure = FIGURES[name]
         data = figure.measure(setting)
-        facts = {k: v for k, v in setting.facts(figure.teacher).items() if k not in data}
+        facts = {
+            k: v for k, v in setting.facts(figure.teacher and "teacher_test_top1" not in data).items() if k not in data
+        }
         setting.out.mkdir(parents=True, exist_ok=True)
         data.assign(**facts).to_csv(setting.out / f"{name}.csv", index=False, float_format="%.6g")
         redraw_figures([name], setting.out)
@@ -482,10 +490,12 @@ def write_gallery(folder: Path) -> None:
         if not all((folder / f"{name}.{kind}").is_file() for kind in ("csv", "png")):
             continue
         facts = pd.read_csv(folder / f"{name}.csv").iloc[0]
-        top1 = facts.get("teacher_test_top1", facts.get("teacher_top1"))  # a history's teacher_top1 is on drawn images
-        teacher = "" if top1 is None else f", teacher {top1:.2f} %"
-        data = f"{facts.dataset}, {facts.network}{teacher}; " if "dataset" in facts else ""
+        teacher = f", teacher {facts.teacher_test_top1:.2f} %" if "teacher_test_top1" in facts else ""
+        data = f"Data: {facts.dataset}, {facts.network}{teacher}; " if "dataset" in facts else ""
         command = f"granq figures {name} --preset {facts.preset}"
+        command += (
+            " --teacher FILE --data folder:PATH" if facts.get("dataset") == figures.dataset_name("folder:") else ""
+        )
         parts.append(
             f"## {name}\n\n**{figure.question}**\n\n![{figure.alt}]({name}.png)\n\n{figure.alt}\n\n"
             f"[CSV]({name}.csv), [SVG]({name}.svg). {data}seed {facts.seed}, {facts.device}, torch {facts.torch}, "

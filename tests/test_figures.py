@@ -18,7 +18,7 @@ from granq.generator import Generator
 
 SPEC = DataSpec("digits", 3, 8, (0.3,) * 3, (0.4,) * 3)
 FACTS = dict(preset="quick", seed=0, commit="abc", torch="2", device="cpu", dataset="digits", network="tiny",
-             teacher_top1=90.0)  # fmt: skip
+             teacher_test_top1=97.5)  # fmt: skip
 
 
 def batches(count: int = 2) -> list[torch.Tensor]:
@@ -112,12 +112,12 @@ def test_redraw_gives_the_same_bytes(name: str, frames: dict[str, pd.DataFrame],
 
 
 def test_gallery_keeps_the_text_around_it(frames: dict[str, pd.DataFrame], tmp_path) -> None:
-    # the column teacher_top1 of a history is the accuracy on synthetic images
-    frames["training_curves"].assign(teacher_test_top1=97.5).to_csv(tmp_path / "training_curves.csv", index=False)
+    frames["training_curves"].to_csv(tmp_path / "training_curves.csv", index=False)
     (tmp_path / "README.md").write_text("# Mine\n\nabove\n\n" + "\n".join(registry.GALLERY) + "\n\nbelow\n")
     registry.redraw_figures([], tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Mine\n\nabove\n") and text.endswith("\nbelow\n")
+    # not teacher_top1, which in a history is the accuracy on synthetic images
     assert "![" in text and "digits, tiny, teacher 97.50 %" in text
 
 
@@ -137,6 +137,30 @@ def test_artists_hold_the_values(frames: dict[str, pd.DataFrame]) -> None:
     points = np.concatenate([c.get_offsets()[:, 1] for c in ax.collections if len(c.get_offsets())])
     assert {75.1, 72.8} <= set(points), "published results are missing"
     assert set(accuracy().ptq_top1.dropna()) <= set(points), "a seed is missing"
+
+
+def test_latency_factorial_and_true_bits() -> None:
+    """The plots of the other rooms' frames, in the columns that their docstrings name."""
+    time = dict(median_ms=2.0, q25_ms=1.5, q75_ms=4.0)
+    latency = pd.DataFrame([dict(method=m, shape="(2, 3, 4, 4)") | time for m in ("per_sample_channel", "copy")])
+    ax = figures.plot_quantizer_latency(latency)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["2×3×4×4"]
+    bars = [c.lines[2][0].get_segments()[0][:, 1].tolist() for c in ax.containers]
+    assert bars == [[1.5, 4.0], [1.5, 4.0]]
+    plt.figure()
+    grid = [dict(execution=e, channels=c, batch=4, scale_multiplications=c) | time for e in "ab" for c in (8, 16)]
+    ax = figures.plot_scaling_latency(pd.DataFrame(grid), quantity="scale_multiplications")
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[8, 16], [8, 16]]
+    plt.figure()
+    names = itertools.product(("full", "per_kernel"), ("full", "per_tensor"), (0, 1))
+    cells = [dict(weights=w, activations=a, ranges="dynamic", bits=3, seed=k, top1=50.0 + k) for w, a, k in names]
+    ax = figures.plot_granularity_factorial(pd.DataFrame(cells))
+    assert ax.images[0].get_array().tolist() == [[50.5, 50.5], [50.5, 50.5]], "seeds are averaged"
+    assert len(ax.texts) == 4
+    plt.figure()
+    bits = [dict(network=n, scheme="release", weight_bits=3, bits_per_weight=9.0, quantized_percent=2.0) for n in "ab"]
+    ax = figures.plot_true_bits(pd.DataFrame(bits))
+    assert ax.collections[0].get_offsets().tolist() == [[9.0, 0.0], [9.0, 1.0]]
 
 
 def test_results_table_values() -> None:
