@@ -466,17 +466,18 @@ def plot_training_curves(
         )
     ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity], xlim=(data.epoch.min() - 0.5, data.epoch.max() + 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.ticklabel_format(axis="y", useOffset=False)
     if legend:
         ax.legend()
     return ax
 
 
-def plot_synthetic_images(data: pd.DataFrame, *, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Generated images, a column for every label and a row for every epoch (and sample), teacher's confidence below.
 
     Args:
-        data: of ``measure_generated_images``; a column ``epoch`` stacks several snapshots.
-        names: class names for the columns; default the label numbers.
+        data: of ``measure_generated_images``; a column ``epoch`` stacks several snapshots, a column ``name`` names the
+            labels.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
@@ -491,7 +492,7 @@ def plot_synthetic_images(data: pd.DataFrame, *, names: Sequence[str] | None = N
             ax.text(x * cell + size / 2, y * line + size * 1.2, f"{row.confidence:.0%}", ha="center", va="center",
                     fontsize=6)  # fmt: skip
     ax.imshow(canvas, interpolation="nearest")
-    labels = names or [str(v) for v in sorted(data.label.unique())]
+    labels = data.drop_duplicates("label").sort_values("label")["name" if "name" in data else "label"].astype(str)
     ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels)
     ax.set_yticks([y * line + size / 2 for y in range(len(groups))],
                   [f"epoch {key[0]}" if "epoch" in data else f"sample {key[-1]}" for key, _ in groups])  # fmt: skip

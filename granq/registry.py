@@ -48,7 +48,7 @@ class Budget:
 BUDGETS = {
     "quick": Budget(
         images=256, bits=2, accuracy_bits=(2, 3), accuracy_seeds=2,
-        run=dict(epochs=4, iterations=20, warmup_epochs=2, batch_size=32), snapshots=(1, 2, 4),
+        run=dict(epochs=3, iterations=20, warmup_epochs=1, batch_size=32), snapshots=(1, 2, 3),
     ),
     "cifar10": Budget(
         images=1024, bits=3, accuracy_bits=(3, 4, 5), accuracy_seeds=3,
@@ -131,6 +131,15 @@ class Setting:
     def test(self) -> ImageData:
         """The test split."""
         return load_split(self.spec, "test")
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Names of the labels, where the data have them, else their numbers."""
+        names = getattr(self.test, "classes", None)
+        if names is None and self.spec.name.startswith("folder:"):  # small images are kept without their class names
+            test = next(d for d in (Path(self.spec.root) / "test", Path(self.spec.root) / "val") if d.is_dir())
+            names = sorted(d.name for d in test.iterdir() if d.is_dir())
+        return [str(name) for name in names or range(self.spec.classes)]
 
     def real(self, part: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
         """Batches of real test images in an order drawn once; ``part`` 0 and 1 are disjoint samples of equal size."""
@@ -405,7 +414,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "synthetic_images": Figure(
         "What does the generator draw?",
-        lambda s: s.zero_shot[2],
+        lambda s: s.zero_shot[2].assign(name=s.zero_shot[2].label.map(dict(enumerate(s.class_names)))),
         figures.plot_synthetic_images,
         (6.8, 3.2),
         "Generated images, one column per class and one row per epoch, each with the teacher's probability of the "
@@ -491,7 +500,8 @@ def write_gallery(folder: Path) -> None:
             continue
         facts = pd.read_csv(folder / f"{name}.csv").iloc[0]
         teacher = f", teacher {facts.teacher_test_top1:.2f} %" if "teacher_test_top1" in facts else ""
-        data = f"Data: {facts.dataset}, {facts.network}{teacher}; " if "dataset" in facts else ""
+        count = f", {facts.images} images" if "images" in facts else ""
+        data = f"Data: {facts.dataset}{count}, {facts.network}{teacher}; " if "dataset" in facts else ""
         command = f"granq figures {name} --preset {facts.preset}"
         command += (
             " --teacher FILE --data folder:PATH" if facts.get("dataset") == figures.dataset_name("folder:") else ""
