@@ -493,7 +493,7 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes
                     fontsize=6)  # fmt: skip
     ax.imshow(canvas, interpolation="nearest")
     labels = data.drop_duplicates("label").sort_values("label")["name" if "name" in data else "label"].astype(str)
-    ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels)
+    ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels, fontsize=6.5)
     ax.set_yticks([y * line + size / 2 for y in range(len(groups))],
                   [f"epoch {key[0]}" if "epoch" in data else f"sample {key[-1]}" for key, _ in groups])  # fmt: skip
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)

@@ -24,9 +24,9 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from granq import analysis, figures, models, qat
-from granq.convert import SCHEMES
+from granq.convert import SCHEMES, quantize_model
 from granq.data import DataSpec, ImageData, batches, describe_data, load_split
-from granq.generator import build_generator, synthesize
+from granq.generator import LATENT, build_generator
 
 PRESETS = ("quick", "cifar10")
 PUBLISHED = Path(__file__).with_name("published_results.csv")
@@ -150,11 +150,19 @@ class Setting:
 
     def synthetic(self, batch_size: int = 64) -> Iterator[Tensor]:
         """As many generated images as real ones, drawn as during the run: BatchNorm with the batch's statistics."""
-        generator = self.zero_shot[0].train()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(self.seed)
-            for _ in range(0, min(self.budget.images, len(self.test) // 2), batch_size):
-                yield synthesize(cast(Any, generator), batch_size, self.device)[0]
+        network = self.zero_shot[0].train()
+        rng = torch.Generator().manual_seed(self.seed)
+
+        @torch.no_grad()
+        def draw(count: int) -> Tensor:
+            noise, labels = (
+                torch.randn(count, LATENT, generator=rng),
+                torch.randint(self.spec.classes, (count,), generator=rng),
+            )
+            return network(noise.to(self.device), labels.to(self.device))
+
+        count = min(self.budget.images, len(self.test) // 2)
+        return (draw(min(batch_size, count - start)) for start in range(0, count, batch_size))
 
     def config(self, **changes: Any) -> qat.QATConfig:
         """Settings of a zero-shot run in this preset."""
@@ -176,7 +184,8 @@ class Setting:
         trainer = qat.Trainer(self.teacher, self.config())
         frames = []
         while trainer.epoch < trainer.config.epochs:
-            trainer.run_epoch(self.evaluate)
+            with torch.enable_grad():  # this may be the first use, in the middle of a measurement
+                trainer.run_epoch(self.evaluate)
             if trainer.epoch in self.budget.snapshots:
                 drawn = analysis.measure_generated_images(trainer.generator, self.teacher, self.spec, seed=self.seed)
                 frames.append(drawn.assign(epoch=trainer.epoch))
@@ -306,6 +315,23 @@ def _published(measured: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
+def _true_bits(s: Setting) -> pd.DataFrame:
+    """Five networks without trained weights: what is quantized does not depend on them."""
+    from granq.auditing import audit, summarize_audit
+
+    rows = []
+    for name in ("resnet20_cifar10", "resnet18", "resnet50", "mobilenetv2_w1", "mobilenet_v2"):
+        size = 32 if "cifar" in name else 224
+        torch.manual_seed(s.seed)
+        network = models.build_network(name, 10 if "cifar" in name else 1000)
+        for scheme in SCHEMES:
+            frame = audit(quantize_model(network, scheme, 3, 3), torch.randn(1, 3, size, size))
+            facts = summarize_audit(frame)
+            values = dict(bits_per_weight=facts["true_bits_per_weight"], quantized_percent=facts["weights_low_bit"])
+            rows.append(dict(network=name, scheme=scheme, weight_bits=3) | values)
+    return pd.DataFrame(rows)
+
+
 # How each figure is drawn: rows of panels, each a plot function with its keywords set
 
 Grid = list[list[Callable[..., Axes]]]
@@ -340,6 +366,10 @@ def _curve_panels(data: pd.DataFrame) -> Grid:
 
 def _table_panels(data: pd.DataFrame) -> Grid:
     return [[partial(figures.plot_results_table, bits=k) for k in sorted(set(data.bits))]]
+
+
+def _true_bits_panels(data: pd.DataFrame) -> Grid:
+    return [[partial(figures.plot_true_bits, quantity=q) for q in ("bits_per_weight", "quantized_percent")]]
 
 
 def _gap_panels(data: pd.DataFrame) -> Grid:
@@ -402,6 +432,16 @@ FIGURES: dict[str, Figure] = {
         (6.8, 2.8),
         "Test accuracy over bit widths, one column of points per scheme, open points before training and filled "
         "points after it, with the teacher as a dotted line and published results as dashes where there are any.",
+    ),
+    "true_bits": Figure(
+        "How many bits is a 3-bit network?",
+        _true_bits,
+        figures.plot_true_bits,
+        (6.8, 2.6),
+        "Five networks, one point per scheme: left the bits per weight with scales and zero points counted in and a "
+        "dotted line at the label, right the share of weights that are really quantized.",
+        _true_bits_panels,
+        teacher=False,
     ),
     "training_curves": Figure(
         "How does a run go?",

@@ -243,6 +243,21 @@ def test_command_draws_from_csv_and_refuses_bad_input(frames: dict[str, pd.DataF
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_synthetic_images_of_a_setting(tiny: nn.Module, tmp_path, monkeypatch) -> None:
+    """Where gradients are off, too, the run is trained; the same images come every time, as many as real ones."""
+    monkeypatch.setattr(registry.Setting, "_loaded", (tiny, SPEC, 12.5))
+    monkeypatch.setattr(registry.Setting, "test", [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)] * 40)
+    run = dict(epochs=1, iterations=1, warmup_epochs=0, batch_size=4)
+    small = registry.Budget(16, 2, (2,), 1, run, (1,))
+    monkeypatch.setitem(registry.BUDGETS, "quick", small)
+    setting = registry.Setting("quick", device="cpu", out=tmp_path)
+    with torch.no_grad():
+        first = list(setting.synthetic(batch_size=12))
+    assert [len(batch) for batch in first] == [12, 4]
+    assert sum(len(batch) for batch in setting.real()) == 16
+    assert all(torch.equal(a, b) for a, b in zip(first, setting.synthetic(batch_size=12), strict=True))
+
+
 def test_command_measures(tiny: nn.Module, tmp_path, monkeypatch) -> None:
     """One figure from nothing: provenance in the CSV, and a redraw from it that changes nothing."""
     monkeypatch.setattr(registry.Setting, "_loaded", (tiny, registry.describe_data("digits"), 12.5))
