@@ -32,6 +32,7 @@ _PUBLIC = {
         "measure_synthetic_gap",
         "sqnr_db",
     ),
+    "auditing": ("audit", "summarize_audit"),
     "convert": ("SCHEMES", "Scheme", "activation_places", "calibrate", "freeze_ranges", "quantize_model"),
     "data": ("DataSpec", "batches", "describe_data", "load_split"),
     "figures": (

@@ -13,6 +13,7 @@ EXAMPLES = {
     "teacher": "granq teacher --data digits --network resnet20_cifar10 --out teacher.safetensors",
     "quantize": "granq quantize --data digits --network resnet20_cifar10 --teacher teacher.safetensors "
     "--scheme release --bits 3,3 --out runs/first",
+    "audit": "granq audit --network resnet50 --scheme release --bits 3,3",
     "evaluate": "granq evaluate runs/first --data digits",
     "figures": "granq figures channel_scales layer_error --preset quick --out figures/quick",
     "export": "granq export runs/foldable --data digits --out runs/integers",
@@ -78,6 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("evaluate", "Measure the accuracy of a finished run.")
     sub.add_argument("run", type=Path)
     sub.add_argument("--data", required=True)
+
+    sub = command("audit", "Say, layer by layer, what a scheme really quantizes in a network.")
+    sub.add_argument(
+        "--network", required=True, help="a name of pytorchcv or torchvision, or timm:NAME; no weights needed"
+    )
+    sub.add_argument("--scheme", default="release")
+    sub.add_argument("--bits", default="3,3", help="weights,activations")
+    sub.add_argument("--classes", type=int, help="default 1000, or what the network's name says (cifar10: 10)")
+    sub.add_argument("--image-size", type=int, help="default 224, for CIFAR networks 32")
+    sub.add_argument("--teacher", type=Path, help="checkpoint; without it weights are random")
+    sub.add_argument("--fail-under", type=float, help="exit code 1 if fewer percent of the weights are quantized")
+    sub.add_argument("--out", type=Path, help="write the table as CSV")
 
     sub = command("export", "Write a run of scheme foldable as integers (safetensors) and ONNX, and check both.")
     sub.add_argument("run", type=Path)
@@ -277,6 +290,42 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "bits": f"W{config['weight_bits']}A{config['act_bits']}", "epoch": epoch, "top1": top1,
         "images": len(test), "teacher_top1": facts["teacher_top1"],
     } | qat.versions(device)  # fmt: skip
+
+
+def _audit(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from granq import auditing, convert, data, models
+
+    bits = parse_bits(args.bits)
+    convert.get_scheme(args.scheme)
+    if args.out and args.out.exists():
+        raise ValueError(f"{args.out} already exists; choose another --out")
+    cifar = "cifar" in args.network
+    size = args.image_size or (32 if cifar else 224)
+    classes = args.classes or (100 if "cifar100" in args.network else 10 if cifar else 1000)
+    if args.teacher:
+        spec = data.DataSpec("", classes, size, *data.IMAGENET_STATS)
+        model, _ = models.load_teacher(args.network, spec, args.teacher)
+    else:
+        torch.manual_seed(0)
+        model = models.build_network(args.network, classes)
+    torch.manual_seed(0)
+    student = convert.quantize_model(model, args.scheme, *bits)
+    frame = auditing.audit(student, torch.randn(2, 3, size, size))
+    if args.out:
+        frame.to_csv(args.out, index=False)
+    elif not args.json:
+        shown = ["layer", "weight_shape", "levels", "weight_sqnr_db", "input_quantized", "bits_per_weight", "status"]
+        print(frame[shown].round(1).to_string(index=False))
+    weights = str(args.teacher) if args.teacher else "random, seed 0"
+    facts = {"network": args.network, "scheme": args.scheme, "bits": f"W{bits[0]}A{bits[1]}", "image_size": size}
+    result = facts | {"weights": weights} | auditing.summarize_audit(frame) | {"torch": torch.__version__}
+    if args.json and not args.out:
+        result["layers"] = json.loads(frame.to_json(orient="records"))
+    if args.fail_under is not None and result["weights_low_bit"] < args.fail_under:
+        raise RuntimeError(f"{result['summary']}, fewer than the {args.fail_under} % of --fail-under")
+    return result
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:

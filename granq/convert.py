@@ -234,7 +234,9 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
             _insert_after(graph, node, student, scheme.places, set(layers))
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
-    for name, module in student.named_modules():  # fx drops what the forward does not reach; keep its keys
+    for name, module in student.named_modules(
+        remove_duplicate=False
+    ):  # fx drops what the forward does not reach; keep its keys
         if name and not _has_module(quantized, name):
             quantized.add_submodule(name, module)
     if scheme.weights is not None:

@@ -28,7 +28,7 @@ def _storage(bits: int) -> torch.dtype:
 
 
 class IntegerInput(nn.Module):
-    """Values -> integers ``u = q + z`` (int8; int16 at 8 bits), each channel with its own static multiplier, (N, C, H, W) or (N, F)."""
+    """Values -> integers ``u = q + z``, int8 (int16 at 8 bits), each channel with its own static multiplier."""
 
     scale_inv: Tensor
     zero_point: Tensor
@@ -83,8 +83,8 @@ class IntegerLayer(nn.Module):
             gain, shift = _affine(norm)
             rescale, offset = rescale * gain, offset * gain + shift
         self.register_buffer("weight", integers.to(_storage(quantizer.bits)))
-        self.register_buffer("rescale", rescale.float())
-        self.register_buffer("offset", offset.float())
+        self.register_buffer("rescale", rescale.to(original.dtype))
+        self.register_buffer("offset", offset.to(original.dtype))
         fan_in, largest = self.weight[0].numel(), 2**quantizer.bits * 2**quantizer.source.bits
         if fan_in * largest >= 2**31:
             raise OverflowError(f"a sum over {fan_in} products below {largest} may not fit int32")

@@ -42,9 +42,16 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
     if name in list_models():
         options = {"weights": "DEFAULT"} if pretrained else {"num_classes": classes}
         return torchvision_model(name, **options).eval()
+    if name.startswith("timm:"):
+        try:
+            import timm
+        except ImportError as error:
+            raise ValueError(f"{name} needs the package timm: pip install timm") from error
+        if name.removeprefix("timm:") in timm.list_models():
+            return timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, num_classes=classes).eval()
     raise ValueError(
         f"unknown network {name!r}; known are pytorchcv's and torchvision's names, such as resnet20_cifar10, "
-        "resnet20_cifar100, resnet18, resnet50, mobilenetv2_w1, mobilenet_v2"
+        "resnet20_cifar100, resnet18, resnet50, mobilenetv2_w1, mobilenet_v2; and timm's as timm:resnet18"
     )
 
 

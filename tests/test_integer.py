@@ -44,7 +44,7 @@ class Grouped(nn.Module):
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_integers_equal_the_fake_quantized_twin(make, bits):
     def draw():
-        return torch.randn(8, 3, 16, 16) * torch.tensor([0.1, 1, 5]).view(1, 3, 1, 1)
+        return torch.randn(4, 3, 32, 32) * torch.tensor([0.1, 1, 5]).view(1, 3, 1, 1)
 
     student = quantize_model(with_statistics(make()), "foldable", bits, bits)
     calibrate(student, [draw() for _ in range(2)])

@@ -1,0 +1,194 @@
+"""What a quantized model really quantizes: one row per layer, measured on its weights and on one forward."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from granq.analysis import sqnr_db
+from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, activation_places, frozen_ranges
+from granq.quantizer import min_max
+
+QUANTIZED_DB = 60.0
+"""Above this SQNR a weight is not quantized: 8 bits give about 50 dB, an untouched 1x1 kernel about 150 dB."""
+
+# Behind these a quantized value still lies on its grid; averages, sums and BatchNorm leave it.
+_KEEP_GRID = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.PixelShuffle, nn.ChannelShuffle)
+_KEEP_GRID_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.squeeze, F.max_pool2d, F.dropout}
+_KEEP_GRID_METHODS = {"flatten", "view", "reshape", "permute", "squeeze", "contiguous"}
+_SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
+
+
+def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
+    """One row per convolution and linear layer of ``model``, none skipped.
+
+    Args:
+        model: a model from ``quantize_model``, or any other (whose layers then count as not quantized).
+        example: images (N, 3, H, W); one forward counts multiply-accumulates and scales. Tracked ranges that are
+            still unset are set by this forward and cleared again; ``model`` stays as it is.
+
+    Returns:
+        Columns
+            layer, type, weight_shape, weights (count), macs (per image, over all calls),
+            weight_granularity ("" if full precision), levels (distinct values in the worst group, zero spread aside),
+            weight_sqnr_db (infinite if untouched), input_quantized (place, "" if the input is full precision),
+            scales (weight scales of the layer), bits_per_weight and bits_per_activation (**true** bits: codes, and a
+            32-bit scale and 32-bit zero point per group; 32 if not quantized), weight_share, macs_share (0 to 1),
+            weight_bits (nominal), low_bit (weights and input both really quantized),
+            status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached).
+
+    Raises:
+        ValueError: the model has no convolution or linear layer.
+    """
+    kinds = (*LAYERS, nn.modules.conv._ConvNd)
+    found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer to audit")
+    calls: dict[nn.Module, list[tuple[tuple[int, ...], int]]] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.setdefault(module, []).append((tuple(args[0].shape), _macs(module, args[0], output)))
+
+    training, places = model.training, activation_places(model).values()
+    unset = [q for q in places if q.tracked and not q.seen]
+    hooks = [m.register_forward_hook(note) for m in dict.fromkeys(m for _, m in found)]
+    try:
+        with torch.no_grad(), frozen_ranges(model.eval()):
+            for quantizer in unset:
+                quantizer.frozen = False
+            model(example)
+            sources = _sources(model)
+            first: dict[nn.Module, str] = {}
+            rows = [_row(n, m, calls.get(m, []), sources, first) for n, m in found]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for quantizer in unset:
+            quantizer.running_min = quantizer.running_max = torch.empty(0)
+        model.train(training)
+    frame = pd.DataFrame(rows)
+    for count, share in (("weights", "weight_share"), ("macs", "macs_share")):
+        frame[share] = frame[count] / max(frame[count].sum(), 1)
+    return frame
+
+
+def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
+    """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), bits, and a ``summary`` sentence."""
+    quantized = frame.weight_sqnr_db < QUANTIZED_DB
+    weights = 100 * frame.weight_share[quantized].sum()
+    macs = 100 * frame.macs_share[frame.low_bit].sum()
+    bits = sorted(set(frame.weight_bits[frame.weight_bits > 0])) or ["low"]
+    text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
+    return {
+        "weights_low_bit": float(weights),
+        "macs_low_bit": float(macs),
+        "weights_not_quantized": float(100 - weights),
+        "true_bits_per_weight": float((frame.bits_per_weight * frame.weight_share).sum()),
+        "summary": text,
+    }
+
+
+def _row(
+    name: str,
+    layer: Any,  # a convolution or linear layer
+    calls: list[tuple[tuple[int, ...], int]],
+    sources: dict[str, tuple[str, ActQuantizer]],
+    first: dict[Any, str],
+) -> dict[str, Any]:
+    weight = layer.weight.detach()
+    shared = first.setdefault(layer, name)
+    original: Tensor = weight
+    quantizer: WeightQuantizer | None = None
+    if parametrize.is_parametrized(layer, "weight"):
+        original = layer.parametrizations.weight.original.detach()
+        quantizer = cast(WeightQuantizer, layer.parametrizations.weight[0])
+    sqnr = float(sqnr_db(original, weight, tuple(range(weight.dim()))))
+    scales, levels, bits = 0, 0, 32.0
+    if quantizer is not None:
+        # A folded weight has its levels in units of the input steps.
+        grid = weight * quantizer.input_step(original) if quantizer.source is not None else weight
+        low, _ = min_max(original, quantizer.granularity)
+        scales, levels = low.numel(), _levels(grid, low.numel())
+        if sqnr < QUANTIZED_DB:
+            bits = quantizer.bits + _SCALE_BITS * scales / weight.numel()
+    place, source = sources.get(name) or ("", None)
+    activation_bits = 32.0
+    if source is not None and calls:
+        shape = calls[0][0]
+        groups = 1 if source.granularity == "per_tensor" else shape[0] if source.granularity == "per_sample" else 0
+        if not groups:  # a scale per channel, of the batch or of every image; a row of a matrix has one
+            groups = (
+                shape[1] if source.granularity == "per_channel" else shape[0] * (shape[1] if len(shape) == 4 else 1)
+            )
+        activation_bits = source.bits + _SCALE_BITS * groups / max(torch.Size(shape).numel(), 1)
+    if shared != name:
+        status = f"shared with {shared}"
+    elif not calls:
+        status = "not reached"
+    elif not isinstance(layer, LAYERS):
+        status = "transposed: not quantized" if layer.__class__.__name__.startswith("ConvTr") else "not quantized"
+    else:
+        groups = getattr(layer, "groups", 1)
+        status = "" if groups == 1 else "depthwise" if groups == layer.in_channels else "grouped"
+    counted = shared == name
+    return {
+        "layer": name,
+        "type": type(layer).__name__.removeprefix("Parametrized"),
+        "weight_shape": "x".join(map(str, weight.shape)),
+        "weights": weight.numel() if counted else 0,
+        "macs": sum(m for _, m in calls) if counted else 0,
+        "weight_granularity": quantizer.granularity if quantizer is not None else "",
+        "levels": levels,
+        "weight_sqnr_db": sqnr,
+        "input_quantized": place,
+        "scales": scales,
+        "bits_per_weight": bits,
+        "bits_per_activation": activation_bits,
+        "weight_bits": quantizer.bits if quantizer is not None else 0,
+        "low_bit": bool(quantizer is not None and sqnr < QUANTIZED_DB and place),
+        "status": status,
+    }
+
+
+def _levels(weight: Tensor, groups: int) -> int:
+    """Distinct values in the group that has most; equal up to float error, one part in 10^4 of the group's range."""
+    rows = weight.reshape(groups, -1).double()
+    step = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)).clamp_min(1e-30) * 1e-4
+    ordered = rows.sort(1).values
+    return int(((ordered.diff(dim=1) > step).sum(1) + 1).max())
+
+
+def _macs(layer: nn.Module, x: Tensor, output: Tensor) -> int:
+    """Multiply-accumulates of one call per image: every output is a sum over the kernel of its group."""
+    weight = cast(Tensor, layer.weight)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return x[0].numel() * weight[0].numel()
+    return output[0].numel() * weight[0].numel()
+
+
+def _sources(model: nn.Module) -> dict[str, tuple[str, ActQuantizer]]:
+    """The activation place behind whose grid every layer reads; layers with an input off the grid are absent."""
+    if not isinstance(model, fx.GraphModule):
+        return {}
+    modules = dict(model.named_modules())
+    found: dict[str, tuple[str, ActQuantizer]] = {}
+    for node in model.graph.nodes:
+        if node.op != "call_module" or not isinstance(modules.get(str(node.target)), LAYERS):
+            continue
+        value = node.args[0] if node.args else node.kwargs.get("input")
+        while isinstance(value, fx.Node):
+            module = modules.get(str(value.target)) if value.op == "call_module" else None
+            if isinstance(module, ActQuantizer):
+                found[str(node.target)] = (str(value.target).removeprefix("act_quant."), module)
+                break
+            kept = isinstance(module, _KEEP_GRID) or (
+                (value.op == "call_function" and value.target in _KEEP_GRID_FUNCTIONS)
+                or (value.op == "call_method" and value.target in _KEEP_GRID_METHODS)
+            )
+            value = value.args[0] if kept and value.args else None
+    return found

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from granq import audit, build_network, quantize_model, summarize_audit
+from granq.cli import main
+
+COLUMNS = (
+    "layer type weight_shape weights macs weight_granularity levels weight_sqnr_db input_quantized scales "
+    "bits_per_weight bits_per_activation weight_share macs_share status"
+).split()
+
+
+def audited(name, scheme, size=224):
+    classes = 10 if "cifar" in name else 1000
+    torch.manual_seed(0)
+    return audit(quantize_model(build_network(name, classes), scheme, 3, 3), torch.randn(1, 3, size, size))
+
+
+@pytest.mark.parametrize(
+    ("network", "share"),
+    [("resnet20_cifar10", 0.9), ("resnet50", 47.6), ("mobilenetv2_w1", 98), ("mobilenet_v2", 98), ("resnet18", None)],
+)
+def test_release_leaves_pointwise_layers_alone(network, share):
+    frame = audited(network, "release", 32 if "cifar" in network else 224)
+    assert set(COLUMNS) <= set(frame.columns) and len(frame) > 20
+    pointwise = frame.weight_shape.str.endswith("x1x1")
+    assert pointwise.any() and (frame.weight_sqnr_db[pointwise] > 120).all()
+    assert (frame.weight_sqnr_db[~pointwise] < 30).all()
+    # The share of the issue counts what is not computed at low bit: pointwise layers, and for MobileNetV2 its
+    # classifier, whose input is pooled.
+    off = 100 * frame.weight_share[pointwise].sum()
+    if "mobilenet" in network:
+        off += 100 * frame.weight_share[frame.type == "Linear"].sum()
+        assert (frame.input_quantized[frame.type == "Linear"] == "").all()
+    if share is not None:
+        assert off == pytest.approx(share, abs=0.6)
+
+
+@pytest.mark.parametrize("scheme", ["strict", "foldable"])
+@pytest.mark.parametrize("network", ["resnet20_cifar10", "mobilenetv2_w1"])
+def test_strict_leaves_nothing(network, scheme):
+    frame = audited(network, scheme, 32 if "cifar" in network else 224)
+    assert frame.low_bit.all() and (frame.levels <= 8).all() and (frame.weight_sqnr_db < 30).all()
+    assert summarize_audit(frame)["weights_low_bit"] == pytest.approx(100)
+
+
+def test_timm_network():
+    frame = audited("timm:resnet18", "release")
+    assert (frame.weight_sqnr_db[frame.weight_shape.str.endswith("x1x1")] > 120).all()
+
+
+def test_true_bits_of_a_kernel_scale(tiny):
+    frame = audit(quantize_model(tiny, "release", 3, 3), torch.randn(2, 3, 8, 8)).set_index("layer")
+    # 3x3 kernels: 3 bits of code, and a scale and a zero point of 32 bits each for 9 weights
+    assert frame.bits_per_weight["conv1"] == pytest.approx(3 + 64 / 9)
+    assert frame.bits_per_weight["point"] == 32  # pointwise: untouched
+    assert frame.macs["conv1"] == 4 * 8 * 8 * 27 and frame.macs["fc"] == 12
+    assert frame.input_quantized["conv1"] == "" and frame.input_quantized["conv2"] != ""
+    assert frame.bits_per_activation["conv2"] == pytest.approx(3 + 64 / 64)
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
+        self.deep = nn.Conv2d(8, 8, 3, groups=8)
+        self.up = nn.ConvTranspose2d(8, 4, 2)
+        self.lost = nn.Conv2d(4, 4, 3)
+        self.alias = self.grouped
+
+    def forward(self, x):
+        return self.up(torch.relu(self.deep(torch.relu(self.grouped(x)))))
+
+
+def test_odd_layers_are_listed():
+    frame = audit(quantize_model(Odd(), "strict", 3, 3), torch.randn(1, 4, 9, 9))
+    status = frame.set_index("layer").status.to_dict()
+    assert status["deep"] == "depthwise" and status["lost"] == "not reached" and "transposed" in status["up"]
+    assert {status["grouped"], status["alias"]} == {"grouped", "shared with grouped"}
+
+
+def test_nothing_to_audit():
+    with pytest.raises(ValueError, match="no convolution or linear layer"):
+        audit(nn.Sequential(nn.ReLU()), torch.randn(1, 3, 8, 8))
+
+
+def test_command(capsys):
+    assert main(["audit", "--network", "resnet20_cifar10", "--scheme", "release", "--json"]) == 0
+    assert '"weights_not_quantized": 0.9' in capsys.readouterr().out
+    args = ["audit", "--network", "resnet20_cifar10", "--scheme", "release", "--fail-under", "99.5"]
+    assert main(args) == 1
+    assert "99.5" in capsys.readouterr().err
+    assert main(["audit", "--network", "resnet19"]) == 2
