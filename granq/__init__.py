@@ -33,6 +33,7 @@ _PUBLIC = {
         "sqnr_db",
     ),
     "auditing": ("audit", "summarize_audit"),
+    "bench": ("measure_latency_quantizer",),
     "convert": ("SCHEMES", "Scheme", "activation_places", "calibrate", "freeze_ranges", "quantize_model"),
     "data": ("DataSpec", "batches", "describe_data", "load_split"),
     "figures": (

@@ -14,6 +14,7 @@ EXAMPLES = {
     "quantize": "granq quantize --data digits --network resnet20_cifar10 --teacher teacher.safetensors "
     "--scheme release --bits 3,3 --out runs/first",
     "audit": "granq audit --network resnet50 --scheme release --bits 3,3",
+    "bench": "granq bench quantizer --out runs/bench",
     "evaluate": "granq evaluate runs/first --data digits",
     "figures": "granq figures channel_scales layer_error --preset quick --out figures/quick",
     "export": "granq export runs/foldable --data digits --out runs/integers",
@@ -79,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("evaluate", "Measure the accuracy of a finished run.")
     sub.add_argument("run", type=Path)
     sub.add_argument("--data", required=True)
+
+    sub = command("bench", "Time the quantizer against the textbook chain, a channel loop and a copy of the bytes.")
+    sub.add_argument("what", nargs="?", choices=("quantizer", "all"), default="all")
+    sub.add_argument("--repetitions", type=int, default=30)
+    sub.add_argument("--out", type=Path, help="folder for the CSV")
 
     sub = command("audit", "Say, layer by layer, what a scheme really quantizes in a network.")
     sub.add_argument(
@@ -290,6 +296,25 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "bits": f"W{config['weight_bits']}A{config['act_bits']}", "epoch": epoch, "top1": top1,
         "images": len(test), "teacher_top1": facts["teacher_top1"],
     } | qat.versions(device)  # fmt: skip
+
+
+def _bench(args: argparse.Namespace) -> dict[str, Any]:
+    from granq import bench, qat
+
+    if args.repetitions < 1:
+        raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
+    path = args.out / "quantizer_latency.csv" if args.out else None
+    if path and path.exists():
+        raise ValueError(f"{path} already exists; choose another --out")
+    frame = bench.measure_latency_quantizer(repetitions=args.repetitions, device=qat.resolve_device(args.device))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(path, index=False)
+    if args.json:
+        return {"quantizer": json.loads(frame.to_json(orient="records"))}
+    shown = ["shape", "method", "median_ms", "q25_ms", "q75_ms", "ratio_to_textbook", "ratio_to_copy"]
+    print(frame[shown].round(3).to_string(index=False))
+    return {"repetitions": args.repetitions, "device": frame.device[0], "torch": frame.torch[0]}
 
 
 def _audit(args: argparse.Namespace) -> dict[str, Any]:
