@@ -3,15 +3,15 @@
 The pipeline, one module a step:
 
 1. ``quantizer``  choose a scale and a zero point for every group of values, quantize, dequantize
-2. ``scaling``    where the scale goes: one quantized convolution, executed in four arrangements
-3. ``convert``    schemes (release, strict, layerwise, per_channel, foldable); a fake-quantized copy of any network
-4. ``auditing``   what is really quantized in it, layer by layer
-5. ``integer``    a foldable student as integer convolutions, exported to safetensors and ONNX
-6. ``data``       datasets by name; ``models`` teachers by name
-7. ``generator``  images from noise that match the teacher's BatchNorm statistics
-8. ``qat``        the student is fine-tuned on them
-9. ``analysis``   measure_*: model and images in, tidy data frame out; ``gallery`` traps and their cures
-10. ``figures``   plot_*: data frame in, picture out; ``bench`` timings; ``explore`` sliders; ``cli`` the commands
+2. ``convert``    schemes (release, strict, layerwise, per_channel, foldable); a fake-quantized copy of any network
+3. ``auditing``   what is really quantized in it, layer by layer
+4. ``integer``    a foldable student as integer convolutions, exported to safetensors and ONNX
+5. ``data``       datasets by name; ``models`` teachers by name
+6. ``generator``  images from noise that match the teacher's BatchNorm statistics
+7. ``qat``        the student is fine-tuned on them
+8. ``analysis``   measure_*: model and images in, tidy data frame out
+9. ``figures``    plot_*: data frame in, picture out; ``registry`` every picture by name; ``bench`` timings
+10. ``cli``       the command line
 """
 
 from importlib import import_module
