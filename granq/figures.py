@@ -494,8 +494,15 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes
     ax.imshow(canvas, interpolation="nearest")
     labels = data.drop_duplicates("label").sort_values("label")["name" if "name" in data else "label"].astype(str)
     ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels, fontsize=6.5)
-    ax.set_yticks([y * line + size / 2 for y in range(len(groups))],
-                  [f"epoch {key[0]}" if "epoch" in data else f"sample {key[-1]}" for key, _ in groups])  # fmt: skip
+    several = data["sample"].nunique() > 1
+    words = [
+        "\n".join(
+            ([f"epoch {key[0]}"] if "epoch" in data else [])
+            + ([f"sample {rows['sample'].iloc[0] + 1}"] if several else [])
+        )
+        for key, rows in groups
+    ]
+    ax.set_yticks([y * line + size / 2 for y in range(len(groups))], words)
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.set(xlabel="below each image: the teacher's probability of the label that was asked for")
     ax.spines[:].set_visible(False)

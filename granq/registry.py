@@ -199,7 +199,7 @@ class Setting:
         generator = build_generator(self.spec.classes, self.spec.image_size).to(self.device)
         generator.load_state_dict(state["generator"])
         generator.train()
-        drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, seed=self.seed)
+        drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, per_class=3, seed=self.seed)
         return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=state["epoch"])
 
     @cached_property
@@ -539,17 +539,17 @@ def write_gallery(folder: Path) -> None:
         if not all((folder / f"{name}.{kind}").is_file() for kind in ("csv", "png")):
             continue
         facts = pd.read_csv(folder / f"{name}.csv").iloc[0]
-        teacher = f", teacher {facts.teacher_test_top1:.2f} %" if "teacher_test_top1" in facts else ""
-        count = f", {facts.images} images" if "images" in facts else ""
-        data = f"Data: {facts.dataset}{count}, {facts.network}{teacher}; " if "dataset" in facts else ""
-        command = f"granq figures {name} --preset {facts.preset}"
+        # what the CSV says of itself; frames of other commands may say less
+        texts = dict(dataset="{}", images="{} images", network="{}", teacher_test_top1="teacher {:.2f} %",
+                     seed="seed {}", device="{}", torch="torch {}", commit="commit {}", preset="preset {}")  # fmt: skip
+        said = [text.format(facts[k]) for k, text in texts.items() if k in facts and not pd.isna(facts[k])]
+        command = f"granq figures {name}" + (f" --preset {facts.preset}" if "preset" in facts else "")
         command += (
             " --teacher FILE --data folder:PATH" if facts.get("dataset") == figures.dataset_name("folder:") else ""
         )
         parts.append(
             f"## {name}\n\n**{figure.question}**\n\n![{figure.alt}]({name}.png)\n\n{figure.alt}\n\n"
-            f"[CSV]({name}.csv), [SVG]({name}.svg). {data}seed {facts.seed}, {facts.device}, torch {facts.torch}, "
-            f"commit {facts.commit}: `{command}`.\n"
+            f"{', '.join(said)}. `{command}`; [CSV]({name}.csv), [SVG]({name}.svg).\n"
         )
     readme = folder / "README.md"
     text = readme.read_text() if readme.is_file() else "# Figures\n"
