@@ -56,7 +56,7 @@ _PUBLIC = {
     ),
     "generator": ("Generator", "build_generator", "synthesize"),
     "integer": ("export_onnx", "integer_model", "measure_integer_agreement", "save_integers"),
-    "models": ("build_network", "load_teacher", "save_teacher", "top1_on", "train_teacher"),
+    "models": ("build_network", "digits_teacher", "load_teacher", "save_teacher", "top1_on", "train_teacher"),
     "registry": ("FIGURES", "Setting", "make_figures", "redraw_figures"),
     "qat": ("QATConfig", "Result", "quick", "train"),
     "quantizer": ("GRANULARITIES", "QParams", "choose_qparams", "dequantize", "fake_quantize", "quantize"),
