@@ -25,6 +25,7 @@ _PUBLIC = {
         "decode_pixels",
         "layer_names",
         "measure_activation_distortion",
+        "measure_channel_histograms",
         "measure_channel_scales",
         "measure_generated_images",
         "measure_layer_error",
@@ -39,6 +40,7 @@ _PUBLIC = {
     "figures": (
         "plot_accuracy_bits",
         "plot_activation_distortion",
+        "plot_channel_histogram",
         "plot_channel_error",
         "plot_channel_scales",
         "plot_granularity_factorial",

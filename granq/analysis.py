@@ -9,9 +9,9 @@ Ranges of activations are dynamic, taken anew from every batch, unless a scheme 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -61,16 +61,16 @@ def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
 def measure_scale_maps(
     model: nn.Module,
     images: Tensor,
-    layer: str,
+    layers: str | Sequence[str],
     bits: int,
     granularities: Sequence[str] = ACTIVATION_GRANULARITIES,
 ) -> pd.DataFrame:
-    """The quantization step of every image and channel in front of ``layer``, under each granularity.
+    """The quantization step of every image and channel in front of each layer, under each granularity.
 
     Args:
         model: the network.
         images: one batch (N, 3, H, W), which is also the group of ``per_tensor`` and ``per_channel``.
-        layer: name of a Conv2d or Linear.
+        layers: name of a Conv2d or Linear, or several.
         bits: bit width.
         granularities: which values share a scale.
 
@@ -87,10 +87,10 @@ def measure_scale_maps(
         for granularity in granularities:
             scale = choose_qparams(x, bits, granularity).scale.flatten(1).expand(x.shape[:2])  # (N, C)
             image, channel = np.indices(tuple(scale.shape)).reshape(2, -1)
-            values = dict(layer=layer, bits=bits, granularity=granularity, image=image, channel=channel)
+            values = dict(layer=name, bits=bits, granularity=granularity, image=image, channel=channel)
             frames.append(pd.DataFrame(values | {"scale": scale.flatten().cpu().numpy()}))
 
-    with layer_calls(model, _checked(model, [layer]), visit):
+    with layer_calls(model, _checked(model, [layers] if isinstance(layers, str) else layers), visit):
         model(images.to(_device(model)))
     return pd.concat(frames, ignore_index=True)
 
@@ -150,6 +150,57 @@ def measure_activation_distortion(
         values["mse"] = (error.sum() / full.sum()).item()
         values["sqnr_db"] = _decibel(signal[name], error.sum().item())
         frames.append(pd.DataFrame(values | {"images": count}))
+    return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def measure_channel_histograms(
+    model: nn.Module,
+    images: Mapping[str, Tensor],
+    layers: Sequence[str],
+    bits: Sequence[int] = (2, 3, 4, 5),
+    granularities: Sequence[str] = ACTIVATION_GRANULARITIES,
+    channels: int = 6,
+) -> pd.DataFrame:
+    """Histograms of single channels of single images in front of ``layers``, full precision and quantized.
+
+    Args:
+        model: the network.
+        images: by source ("synthetic", "real") one batch (N, 3, H, W), which is also the group of ranges that span
+            images.
+        layers: names of convolutions.
+        bits: bit widths.
+        granularities: which values share a scale.
+        channels: how many of each layer, evenly spaced from the narrowest to the widest range in the last source.
+
+    Returns:
+        One row per bin: source, layer, image, channel, rank (0: narrowest), bits, granularity, bin_left, bin_right,
+        count, count_quantized, step and lowest (the levels are lowest + step * 0 .. 2^bits - 1, in units of the
+        activation), sqnr_db of the channel in this image. The 32 bins of a channel span its values in all images of
+        the source, quantized ones included.
+
+    Raises:
+        ValueError: a layer whose input is not (N, C, H, W), or that the model does not have.
+    """
+    seen: dict[tuple[str, str], Tensor] = {}
+    for source, batch in images.items():
+
+        def keep(name: str, x: Tensor, _: Tensor, source: str = source) -> None:
+            if x.dim() != 4:
+                raise ValueError(f"the input of {name!r} has no channels of pixels: its shape is {tuple(x.shape)}")
+            seen[name, source] = x.cpu()
+
+        with layer_calls(model, _checked(model, layers), keep):
+            model(batch.to(_device(model)))
+    frames = []
+    for name in layers:
+        x = seen[name, source]  # of the last source
+        spread = (x.amax((0, 2, 3)) - x.amin((0, 2, 3))).sort()  # (C,)
+        live = spread.indices[spread.values > 0]
+        picked = live[torch.linspace(0, len(live) - 1, min(channels, len(live))).round().long()]
+        for source, k, granularity in product(images, bits, granularities):
+            values: dict[str, Any] = dict(source=source, layer=name, bits=k, granularity=granularity)
+            frames.append(_histograms(seen[name, source], picked, k, granularity).assign(**values))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -456,6 +507,27 @@ def _checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
 def _channels_first(x: Tensor) -> Tensor:
     """(N, C, H, W) and (N, F) as they are, (..., F) as rows (N, F)."""
     return x if x.dim() in (2, 4) else x.flatten(0, -2)
+
+
+def _histograms(x: Tensor, channels: Tensor, bits: int, granularity: str) -> pd.DataFrame:
+    qparams = choose_qparams(x, bits, granularity)
+    quantized = fake_quantize_with(x, qparams, bits)[:, channels].flatten(2)  # (N, K, H * W)
+    step = qparams.scale.expand(*x.shape[:2], 1, 1)[:, channels, 0, 0]  # (N, K)
+    lowest = (qparams.zero_point.expand(*x.shape[:2], 1, 1)[:, channels, 0, 0] - 2 ** (bits - 1)) * step
+    x = x[:, channels].flatten(2)
+    quality = sqnr_db(x, quantized, (2,))
+    frames = []
+    for rank, channel in enumerate(channels.tolist()):
+        both = torch.stack([x[:, rank], quantized[:, rank]])
+        low, high = both.min().item(), both.max().item()
+        edges = np.linspace(low, max(high, low + 1e-6), 33)
+        for image in range(len(x)):
+            count, count_quantized = (np.histogram(v[image], edges)[0] for v in both)
+            values: dict[str, Any] = dict(image=image, channel=channel, rank=rank, bin_left=edges[:-1])
+            values |= dict(bin_right=edges[1:], count=count, count_quantized=count_quantized)
+            values |= dict(step=step[image, rank].item(), lowest=lowest[image, rank].item())
+            frames.append(pd.DataFrame(values | {"sqnr_db": quality[image, rank].item()}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _error_sums(reference: Tensor, value: Tensor) -> Tensor:

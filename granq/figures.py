@@ -95,7 +95,7 @@ def plot_granularity_maps(
         axis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     if colorbar:
         bar = ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)")
-        _plain_log(bar.ax.yaxis)
+        plain_log(bar.ax.yaxis)
     return ax
 
 
@@ -152,6 +152,54 @@ def plot_activation_distortion(
     return ax
 
 
+def plot_channel_histogram(
+    data: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    bits: int | None = None,
+    granularity: str | None = None,
+    source: str | None = None,
+    image: int = 0,
+    rank: int = 0,
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """One channel of one image, full precision and quantized, with a tick at every level in reach.
+
+    Args:
+        data: of ``measure_channel_histograms``.
+        layer: default the first, as for bits, granularity and source.
+        bits: bit width.
+        granularity: which values share the scale.
+        source: "synthetic" or "real".
+        image: its number.
+        rank: of the channel, 0 is the narrowest.
+        legend: names the histograms.
+        ax: default the current Axes.
+    """
+    ax = ax or plt.gca()
+    rows = data
+    for column, value in dict(layer=layer, bits=bits, granularity=granularity, source=source).items():
+        rows = _select(rows, **{column: rows[column].iloc[0] if value is None else value})
+    rows = _select(rows, image=image, rank=rank)
+    first = rows.iloc[0]
+    look = granularity_role(first.granularity)
+    edges = [*rows.bin_left, rows.bin_right.iloc[-1]]
+    ax.stairs(rows["count"], edges, fill=True, color="#c9c9cd", label="full precision")
+    ax.stairs(rows.count_quantized, edges, color=look.color, linewidth=1.5, label=f"{first.bits} bits")
+    levels = first.lowest + first.step * np.arange(2**first.bits)
+    slack = 1e-4 * (edges[-1] - edges[0])
+    levels = levels[(levels >= edges[0] - slack) & (levels <= edges[-1] + slack)]
+    ax.plot(levels, np.full(len(levels), 0.5), "|", color="black", markersize=9, label="levels")
+    ax.set_yscale("symlog", linthresh=1)
+    margin = 0.03 * (edges[-1] - edges[0])
+    ax.set(xlim=(edges[0] - margin, edges[-1] + margin), ylim=(0, 12 * rows["count"].max()), xlabel="activation")
+    ax.set(ylabel="values", title=f"{role(first.source).label}, {first.sqnr_db:.1f} dB")
+    if legend:
+        ax.legend(loc="upper right", ncols=3)
+    return ax
+
+
 def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Scale of every channel of every layer, sources (synthetic, real) side by side, a bar at each median.
 
@@ -174,7 +222,7 @@ def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                   linewidth=1.2)  # fmt: skip
     first = data.iloc[0]
     ax.set_yscale("log")
-    _plain_log(ax.yaxis)
+    plain_log(ax.yaxis)
     ax.set_ylabel(f"scale at {first.bits} bits\n(step, in units of the activation)")
     ax.set_title(f"one scale {granularity_role(first.granularity).label.split(' (')[0]}", loc="left")
     _layer_ticks(ax, layers)
@@ -273,7 +321,7 @@ def plot_quantizer_latency(data: pd.DataFrame, *, ax: Axes | None = None) -> Axe
         x = rows["shape"].map({name: n for n, name in enumerate(shapes)}) + (i - (len(methods) - 1) / 2) * 0.12
         _medians(ax, x, rows, looks[method], "copy of the same bytes" if method == "copy" else method, line=False)
     ax.set_yscale("log")
-    _plain_log(ax.yaxis)
+    plain_log(ax.yaxis)
     ax.set_xticks(
         range(len(shapes)), [str(v).strip("()").replace(", ", "\u00d7") for v in shapes], rotation=30, ha="right"
     )
@@ -554,7 +602,7 @@ def plot_synthetic_gap(
                   linewidth=1.2)  # fmt: skip
     if quantity == "variance":
         ax.set_yscale("log")
-        _plain_log(ax.yaxis)
+        plain_log(ax.yaxis)
         ax.axhline(1, color=_GREY, linewidth=0.6)
     else:
         ax.set_ylim(0)
@@ -771,7 +819,7 @@ def _share_above(density: pd.Series, edges: Sequence[float]) -> np.ndarray:
     return (density.to_numpy() * np.diff(edges))[::-1].cumsum()[::-1]
 
 
-def _plain_log(axis: Any) -> None:
+def plain_log(axis: Any) -> None:
     """Ticks 1, 2, 5 written as numbers: a range below one decade has no power of ten to name."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

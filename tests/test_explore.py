@@ -1,0 +1,134 @@
+"""Explorers answer every value of every control from a precomputed frame: no network runs, no error shows."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image as Picture
+from torch import nn
+
+from granq import analysis, explore
+from granq.data import DataSpec
+from granq.qat import QATConfig, train
+
+SPEC = DataSpec("digits", 3, 8, (0.3,) * 3, (0.4,) * 3)
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def latencies(column: str) -> pd.DataFrame:
+    """Two sizes, one of which is measured at one batch only."""
+    sizes = [(4, 8, 6, 6), (16, 8, 6, 6), (4, 32, 3, 3)]
+    rows = []
+    for (n, c, h, w), name in itertools.product(sizes, ("copy", "loop", "release")):
+        time = n * c * (1 + len(name))
+        values = dict(shape=str((n, c, h, w))) if column == "method" else dict(batch=n, channels=c)
+        times = dict(median_ms=time, q25_ms=0.9 * time, q75_ms=1.2 * time, bytes=4 * n * c * h * w)
+        rows.append({column: name} | values | times)
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def explorers(tiny: nn.Module) -> dict[str, explore.widgets.Widget]:
+    histograms = analysis.measure_channel_histograms(
+        tiny, {"synthetic": images(), "real": -images()}, ["conv2"], (2, 3)
+    )
+    errors = [
+        analysis.measure_layer_error(tiny, [images()], ["release", "strict"], 2, per_channel=c) for c in (False, True)
+    ]
+    return {
+        "distortion": explore.distortion_microscope(histograms),
+        "scales": explore.scale_explorer(analysis.measure_scale_maps(tiny, images(), ["conv1", "conv2"], 3)),
+        "errors": explore.layer_error_explorer(pd.concat(errors, ignore_index=True)),
+        "speed": explore.speed_lab(latencies("method")),
+        "scaling": explore.speed_lab(latencies("execution")),
+    }
+
+
+NAMES = ("distortion", "scales", "errors", "speed", "scaling")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_draws_without_a_network(name: str, explorers: dict, monkeypatch) -> None:
+    explorer = explorers[name]
+    _, _, picture, numbers, errors = explorer.children
+    monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("a callback ran a network"))
+    seen = {(picture.value, numbers.value)}
+    for control in explore.controls_of(explorer).values():
+        for value in explore._values(control):
+            control.value = value
+            assert not errors.outputs, errors.outputs
+            assert numbers.value.startswith("<table>") and "nan" not in numbers.value
+            seen.add((picture.value, numbers.value))
+    assert len(seen) >= len(explore.controls_of(explorer))  # controls change what is shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_controls_are_labeled_and_wait_for_release(name: str, explorers: dict) -> None:
+    for label, control in explore.controls_of(explorers[name]).items():
+        assert label and control.layout.width
+        assert not getattr(control, "continuous_update", False)
+
+
+def test_picture_keeps_its_size(explorers: dict, tmp_path: Path) -> None:
+    for explorer in explorers.values():
+        picture = explorer.children[2]
+        for control in explore.controls_of(explorer).values():
+            control.value = explore._values(control)[-1]
+            (tmp_path / "picture.png").write_bytes(picture.value)
+            with Picture.open(tmp_path / "picture.png") as drawn:
+                assert tuple(f"{side}px" for side in drawn.size) == (picture.layout.width, picture.layout.height)
+
+
+def test_numbers_are_those_of_the_frame(tiny: nn.Module) -> None:
+    maps = analysis.measure_scale_maps(tiny, images(), "conv2", 3)
+    explorer = explore.scale_explorer(maps)
+    controls = explore.controls_of(explorer)
+    controls["one scale"].value = "per_sample_channel"
+    controls["image"].value = 1
+    rows = maps[(maps.granularity == "per_sample_channel") & (maps.image == 1) & (maps.scale > 1e-7)]
+    worst = rows.loc[rows.scale.idxmax()]
+    assert f"{worst.channel} ({worst.scale:.3g})" in explorer.children[3].value
+
+
+def test_reaction_is_measured_move_by_move(explorers: dict) -> None:
+    frame = explore.measure_reaction(explorers["speed"], moves=12)
+    assert 0 < len(frame) <= 12 and (frame.reaction_ms > 0).all()
+    assert set(frame.control) <= set(explore.controls_of(explorers["speed"]))
+
+
+def test_histograms_of_channels(tiny: nn.Module) -> None:
+    frame = analysis.measure_channel_histograms(tiny, {"real": images()}, ["conv2"], (3,), channels=2)
+    keys = ["layer", "image", "rank", "granularity", "bits", "source"]
+    groups = frame.groupby(keys)
+    assert (groups["count"].sum() == 64).all() and (groups.count_quantized.sum() == 64).all()  # 8 x 8 pixels
+    used = frame[frame.count_quantized > 0].groupby(keys).size()
+    assert used.max() <= 8  # at most 2^3 levels
+    fine = frame[frame.granularity == "per_sample_channel"].groupby(keys).first()
+    reached = fine.lowest + 7 * fine.step
+    tops = frame[(frame.granularity == "per_sample_channel") & (frame["count"] > 0)].groupby(keys).bin_right.max()
+    assert np.allclose(reached, tops, atol=0.1 * tops.max())  # its own range spans all levels
+    with pytest.raises(ValueError, match="no channels"):
+        analysis.measure_channel_histograms(tiny, {"real": images()}, ["fc"])
+
+
+def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
+    monitor = explore.training_monitor(tmp_path / "run", tiny, SPEC)
+    play = monitor.children[1].children[-1]
+    assert ">0</td>" in monitor.children[3].value  # epochs
+    before = monitor.children[2].value
+    config = QATConfig(epochs=2, iterations=2, batch_size=4, warmup_epochs=1, image_size=8)
+    train(tiny, config, evaluate=lambda _: 50.0, out=tmp_path / "run")
+    play.value = 1  # as the browser does every two seconds
+    controls = explore.controls_of(monitor)
+    assert controls["up to epoch"].max == controls["up to epoch"].value == 2
+    assert monitor.children[2].value != before and not monitor.children[4].outputs
+    after = monitor.children[2].value
+    controls["curve"].value = "bn_loss"
+    assert monitor.children[2].value != after
+    assert "50.00" in monitor.children[3].value
