@@ -51,7 +51,7 @@ def distortion_microscope(data: pd.DataFrame) -> widgets.Widget:
         "layer": _choice("layer", data.layer, figures.short_layer),
         "rank": _slider("channel, narrow to wide", data["rank"]),
         "image": _slider("image", data.image),
-        "bits": _slider("bits", data.bits),
+        "bits": _choice("bits", sorted(set(data.bits)), str),
         "granularity": _dropdown("one scale", data.granularity, _NAMES),
     }
 
@@ -68,7 +68,7 @@ def distortion_microscope(data: pd.DataFrame) -> widgets.Widget:
             rows.append([source, first.channel, f"{first.sqnr_db:.1f}", f"{first.step:.4g}", f"{used} of {2**bits}"])
         return _table(["images", "channel", "SQNR (dB)", "step (units of the activation)", "levels in use"], rows)
 
-    return _explorer("distortion microscope", controls, draw)
+    return _explorer("distortion microscope", controls, draw, height=2.8, top=0.84)
 
 
 def scale_explorer(data: pd.DataFrame) -> widgets.Widget:

@@ -190,11 +190,12 @@ def plot_channel_histogram(
     levels = first.lowest + first.step * np.arange(2**first.bits)
     slack = 1e-4 * (edges[-1] - edges[0])
     levels = levels[(levels >= edges[0] - slack) & (levels <= edges[-1] + slack)]
-    ax.plot(levels, np.full(len(levels), 0.5), "|", color="black", markersize=9, label="levels")
+    if len(levels) <= 32:  # more ticks would be a bar
+        ax.plot(levels, np.full(len(levels), 0.5), "|", color="black", markersize=9, label="levels")
     ax.set_yscale("symlog", linthresh=1)
     margin = 0.03 * (edges[-1] - edges[0])
     ax.set(xlim=(edges[0] - margin, edges[-1] + margin), ylim=(0, 12 * rows["count"].max()), xlabel="activation")
-    ax.set(ylabel="values", title=f"{role(first.source).label}, {first.sqnr_db:.1f} dB")
+    ax.set(ylabel="values", title=f"{role(first.source).label}: {first.sqnr_db:.1f} dB\none scale {look.label}")
     if legend:
         ax.legend(loc="upper right", ncols=3)
     return ax

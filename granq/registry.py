@@ -81,7 +81,7 @@ class Setting:
         *,
         data: str | None = None,
         network: str = "resnet20_cifar10",
-        teacher: Path | None = None,
+        teacher: str | Path | None = None,
         runs: tuple[Path, ...] = (),
         out: Path = Path("figures"),
         device: str = "auto",
@@ -91,10 +91,10 @@ class Setting:
             raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
         self.preset, self.budget, self.network, self.seed = preset, BUDGETS[preset], network, seed
         self.data = data or ("digits" if preset == "quick" else "cifar10")
-        self.teacher_file, self.runs, self.out = teacher, runs, out
+        self.teacher_file, self.runs, self.out = Path(teacher) if teacher else None, runs, out
         self.device = qat.resolve_device(device)
         self._described = describe_data(self.data, network)
-        if teacher is not None and not teacher.is_file():
+        if self.teacher_file is not None and not self.teacher_file.is_file():
             raise ValueError(f"teacher file {str(teacher)!r} does not exist")
         for run in runs:
             if not all((run / name).is_file() for name in ("config.json", "checkpoint.pt", "history.csv")):
