@@ -16,6 +16,8 @@ EXAMPLES = {
     "audit": "granq audit --network resnet50 --scheme release --bits 3,3",
     "bench": "granq bench quantizer --out runs/bench",
     "evaluate": "granq evaluate runs/first --data digits",
+    "factorial": "granq factorial --data digits --network resnet20_cifar10 --teacher teacher.safetensors --bits 2,3 "
+    "--out runs/factorial.csv",
     "figures": "granq figures channel_scales layer_error --preset quick --out figures/quick",
     "export": "granq export runs/foldable --data digits --out runs/integers",
 }
@@ -97,6 +99,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--teacher", type=Path, help="checkpoint; without it weights are random")
     sub.add_argument("--fail-under", type=float, help="exit code 1 if fewer percent of the weights are quantized")
     sub.add_argument("--out", type=Path, help="write the table as CSV")
+
+    sub = command("factorial", "Accuracy of every weight granularity with every activation granularity.")
+    sub.add_argument("--data", required=True, help="its test split measures accuracy; no training image is read")
+    sub.add_argument("--network", required=True)
+    sub.add_argument("--teacher", type=Path, help="checkpoint; without it pretrained weights are downloaded")
+    sub.add_argument("--bits", default="2,3,4,5,8", help="bit widths, of weights and activations alike")
+    sub.add_argument("--images", type=int, help="test images, drawn with seed 0; default all")
+    sub.add_argument("--run", type=Path, help="granq quantize run whose generator calibrates; else one is warmed up")
+    sub.add_argument("--seeds", type=int, default=1)
+    sub.add_argument("--train-epochs", type=int, default=0, help="also after so many epochs behind the warm-up of 4")
+    sub.add_argument("--iterations", type=int, default=100, help="per epoch of the generator and of a training")
+    sub.add_argument("--out", type=Path, required=True, help="CSV; every finished cell is a row")
+    sub.add_argument("--resume", action="store_true", help="measure the cells that --out lacks")
 
     sub = command("export", "Write a run of scheme foldable as integers (safetensors) and ONNX, and check both.")
     sub.add_argument("run", type=Path)
@@ -351,6 +366,53 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
     if args.fail_under is not None and result["weights_low_bit"] < args.fail_under:
         raise RuntimeError(f"{result['summary']}, fewer than the {args.fail_under} % of --fail-under")
     return result
+
+
+def _factorial(args: argparse.Namespace) -> dict[str, Any]:
+    from functools import cache
+    from typing import cast
+
+    import torch
+    from torch.utils.data import Subset
+
+    from granq import data, factorial, qat, registry
+
+    bits = [int(b) if b.strip().isdecimal() else 0 for b in args.bits.split(",")]
+    if not all(2 <= b <= 8 for b in bits) or len(set(bits)) < len(bits):
+        raise ValueError(f"--bits takes different numbers from 2 to 8, such as 2,3,4; got {args.bits!r}")
+    for name, least in (("seeds", 1), ("train_epochs", 0), ("iterations", 1), ("images", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.out.exists() and not args.resume:
+        raise ValueError(f"{args.out} already exists; choose another --out or pass --resume to add what it lacks")
+    setting = registry.Setting(
+        "cifar10", data=args.data, network=args.network, teacher=args.teacher, runs=(args.run,) if args.run else (),
+        device=args.device,
+    )  # fmt: skip
+    count = args.images or len(setting.test)
+    if count > len(setting.test):
+        raise ValueError(f"--images {count} is more than the {len(setting.test)} test images of {args.data}")
+    order = torch.randperm(len(setting.test), generator=torch.Generator().manual_seed(0)).tolist()[:count]
+    config = qat.QATConfig(iterations=args.iterations, image_size=setting.spec.image_size, device=setting.device)
+
+    @cache  # warmed up when the first static cell needs it
+    def generator() -> Any:
+        return setting.zero_shot[0] if args.run else factorial.warm_generator(setting.teacher, config)
+
+    facts = {k: v for k, v in setting.facts().items() if k not in ("preset", "seed")}
+    source = args.run.name if args.run else f"warm-up of {config.warmup_epochs} x {config.iterations} iterations"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    frame = factorial.measure_granularity_factorial(
+        setting.teacher,
+        list(data.batches(cast(Any, Subset(cast(Any, setting.test), order)), setting.spec)),
+        factorial.factorial_cells(bits, args.train_epochs, args.seeds),
+        lambda seed: factorial.generated_batches(generator(), seed),
+        config=config,
+        facts=facts | {"generator": source},
+        out=args.out,
+    )
+    rows = {"rows": json.loads(frame.to_json(orient="records"))} if args.json else {}
+    return {"out": str(args.out), "cells": len(frame), "images": count} | facts | rows
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
