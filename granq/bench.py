@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
+from granq import scaling
 from granq.qat import versions
-from granq.quantizer import fake_quantize
+from granq.quantizer import choose_qparams, fake_quantize
 
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = (
@@ -108,3 +113,98 @@ def measure_latency_quantizer(
                 row[f"ratio_to_{reference}_q75"] = ratios.quantile(0.75)
             frames.append(row | {"threads": threads, "torch": facts["torch"], "device": facts["device"]})
     return pd.DataFrame(frames)
+
+
+def measure_latency_scaling(
+    channels: Sequence[int] = (8, 16, 32, 64, 128),
+    batches: Sequence[int] = (1, 4, 16, 64),
+    *,
+    fixed: tuple[int, int] = (32, 16),
+    size: int = 16,
+    bits: int = 3,
+    repetitions: int = 30,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Time, memory and counts of the executions of one quantized 3x3 convolution, from integers to the float output.
+
+    Input and output have the same channels, and padding keeps the ``size`` x ``size`` pixels. Executions take turns in
+    every repetition. Scales: one in all (layer-wise), static for each channel (folded), for each channel of each image
+    (the others); finding them is not timed. Sums are int32 on the CPU, whose integer convolutions PyTorch does not
+    optimize: ``layer-wise, float32`` holds the same exact integers as floats. Elsewhere all sums are float32.
+
+    Args:
+        channels: measured at the fixed batch.
+        batches: measured at the fixed channels.
+        fixed: (channels, batch).
+        size: height and width.
+        bits: of input and weight.
+        repetitions: of each execution.
+        device: cpu or cuda.
+
+    Returns:
+        Columns execution, channels, batch, size, bits, median_ms, q25_ms, q75_ms, peak_mb (10^6 bytes that PyTorch
+        allocates at most beyond the operands), scale_multiplications, bytes (of ``count_scaling``), repetitions,
+        threads, torch, device.
+    """
+    integer = torch.int32 if device == "cpu" else torch.float32
+    facts = versions(device)
+    shapes = list(dict.fromkeys([(c, fixed[1]) for c in channels] + [(fixed[0], n) for n in batches]))
+    frames = []
+    for c, n in tqdm(shapes, desc="scaling", unit="shape"):
+        rng = torch.Generator(device).manual_seed(0)
+        x = torch.randn(n, c, size, size, generator=rng, device=device).relu()
+        kernels = torch.randn(c, c, 3, 3, generator=rng, device=device)
+        one, static, own = (
+            scaling.to_integers(x, choose_qparams(x, bits, granularity), bits)
+            for granularity in ("per_tensor", "per_channel", "per_sample_channel")
+        )
+        weight = scaling.to_integers(kernels, choose_qparams(kernels, bits, "per_out_channel"), bits)
+        conv = scaling.Conv(padding=(1, 1))
+        dense, folded = weight.dequantize(), scaling.fold(weight, static.scale_inv, conv)
+        runs = {
+            "layer-wise": partial(scaling.layerwise, one, weight, conv, integer),
+            "layer-wise, float32": partial(scaling.layerwise, one, weight, conv, torch.float32),
+            "accumulation-time, loop": partial(scaling.accumulation_time, own, weight, conv, False, integer),
+            "accumulation-time, grouped": partial(scaling.accumulation_time, own, weight, conv, True, integer),
+            "pre-scaled": partial(scaling.prescaled, own, dense, conv),
+            "folded": partial(scaling.folded, static, folded, conv),
+        }
+        times = _alternate(runs, repetitions)
+        counts = scaling.count_scaling(tuple(x.shape), tuple(weight.values.shape), conv).set_index("execution")
+        for name, run in runs.items():
+            values = dict(execution=name, channels=c, batch=n, size=size, bits=bits, median_ms=times[name].median())
+            values |= dict(
+                q25_ms=times[name].quantile(0.25), q75_ms=times[name].quantile(0.75), peak_mb=_peak_mb(run, device)
+            )
+            count = counts.loc[name.removesuffix(", float32")]
+            values |= dict(
+                scale_multiplications=count.scale_multiplications, bytes=count.bytes, repetitions=repetitions
+            )
+            frames.append(
+                values | {"threads": torch.get_num_threads(), "torch": facts["torch"], "device": facts["device"]}
+            )
+    return pd.DataFrame(frames)
+
+
+def _alternate(runs: Mapping[str, Callable[[], object]], repetitions: int) -> pd.DataFrame:
+    """Milliseconds, a column for each run and a row for each repetition, in which the runs take turns."""
+    threads = torch.get_num_threads()
+    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
+    for timer in timers.values():
+        timer.timeit(2)  # warm-up
+    return pd.DataFrame([{n: t.timeit(1).mean * 1e3 for n, t in timers.items()} for _ in range(repetitions)])
+
+
+def _peak_mb(run: Callable[[], object], device: str = "cpu") -> float:
+    """The most bytes that PyTorch's allocator holds at once during ``run``, beyond those before it, in 10^6."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events)) / 1e6
