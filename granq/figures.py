@@ -186,7 +186,7 @@ def plot_channel_histogram(
     look = granularity_role(first.granularity)
     edges = [*rows.bin_left, rows.bin_right.iloc[-1]]
     ax.stairs(rows["count"], edges, fill=True, color="#c9c9cd", label="full precision")
-    ax.stairs(rows.count_quantized, edges, color=look.color, linewidth=1.5, label=f"{first.bits} bits")
+    ax.stairs(rows.count_quantized, edges, color=look.color, linewidth=1.5, label="quantized")
     levels = first.lowest + first.step * np.arange(2**first.bits)
     slack = 1e-4 * (edges[-1] - edges[0])
     levels = levels[(levels >= edges[0] - slack) & (levels <= edges[-1] + slack)]
@@ -195,7 +195,8 @@ def plot_channel_histogram(
     ax.set_yscale("symlog", linthresh=1)
     margin = 0.03 * (edges[-1] - edges[0])
     ax.set(xlim=(edges[0] - margin, edges[-1] + margin), ylim=(0, 12 * rows["count"].max()), xlabel="activation")
-    ax.set(ylabel="values", title=f"{role(first.source).label}: {first.sqnr_db:.1f} dB\none scale {look.label}")
+    title = f"{role(first.source).label}, {first.bits} bits: {first.sqnr_db:.1f} dB\none scale {look.label}"
+    ax.set(ylabel="values", title=title)
     if legend:
         ax.legend(loc="upper right", ncols=3)
     return ax
