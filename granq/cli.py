@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"granq: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, RuntimeError) as error:
+    except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         print(f"granq: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -144,16 +144,6 @@ def parse_bits(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(p.strip().isdecimal() and 2 <= int(p) <= 8 for p in parts):
         raise ValueError(f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}")
     return int(parts[0]), int(parts[1])
-
-
-def _claim_folder(out: Path, resume: bool) -> None:
-    """A run folder is new or empty, unless its own run is resumed."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; --out takes a folder")
-    if resume and not (out / "config.json").is_file():
-        raise ValueError(f"{out} holds no run to resume")
-    if not resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; choose another --out or pass --resume to continue that run")
 
 
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
@@ -201,11 +191,12 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import convert, data, models, qat
+    from granq import convert, data, models, qat, runs
 
     weight_bits, act_bits = parse_bits(args.bits)
     convert.get_scheme(args.scheme)
-    _claim_folder(args.out, args.resume)
+    folder = runs.RunFolder(args.out)
+    folder.check_free(args.resume)
     spec = data.describe_data(args.data, args.network, args.image_size)
     names = ("epochs", "iterations", "batch_size", "warmup_epochs")
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
@@ -217,26 +208,26 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         config = qat.QATConfig.paper(args.data, args.network, weight_bits, **changes)
     else:
         config = qat.QATConfig(**changes)
-    if args.resume:
-        saved = qat.QATConfig.from_dict(_read_config(args.out)["config"])
+    if folder.config.is_file():
+        saved = qat.QATConfig.from_dict(folder.read_config()["config"])
         if saved != config:
             raise ValueError(f"{args.out} was started with other settings; resume it with the same options")
     test = data.load_split(spec, "test")  # the training split is never touched
     teacher_top1 = models.top1_on(teacher, test, spec, device)
-    args.out.mkdir(parents=True, exist_ok=True)
     facts = {
         "data": args.data,
         "network": args.network,
         "teacher": str(args.teacher),
         "teacher_top1": teacher_top1,
+        "spec": vars(spec),
     }
-    qat.save_config(args.out / "config.json", config, **facts, spec=vars(spec), versions=qat.versions(device))
     result = qat.train(
         teacher,
         config,
         evaluate=lambda m: models.top1_on(m, test, spec, device),
         out=args.out,
         resume=args.resume,
+        facts=facts,
     )
     row = _row(args.data, args.network, config, teacher_top1, result) | {"out": str(args.out)} | qat.versions(device)
     data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
@@ -254,13 +245,17 @@ def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: A
 
 def _load_run(run: Path, dataset: str, device: str) -> tuple[Any, Any, dict[str, Any], int]:
     """Student with frozen ranges, data specification, ``config.json`` and epoch of a run folder."""
-    import torch
+    from granq import convert, data, models, qat, runs
 
-    from granq import convert, data, models, qat
-
-    if not (run / "checkpoint.pt").is_file():
-        raise ValueError(f"{run} holds no run (no checkpoint.pt); make one with granq quantize --out {run}")
-    facts = _read_config(run)
+    folder = runs.RunFolder(run)
+    if not folder.config.is_file():
+        raise ValueError(f"{run} holds no run (no config.json); make one with granq quantize --out {run}")
+    facts = folder.read_config()
+    if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
+        raise ValueError(f"{folder.config} lacks {', '.join(sorted(missing))}; it is not of granq quantize")
+    state = folder.load()
+    if state is None:
+        raise ValueError(f"{run} has no finished epoch yet")
     config = qat.QATConfig.from_dict(facts["config"])
     spec, saved = data.describe_data(dataset, facts["network"]), facts["spec"]
     if spec.classes != saved["classes"]:
@@ -268,19 +263,9 @@ def _load_run(run: Path, dataset: str, device: str) -> tuple[Any, Any, dict[str,
     spec = data.replace(spec, image_size=saved["image_size"], mean=tuple(saved["mean"]), std=tuple(saved["std"]))
     network = models.build_network(facts["network"], spec.classes)
     student = convert.quantize_model(network, config.scheme, config.weight_bits, config.act_bits)
-    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     student.load_state_dict(state["student"])
     convert.freeze_ranges(student)
     return student.to(device), spec, facts, state["epoch"]
-
-
-def _read_config(run: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((run / "config.json").read_text())
-        facts["config"], facts["network"], facts["spec"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run / 'config.json'} is missing or damaged ({error}); the run cannot be read") from error
-    return facts
 
 
 def _figures(args: argparse.Namespace) -> dict[str, Any]:
@@ -418,9 +403,9 @@ def _factorial(args: argparse.Namespace) -> dict[str, Any]:
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from granq import data, integer, models
+    from granq import data, integer, models, runs
 
-    _claim_folder(args.out, resume=False)
+    runs.RunFolder(args.out).check_free()
     student, spec, facts, epoch = _load_run(args.run, args.data, "cpu")
     twin = integer.integer_model(student)
     test = data.load_split(spec, "test")
@@ -444,9 +429,9 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     import pandas as pd
     import torch
 
-    from granq import analysis, data, figures, models, qat
+    from granq import analysis, data, figures, models, qat, runs
 
-    _claim_folder(args.out, resume=False)
+    runs.RunFolder(args.out).check_free()
     args.out.mkdir(parents=True, exist_ok=True)
     device, network = qat.resolve_device(args.device), "resnet20_cifar10"
     spec = data.describe_data("digits", network)

@@ -7,13 +7,12 @@ the generator's loss with respect to the generator only, the student's with resp
 from __future__ import annotations
 
 import copy
-import json
 import math
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from granq.convert import freeze_ranges, frozen_ranges, quantize_model
-from granq.data import save_atomically
 from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.runs import RunFolder, fingerprint
 
 RECIPES = ("adadfq", "gdfq")
 
@@ -248,6 +247,7 @@ class Trainer:
             "generator": self.generator.state_dict(),
             **{f"{k}_optimizer": o.state_dict() for k, o in self.optimizers.items()},
             "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state() if self.device.startswith("cuda") else None,
             "rows": self.rows,
             "ptq_top1": self.ptq_top1,
             "seconds": self.seconds,
@@ -259,6 +259,8 @@ class Trainer:
         for k in self.optimizers:
             self.optimizers[k].load_state_dict(state[f"{k}_optimizer"])
         torch.set_rng_state(state["rng"].cpu())
+        if state["device_rng"] is not None:
+            torch.cuda.set_rng_state(state["device_rng"].cpu())
         self.epoch, self.rows, self.ptq_top1 = state["epoch"], state["rows"], state["ptq_top1"]
         self.seconds = state["seconds"]
         freeze_ranges(self.student, self.epoch >= self.config.warmup_epochs)
@@ -271,6 +273,7 @@ def train(
     evaluate: Callable[[nn.Module], float] | None = None,
     out: Path | None = None,
     resume: bool = False,
+    facts: dict[str, Any] | None = None,
 ) -> Result:
     """Quantize ``teacher`` without data and fine-tune the student on generated images.
 
@@ -278,31 +281,37 @@ def train(
         teacher: network with BatchNorm2d layers; a copy of it is used, the caller's stays as it is.
         config: the settings.
         evaluate: student -> test accuracy in percent, called after every epoch; it never influences training.
-        out: run folder; checkpoint and history are replaced atomically after every epoch.
-        resume: continue from the checkpoint in ``out``.
+        out: run folder (``granq.runs``), new or empty; checkpoint and history are replaced after every epoch.
+        resume: continue the run in ``out``; the end is bit for bit that of an uninterrupted run on the CPU.
+        facts: what ``config.json`` keeps besides the settings.
 
     Raises:
+        ValueError: ``out`` holds files and ``resume`` is False, is in use, or belongs to another run.
         FloatingPointError: a loss became NaN or infinite; the last checkpoint stays.
     """
-    trainer = Trainer(teacher, config)
-    if resume and out and (out / "checkpoint.pt").exists():
-        trainer.restore(torch.load(out / "checkpoint.pt", map_location=trainer.device, weights_only=True))
-    if trainer.epoch == 0 and config.warmup_epochs == 0 and evaluate:
-        trainer.ptq_top1 = evaluate(trainer.student)
-    name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
-    progress = tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch")
-    with progress:
-        while trainer.epoch < config.epochs:
-            row = trainer.run_epoch(evaluate)
-            progress.set_postfix(
-                test=f"{row['test_top1']:.1f}%",
-                teacher=f"{row['teacher_top1']:.0f}%",
-                bn=f"{row['bn_loss']:.2f}",
-            )
-            progress.update()
-            if out:
-                save_atomically(out / "checkpoint.pt", lambda path: torch.save(trainer.state(), path))
-                save_atomically(out / "history.csv", partial(pd.DataFrame(trainer.rows).to_csv, index=False))
+    folder = RunFolder(out) if out else None
+    if folder:
+        folder.check_free(resume)
+    with folder.claimed() if folder else nullcontext():
+        trainer = Trainer(teacher, config)
+        identity = fingerprint(asdict(config), trainer.teacher) if folder else ""
+        if folder:
+            saved = folder.load(identity, trainer.device) if resume else None
+            if saved:
+                trainer.restore(saved)
+            if not folder.config.is_file():
+                folder.write_config(asdict(config), (facts or {}) | {"versions": versions(trainer.device)})
+        if trainer.epoch == 0 and config.warmup_epochs == 0 and evaluate:
+            trainer.ptq_top1 = evaluate(trainer.student)
+        name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
+        with tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch") as progress:
+            while trainer.epoch < config.epochs:
+                row = trainer.run_epoch(evaluate)
+                test, top1, bn = (row[k] for k in ("test_top1", "teacher_top1", "bn_loss"))
+                progress.set_postfix(test=f"{test:.1f}%", teacher=f"{top1:.0f}%", bn=f"{bn:.2f}")
+                progress.update()
+                if folder:
+                    folder.save(trainer.state() | {"fingerprint": identity}, trainer.rows)
     history = pd.DataFrame(trainer.rows)
     trained = history.loc[~history.warmup.astype(bool), "test_top1"]
     last, best = (trained.iloc[-1], trained.max()) if len(trained) else (trainer.ptq_top1,) * 2
@@ -330,12 +339,6 @@ def versions(device: str = "cpu") -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "device": f"{device} ({name})",
     }
-
-
-def save_config(path: Path, config: QATConfig, **facts: Any) -> None:
-    """``config.json``: settings and facts of the run, as data."""
-    text = json.dumps({"config": asdict(config)} | facts, indent=2)
-    save_atomically(path, lambda p: p.write_text(text))
 
 
 def quick(**changes: Any) -> QATConfig:

@@ -1,0 +1,258 @@
+"""Runs that survive: kills, torn and foreign files, full disks. ``docs/reliability.md`` is made of what is seen here.
+
+``GRANQ_WRITE_DOCS=1 pytest tests/test_runs.py`` writes the page anew.
+"""
+
+import errno
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from granq import QATConfig, train
+from granq import runs as runs_module
+from granq.qat import Trainer
+from granq.runs import RunFolder, fingerprint
+
+TINY = QATConfig(epochs=8, warmup_epochs=2, iterations=3, batch_size=4, image_size=8, device="cpu", student_lr=0.1)
+PAGE = Path(__file__).parent.parent / "docs/reliability.md"
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
+
+
+def same_bits(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run_child(out: Path, ready) -> None:
+    torch.set_num_threads(1)
+    ready.set()
+    train(network(), TINY, out=out, resume=out.exists())
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["granq.qat", "granq.convert"])
+    moments, out, whole = random.Random(0), tmp_path / "run", tmp_path / "whole"
+
+    def start(folder):
+        ready = context.Event()
+        child = context.Process(target=run_child, args=(folder, ready))
+        child.start()
+        ready.wait()
+        return child, time.perf_counter()
+
+    child, began = start(whole)
+    child.join()
+    duration = time.perf_counter() - began
+    assert child.exitcode == 0
+    killed = 0
+    for kill in range(20):
+        child, _ = start(out)
+        time.sleep(moments.random() * min(1, 0.1 + kill / 10) * duration)  # early ones before the first checkpoint
+        child.kill()
+        child.join()
+        killed += child.exitcode == -9
+        if RunFolder(out).load() and RunFolder(out).load()["epoch"] == TINY.epochs:
+            for file in out.iterdir():  # finished between two kills: start over, there are kills left
+                file.unlink()
+    child, _ = start(out)
+    child.join()
+    assert child.exitcode == 0 and killed >= 10
+    ours, reference = RunFolder(out).load(), RunFolder(whole).load()
+    for part in ("student", "generator"):
+        assert same_bits(ours[part], reference[part])
+    for name in ("student_optimizer", "generator_optimizer"):
+        for i, values in reference[name]["state"].items():
+            for key, value in values.items():
+                assert torch.equal(torch.as_tensor(ours[name]["state"][i][key]), torch.as_tensor(value))
+    assert torch.equal(ours["rng"], reference["rng"])
+    assert (out / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
+
+
+# ---- the fault table: every row is provoked, and the page shows the sentences that came out
+
+
+def full_disk(folder, monkeypatch):
+    def write(path, writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs_module, "save_atomically", write)
+
+
+def read_only(folder, monkeypatch):
+    def refuse(*_, **__):  # root ignores permission bits, so the refusal is made here
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder.path))
+
+    monkeypatch.setattr(runs_module, "save_atomically", refuse)
+
+
+def nan_loss(folder, monkeypatch):
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, t: step(self, t) | {"student_loss": torch.tensor(float("nan"))})
+
+
+def out_of_memory(folder, monkeypatch):
+    def step(self, train_student):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def torn(folder, monkeypatch):
+    data = folder.checkpoint.read_bytes()
+    folder.checkpoint.write_bytes(data[: len(data) // 2])
+
+
+def flipped(folder, monkeypatch):
+    data = bytearray(folder.checkpoint.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    folder.checkpoint.write_bytes(bytes(data))
+
+
+def foreign(folder, monkeypatch):
+    state = torch.load(folder.checkpoint, weights_only=True)
+    torch.save(state | {"fingerprint": "another"}, folder.checkpoint)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/granq-was-here",))
+
+
+def malicious(folder, monkeypatch):
+    torch.save({"epoch": 1, "student": Bomb(), "rows": []}, folder.checkpoint)
+
+
+def both_torn(folder, monkeypatch):
+    torn(folder, monkeypatch)
+    folder.previous.write_bytes(b"")
+
+
+def in_use(folder, monkeypatch):
+    lock = runs_module.FileLock(folder.path / ".lock", is_singleton=False)
+    lock.acquire()
+    monkeypatch.setattr(folder, "held", lock, raising=False)  # kept alive until the end of the test
+
+
+def bad_config(folder, monkeypatch):
+    folder.config.write_text('{"config": ')
+
+
+def not_empty(folder, monkeypatch):
+    pass
+
+
+# fault, what is done to a run with 3 of 8 epochs, exception (None: it goes on), what is kept
+FAULTS = [
+    ("disk full while a checkpoint is written", full_disk, OSError, "the last checkpoint"),
+    ("folder not writable", read_only, OSError, "everything"),
+    ("a loss becomes NaN", nan_loss, FloatingPointError, "the last checkpoint"),
+    ("out of memory", out_of_memory, RuntimeError, "the last checkpoint"),
+    ("newest checkpoint torn in half", torn, None, "the epoch before, and the run goes on from it"),
+    ("one byte of the newest checkpoint changed", flipped, None, "the epoch before, and the run goes on from it"),
+    ("checkpoint of another run", foreign, None, "the epoch before, and the run goes on from it"),
+    ("checkpoint that would run a program", malicious, None, "the epoch before; the program is not run"),
+    ("both checkpoints torn", both_torn, ValueError, "all files, as they are"),
+    ("another process works in the folder", in_use, ValueError, "everything"),
+    ("started again without --resume", not_empty, ValueError, "everything"),
+]
+
+
+def provoke(fault, path, monkeypatch):
+    """A run stopped after three of eight epochs meets the fault; returns its folder and the sentence a user sees."""
+    _, harm, expected, _ = fault
+
+    class Stop(Exception):
+        pass
+
+    def stop(_, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) % 4 == 0:
+            raise Stop
+        return 0.0
+
+    with pytest.raises(Stop):
+        train(network(), TINY, evaluate=stop, out=path)
+    folder = RunFolder(path)
+    harm(folder, monkeypatch)
+    if expected is None:
+        with pytest.warns(UserWarning, match="continuing from checkpoint.previous.pt") as caught:
+            train(network(), TINY, evaluate=lambda _: 0.0, out=path, resume=True)
+        return folder, str(caught[0].message)
+    with pytest.raises(expected) as error:
+        train(network(), TINY, evaluate=lambda _: 0.0, out=path, resume=harm is not not_empty)
+    return folder, str(error.value)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return train(network(), TINY, evaluate=lambda _: 0.0)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f[0] for f in FAULTS])
+def test_fault(fault, tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patches:
+        folder, sentence = provoke(fault, tmp_path / "run", patches)
+    assert "\n" not in sentence and len(sentence) > 20
+    assert not Path("/tmp/granq-was-here").exists()
+    assert not list(folder.path.glob("*.tmp"))
+    if fault[1] is both_torn:
+        return
+    state = folder.load()
+    assert state["epoch"] == (TINY.epochs if fault[2] is None else 3)
+    if hasattr(folder, "held"):
+        folder.held.release()
+    # and what is kept leads to the same end as if nothing had happened
+    result = train(network(), TINY, evaluate=lambda _: 0.0, out=folder.path, resume=True)
+    assert same_bits(result.student.state_dict(), uninterrupted.student.state_dict())
+    assert result.history.equals(uninterrupted.history)
+
+
+def test_the_page_shows_what_users_see(tmp_path, monkeypatch):
+    lines = ["| fault | what the user sees | what is kept |", "|---|---|---|"]
+    for i, fault in enumerate(FAULTS):
+        with monkeypatch.context() as patches:
+            folder, sentence = provoke(fault, tmp_path / str(i), patches)
+            if hasattr(folder, "held"):
+                folder.held.release()
+        lines.append(f"| {fault[0]} | {sentence.replace(str(folder.path), 'RUN')} | {fault[3]} |")
+    table = "\n".join(lines)
+    start, end = "<!-- made by tests/test_runs.py -->\n", "\n<!-- end -->"
+    page = PAGE.read_text()
+    head, rest = page.split(start)
+    if os.environ.get("GRANQ_WRITE_DOCS"):
+        PAGE.write_text(head + start + table + end + rest.split(end)[1])
+    else:
+        assert rest.split(end)[0] == table, "run with GRANQ_WRITE_DOCS=1 to write docs/reliability.md anew"
+
+
+def test_lock_is_free_after_the_run(tmp_path):
+    train(network(), TINY, out=tmp_path)
+    with RunFolder(tmp_path).claimed():
+        pass
+
+
+def test_fingerprint_knows_teacher_and_settings():
+    a = network()
+    b = network()
+    assert fingerprint({"x": 1}, a) == fingerprint({"x": 1}, b) != fingerprint({"x": 2}, a)
+    with torch.no_grad():
+        b[0].weight[0, 0, 0, 0] += 1e-6
+    assert fingerprint({"x": 1}, a) != fingerprint({"x": 1}, b)
+
+
+def test_history_is_the_rows(tmp_path):
+    result = train(network(), TINY, out=tmp_path)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), result.history)
