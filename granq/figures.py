@@ -419,31 +419,41 @@ def plot_granularity_factorial(
     *,
     bits: int | None = None,
     ranges: str | None = None,
+    epochs: int | None = None,
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Accuracy for every weight granularity (rows) and activation granularity (columns), as a map with its numbers.
 
     Args:
-        data: columns weights, activations (granularities), ranges (static, dynamic), bits, top1; rows that differ in
-            nothing else (seeds) are averaged. Colors share the limits of the whole frame.
+        data: columns weights, activations (granularities), ranges (static, dynamic; none with full-precision
+            activations, which belong to both), bits, epochs (0 without training; optional), top1; rows that differ in
+            nothing else (seeds) are averaged. Colors share the limits of the whole frame; a dash marks what no row has.
         bits: default the lowest.
         ranges: default the first.
+        epochs: default the fewest.
         colorbar: draw it beside this map.
         ax: default the current Axes.
     """
     ax = ax or plt.gca()
-    rows = _select(data, bits=data.bits.min() if bits is None else bits, ranges=ranges or data.ranges.iloc[0])
+    data = data if "epochs" in data else data.assign(epochs=0)
+    ranges = ranges or next(v for v in data.ranges if v != "none")
+    rows = _select(
+        data[data.ranges.isin([ranges, "none"])],
+        bits=data.bits.min() if bits is None else bits,
+        epochs=data.epochs.min() if epochs is None else epochs,
+    )
     grid = rows.pivot_table(index="weights", columns="activations", values="top1", sort=False)
+    grid = grid.reindex(columns=list(dict.fromkeys(data.activations)))  # a column that no cell has stays empty
     mesh = ax.imshow(grid, cmap="cividis", vmin=data.top1.min(), vmax=data.top1.max(), aspect="auto")
     middle = (data.top1.min() + data.top1.max()) / 2
     for (y, x), value in np.ndenumerate(grid.to_numpy()):
-        if value == value:
-            ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6,
-                    color="white" if value < middle else "black")  # fmt: skip
+        ax.text(x, y, f"{value:.0f}" if value == value else "\u2013", ha="center", va="center", fontsize=6,
+                color="white" if value < middle else "black")  # fmt: skip
     ax.set_xticks(range(grid.shape[1]), [_plain(v) for v in grid.columns], rotation=90, fontsize=6)
     ax.set_yticks(range(grid.shape[0]), [_plain(v) for v in grid.index], fontsize=6)
-    ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {rows.ranges.iloc[0]}")
+    trained = ", trained" if rows.epochs.iloc[0] else ""
+    ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{trained}")
     if colorbar:
         ax.figure.colorbar(mesh, ax=ax, label="test top-1 (%)")
     return ax

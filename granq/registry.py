@@ -315,6 +315,34 @@ def _published(measured: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
+def _granularity_factorial(s: Setting) -> pd.DataFrame:
+    from granq import factorial
+
+    quick = s.preset == "quick"
+    order = torch.randperm(len(s.test), generator=torch.Generator().manual_seed(s.seed)).tolist()
+    test = Subset(cast(Any, s.test), order[: s.budget.images])
+    return factorial.measure_granularity_factorial(
+        s.teacher,
+        list(batches(cast(Any, test), s.spec)),
+        factorial.factorial_cells((2, 3) if quick else (2, 3, 4, 5, 8)),
+        lambda seed: s.synthetic(),
+    )
+
+
+def _quantizer_latency(s: Setting) -> pd.DataFrame:
+    from granq import bench
+
+    shapes = bench.SHAPES[:3] if s.preset == "quick" else bench.SHAPES  # those of ResNet-20 alone take seconds
+    return bench.measure_latency_quantizer(shapes, s.budget.bits, device=s.device)
+
+
+def _scaling_latency(s: Setting) -> pd.DataFrame:
+    from granq import bench
+
+    channels, images = ((8, 16, 32, 64), (1, 4, 16)) if s.preset == "quick" else ((8, 16, 32, 64, 128), (1, 4, 16, 64))
+    return bench.measure_latency_scaling(channels, images, bits=s.budget.bits, device=s.device)
+
+
 def _true_bits(s: Setting) -> pd.DataFrame:
     """Five networks without trained weights: what is quantized does not depend on them."""
     from granq.auditing import audit, summarize_audit
@@ -372,6 +400,17 @@ def _true_bits_panels(data: pd.DataFrame) -> Grid:
     return [[partial(figures.plot_true_bits, quantity=q) for q in ("bits_per_weight", "quantized_percent")]]
 
 
+def _factorial_panels(data: pd.DataFrame) -> Grid:
+    bits, draw = sorted(set(data.bits)), figures.plot_granularity_factorial
+    rows = itertools.product(sorted(set(data.epochs)), [r for r in ("dynamic", "static") if r in set(data.ranges)])
+    return [[partial(draw, bits=k, ranges=r, epochs=e, colorbar=k == bits[-1]) for k in bits] for e, r in rows]
+
+
+def _scaling_panels(data: pd.DataFrame) -> Grid:
+    draw = figures.plot_scaling_latency
+    return [[partial(draw, against=a, quantity=q) for q in figures.SCALING_LABELS] for a in ("channels", "batch")]
+
+
 def _gap_panels(data: pd.DataFrame) -> Grid:
     return [[partial(figures.plot_synthetic_gap, quantity=q)] for q in figures.GAP_LABELS]
 
@@ -387,6 +426,7 @@ class Figure:
     alt: str
     panels: Callable[[pd.DataFrame], Grid] | None = None
     teacher: bool = True  #: the measurement depends on the teacher, which its provenance then names
+    command: str = ""  #: measures a CSV that names no preset
 
 
 FIGURES: dict[str, Figure] = {
@@ -442,6 +482,36 @@ FIGURES: dict[str, Figure] = {
         "dotted line at the label, right the share of weights that are really quantized.",
         _true_bits_panels,
         teacher=False,
+    ),
+    "quantizer_latency": Figure(
+        "What does it cost to quantize activations?",
+        _quantizer_latency,
+        figures.plot_quantizer_latency,
+        (6.8, 2.8),
+        "Logarithmic time of one fake quantization, forward and backward, over activation shapes: layer-wise, a loop "
+        "over channels, the textbook chain and GranQ's vectorized step, above the time of copying the same bytes.",
+        teacher=False,
+    ),
+    "scaling_latency": Figure(
+        "What does it cost to apply the scales?",
+        _scaling_latency,
+        figures.plot_scaling_latency,
+        (6.8, 4.2),
+        "Time, peak memory and number of scale multiplications of one quantized convolution against channels (top) and "
+        "batch (bottom), both axes logarithmic, one line per execution: layer-wise, accumulation-time in a loop and "
+        "grouped, pre-scaled, folded.",
+        _scaling_panels,
+        teacher=False,
+    ),
+    "granularity_factorial": Figure(
+        "Which choice is worth how much?",
+        _granularity_factorial,
+        figures.plot_granularity_factorial,
+        (6.8, 3.6),
+        "Maps of test accuracy, weight granularities down and activation granularities across, one map per bit width, "
+        "with dynamic ranges above and static ones below; every cell holds its percent, a dash where no range exists.",
+        _factorial_panels,
+        command="granq factorial --network resnet20_cifar10 --run RUN --out FILE.csv",
     ),
     "training_curves": Figure(
         "How does a run go?",
@@ -544,6 +614,7 @@ def write_gallery(folder: Path) -> None:
                      seed="seed {}", device="{}", torch="torch {}", commit="commit {}", preset="preset {}")  # fmt: skip
         said = [text.format(facts[k]) for k, text in texts.items() if k in facts and not pd.isna(facts[k])]
         command = f"granq figures {name}" + (f" --preset {facts.preset}" if "preset" in facts else "")
+        command = figure.command if figure.command and "preset" not in facts else command
         command += (
             " --teacher FILE --data folder:PATH" if facts.get("dataset") == figures.dataset_name("folder:") else ""
         )
