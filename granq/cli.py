@@ -19,6 +19,8 @@ EXAMPLES = {
     "factorial": "granq factorial --data digits --network resnet20_cifar10 --teacher teacher.safetensors --bits 2,3 "
     "--out runs/factorial.csv",
     "figures": "granq figures channel_scales layer_error --preset quick --out figures/quick",
+    "sweep": "granq sweep --data digits --network resnet20_cifar10 --teacher teacher.safetensors --schemes layerwise "
+    "release --bits 2,2 3,3 --seeds 0 1 2 --jobs 2 --out runs/sweep",
     "export": "granq export runs/foldable --data digits --out runs/integers",
 }
 
@@ -65,6 +67,22 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
         sub.add_argument(f"--{name}", type=int)
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
+
+    sub = command("sweep", "Plan many quantize runs in a folder, execute them, or continue where they stopped.")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the sweep; alone, it continues what is planned")
+    sub.add_argument("--data")
+    sub.add_argument("--network", nargs="+", help="one or more; --teacher then lists one file for each")
+    sub.add_argument("--teacher", nargs="+", type=Path)
+    sub.add_argument("--schemes", nargs="+")
+    sub.add_argument("--bits", nargs="+", help="such as 3,3 4,4")
+    sub.add_argument("--recipes", nargs="+", default=["adadfq"])
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0])
+    sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
+    for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
+        sub.add_argument(f"--{name}", type=int)
+    sub.add_argument("--jobs", type=int, default=1, help="runs at once")
+    sub.add_argument("--engine", default="joblib", help="joblib, or submitit for Slurm")
+    sub.add_argument("--status", action="store_true", help="print the table and start nothing")
 
     sub = command("figures", "Measure figures, write their CSV, and draw them from it; all of them without names.")
     sub.add_argument("names", nargs="*", metavar="NAME")
@@ -229,17 +247,50 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         resume=args.resume,
         facts=facts,
     )
-    row = _row(args.data, args.network, config, teacher_top1, result) | {"out": str(args.out)} | qat.versions(device)
+    row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
+    row |= {"teacher": str(args.teacher), "preset": args.preset, "out": str(args.out)}
     data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
 
 
-def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: Any) -> dict[str, Any]:
+def _sweep(args: argparse.Namespace) -> dict[str, Any]:
+    from granq import convert, qat, sweep
+
+    if args.data or args.schemes:
+        if not (args.data and args.network and args.schemes and args.bits):
+            raise ValueError("a new plan needs --data, --network, --schemes and --bits")
+        if args.teacher and len(args.teacher) != len(args.network):
+            raise ValueError(f"{len(args.network)} networks need as many teachers, got {len(args.teacher)}")
+        for scheme in args.schemes:
+            convert.get_scheme(scheme)
+        for recipe in args.recipes:
+            qat.QATConfig(recipe=recipe)
+        for bits in args.bits:
+            parse_bits(bits)
+        names = ("preset", "epochs", "iterations", "batch_size", "warmup_epochs", "image_size")
+        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("data", *names, "device")]
+        options = [str(part) for pair in given if pair[1] is not None for part in pair]
+        teachers = dict(zip(args.network, args.teacher or [None] * len(args.network), strict=True))
+        sweep.write_plan(
+            args.out, sweep.plan_sweep(teachers, args.schemes, args.bits, args.seeds, args.recipes, options)
+        )
+    status = sweep.sweep_status(args.out) if args.status else sweep.run_sweep(args.out, args.jobs, args.engine)
+    print(status.to_string(index=False, na_rep=""), file=sys.stderr)
+    counts = {str(k): int(v) for k, v in status.state.value_counts().items()}
+    if not args.status and counts.get("done", 0) < len(status):
+        raise RuntimeError(
+            f"{len(status) - counts.get('done', 0)} of {len(status)} runs did not finish; see {args.out}/*.log"
+        )
+    return {"out": str(args.out), "runs": len(status), **counts}
+
+
+def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: Any, test_images: int) -> dict[str, Any]:
     return {
         "dataset": dataset, "network": network, "scheme": config.scheme,
         "bits": f"W{config.weight_bits}A{config.act_bits}", "recipe": config.recipe, "seed": config.seed,
         "teacher_top1": teacher_top1, "ptq_top1": result.ptq_top1, "last_top1": result.last_top1,
-        "best_top1": result.best_top1, "seconds": round(result.seconds, 1),
+        "best_top1": result.best_top1, "seconds": round(result.seconds, 1), "test_images": test_images,
+        **{name: getattr(config, name) for name in ("epochs", "iterations", "batch_size", "warmup_epochs")},
     }  # fmt: skip
 
 
@@ -446,7 +497,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
                 warmup_epochs=args.epochs // 2, batch_size=32, student_lr=1e-3, seed=seed, device=device,
             )  # fmt: skip
             result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
-            rows.append(_row("digits", network, config, teacher_top1, result) | qat.versions(device))
+            rows.append(_row("digits", network, config, teacher_top1, result, len(test)) | qat.versions(device))
             pd.DataFrame(rows).to_csv(args.out / "results.csv", index=False)
     results = pd.DataFrame(rows)
     summary = results.groupby("scheme", sort=False)[["ptq_top1", "last_top1", "best_top1"]].agg(["mean", "std"])

@@ -52,6 +52,18 @@ class RunFolder:
         if not resume and found:
             raise ValueError(f"{self.path} already holds files; choose another --out or pass --resume to continue it")
 
+    def in_use(self) -> bool:
+        """Whether a process holds the folder."""
+        if not (self.path / ".lock").exists():
+            return False
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Hold the folder; the system frees it when the process ends, however it ends.

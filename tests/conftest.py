@@ -5,9 +5,14 @@ import os
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+
+from granq.data import describe_data
+from granq.models import build_network, save_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +43,24 @@ class TinyNet(nn.Module):
 @pytest.fixture
 def tiny() -> nn.Module:
     return TinyNet().eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder whose train split cannot be read."""
+    generator = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "data/test" / label).mkdir(parents=True)
+        (tmp_path / "data/train" / label).mkdir(parents=True)
+        (tmp_path / "data/train" / label / "0.png").write_text("not an image: whoever reads this fails")
+        for i in range(3):
+            pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data/test" / label / f"{i}.jpg")
+    return f"folder:{tmp_path / 'data'}"
+
+
+@pytest.fixture
+def teacher(tmp_path, folder):
+    spec = describe_data(folder, "resnet20_cifar10")
+    save_teacher(tmp_path / "t.safetensors", build_network("resnet20_cifar10", 2), "resnet20_cifar10", spec, 50.0)
+    return tmp_path / "t.safetensors"

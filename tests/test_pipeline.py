@@ -2,15 +2,20 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from granq import QATConfig, build_network, describe_data, load_split, load_teacher, save_teacher, train
+from granq import QATConfig, describe_data, load_split, load_teacher, train
 from granq.cli import main
-from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.generator import (
+    batchnorm_inputs,
+    batchnorm_loss,
+    build_generator,
+    synthesize,
+    upsample_conv,
+    upsample_conv_plain,
+)
 from granq.qat import Trainer, agreement_loss, disagreement_loss, entropy, margin_loss, student_loss
 
 T = torch.tensor([[2.0, 0, -1], [0.5, 0.5, 0]])
@@ -42,6 +47,18 @@ def test_both_generators_draw_standardized_images(size):
     assert images.shape == (4, 3, size, size) and int(labels.max()) < 5
     assert images.mean((0, 2, 3)).abs().max() < 1e-3
     assert (images.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 1)])
+def test_upsampling_convolution_equals_its_plain_form(shape, bias):
+    conv = torch.nn.Conv2d(shape[1], 6, 3, padding=1, bias=bias).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    outputs = upsample_conv_plain(x, conv), upsample_conv(x, conv)
+    torch.testing.assert_close(*outputs)
+    target = torch.randn_like(outputs[0])
+    plain, fast = (torch.autograd.grad((y * target).sum(), (x, *conv.parameters())) for y in outputs)
+    torch.testing.assert_close(plain, fast)
 
 
 @pytest.mark.parametrize("recipe", ["adadfq", "gdfq"])
@@ -109,27 +126,6 @@ def test_paper_presets():
     assert QATConfig.paper("cifar10", "resnet20_cifar10", 3).milestones == (100, 200, 300)
     r50 = QATConfig.paper("imagenet", "resnet50", 4)
     assert (r50.alpha_ds, r50.lambda_l, r50.milestones, r50.warmup_epochs) == (0.1, 0.3, (200, 300, 400), 50)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """An image folder whose train split cannot be read."""
-    generator = np.random.default_rng(0)
-    for label in ("cat", "dog"):
-        (tmp_path / "data/test" / label).mkdir(parents=True)
-        (tmp_path / "data/train" / label).mkdir(parents=True)
-        (tmp_path / "data/train" / label / "0.png").write_text("not an image: whoever reads this fails")
-        for i in range(3):
-            pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data/test" / label / f"{i}.jpg")
-    return f"folder:{tmp_path / 'data'}"
-
-
-@pytest.fixture
-def teacher(tmp_path, folder):
-    spec = describe_data(folder, "resnet20_cifar10")
-    save_teacher(tmp_path / "t.safetensors", build_network("resnet20_cifar10", 2), "resnet20_cifar10", spec, 50.0)
-    return tmp_path / "t.safetensors"
 
 
 def quantize_args(folder, teacher, out):
