@@ -350,7 +350,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import bench, qat
+    from granq import bench, data, qat
 
     if args.repetitions < 1:
         raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
@@ -360,7 +360,7 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
     frame = bench.measure_latency_quantizer(repetitions=args.repetitions, device=qat.resolve_device(args.device))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(path, index=False)
+        data.write_csv(path, frame)
     if args.json:
         return {"quantizer": json.loads(frame.to_json(orient="records"))}
     shown = ["shape", "method", "median_ms", "q25_ms", "q75_ms", "ratio_to_textbook", "ratio_to_copy"]
@@ -390,7 +390,7 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
     student = convert.quantize_model(model, args.scheme, *bits)
     frame = auditing.audit(student, torch.randn(2, 3, size, size))
     if args.out:
-        frame.to_csv(args.out, index=False)
+        data.write_csv(args.out, frame)
     elif not args.json:
         shown = ["layer", "weight_shape", "levels", "weight_sqnr_db", "input_quantized", "bits_per_weight", "status"]
         print(frame[shown].round(1).to_string(index=False))
@@ -464,7 +464,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     integer.export_onnx(twin, images[:2], args.out / "network.onnx")
     agreement = integer.measure_integer_agreement(student, images)
-    agreement.to_csv(args.out / "agreement.csv", index=False)
+    data.write_csv(args.out / "agreement.csv", agreement)
     top1 = models.top1_on(twin, test, spec)
     result = {
         "run": str(args.run), "data": args.data, "network": facts["network"], "epoch": epoch,
@@ -498,7 +498,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
             rows.append(_row("digits", network, config, teacher_top1, result, len(test)) | qat.versions(device))
-            pd.DataFrame(rows).to_csv(args.out / "results.csv", index=False)
+            data.write_csv(args.out / "results.csv", pd.DataFrame(rows))
     results = pd.DataFrame(rows)
     summary = results.groupby("scheme", sort=False)[["ptq_top1", "last_top1", "best_top1"]].agg(["mean", "std"])
     lines = [

@@ -6,14 +6,18 @@ Images leave this module normalized, float32, (N, 3, size, size). Small images a
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CIFAR_STATS = (
     (0.4914, 0.4822, 0.4465),
@@ -22,6 +26,7 @@ CIFAR_STATS = (
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = ("digits", "cifar10", "cifar100", "imagenet", "folder:PATH")
 _IN_MEMORY_SIZE = 64  # pixels; larger images are streamed from disk
+_MAX_PIXELS = 50_000_000  # of one image file: a few kB of PNG can claim more than fits into memory
 
 
 class ImageData(Protocol):
@@ -102,11 +107,37 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         cls = datasets.CIFAR10 if spec.name == "cifar10" else datasets.CIFAR100
         data: ImageData = cls(spec.root, train=split == "train", transform=transform, download=True)
     else:
-        data = datasets.ImageFolder(str(_split_folder(Path(spec.root), split)), transform=transform)
+        folder = _split_folder(Path(spec.root), split)
+        _refuse_links(folder)
+        data = datasets.ImageFolder(str(folder), transform=transform, loader=_open_image)
     if not small:
         return data
     images, labels = zip(*DataLoader(cast(Any, data), batch_size=500), strict=True)
     return TensorDataset(torch.cat(images), torch.cat(labels))
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise ValueError for links below ``folder`` that lead out of it, or to folders; it may be a link itself."""
+    inside = folder.resolve()
+    for found, folders, files in os.walk(inside):
+        for path in (Path(found, name) for name in (*folders, *files)):
+            if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(inside)):
+                raise ValueError(f"{path} is a link to {path.resolve()}; a dataset holds its images itself: copy them")
+
+
+def _open_image(path: str) -> Any:
+    """A file as an RGB image; raises ValueError that names the file."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(path) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise ValueError(f"it has {image.width} x {image.height} pixels, more than {_MAX_PIXELS:,}")
+                return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a usable image: {error}") from error
 
 
 def _digits(split: str, size: int) -> TensorDataset:
@@ -132,6 +163,16 @@ def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterat
     """Normalized (images, labels) in the stored order."""
     for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels
+
+
+def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
+    """``table`` as CSV, replaced atomically; text that a spreadsheet would take for a formula gets a quote in front."""
+    table = table.copy()
+    for name in table.select_dtypes(include=["object", "string"]):
+        column = table[name]
+        formula = column.map(lambda v: isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")))
+        table[name] = column.where(~formula.astype(bool), "'" + column.astype(str))
+    save_atomically(path, lambda p: table.to_csv(p, index=False, float_format=float_format))
 
 
 def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:

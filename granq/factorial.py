@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from granq import qat
 from granq.convert import Scheme, calibrate, frozen_ranges, quantize_model
-from granq.data import save_atomically
+from granq.data import write_csv
 from granq.generator import Generator, synthesize
 
 FULL = "full"
@@ -127,7 +126,7 @@ def measure_granularity_factorial(
         values = _interval("top1", correct) | _interval("lost", reference - correct)
         rows.append(cell._asdict() | values | known)
         if out:
-            save_atomically(out, partial(pd.DataFrame(rows).to_csv, index=False, float_format="%.6g"))
+            write_csv(out, pd.DataFrame(rows), float_format="%.6g")
     return pd.DataFrame(rows)
 
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from granq.analysis import decode_pixels
+from granq.data import write_csv
 
 STYLE = Path(__file__).with_name("granq.mplstyle")
 
@@ -760,7 +761,7 @@ def save_figure(
         panels: from the frame, rows of plot functions, one for each panel; replaces ``plot``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    write_csv(folder / f"{name}.csv", data, float_format="%.6g")
     draw_figure(name, plot, folder, width, height, panels)
 
 

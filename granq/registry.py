@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from granq import analysis, figures, models, qat
 from granq.convert import SCHEMES, quantize_model
-from granq.data import DataSpec, ImageData, batches, describe_data, load_split
+from granq.data import DataSpec, ImageData, batches, describe_data, load_split, write_csv
 from granq.generator import LATENT, build_generator
 
 PRESETS = ("quick", "cifar10")
@@ -572,7 +572,7 @@ def make_figures(names: Iterable[str], setting: Setting) -> list[str]:
             k: v for k, v in setting.facts(figure.teacher and "teacher_test_top1" not in data).items() if k not in data
         }
         setting.out.mkdir(parents=True, exist_ok=True)
-        data.assign(**facts).to_csv(setting.out / f"{name}.csv", index=False, float_format="%.6g")
+        write_csv(setting.out / f"{name}.csv", data.assign(**facts), float_format="%.6g")
         redraw_figures([name], setting.out)
     return names
 

@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from granq.data import save_atomically
+from granq.data import save_atomically, write_csv
 
 
 class RunFolder:
@@ -107,7 +107,7 @@ class RunFolder:
             if self.checkpoint.exists():
                 os.replace(self.checkpoint, self.previous)
             os.replace(temporary, self.checkpoint)
-            save_atomically(self.path / "history.csv", partial(pd.DataFrame(rows).to_csv, index=False))
+            write_csv(self.path / "history.csv", pd.DataFrame(rows))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

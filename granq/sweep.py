@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from granq.data import save_atomically
+from granq.data import save_atomically, write_csv
 from granq.runs import RunFolder
 
 ENGINES = ("joblib", "submitit")
@@ -96,7 +96,7 @@ def sweep_results(out: Path) -> pd.DataFrame:
     table = pd.DataFrame([json.loads(path.read_text()) for path in found if path.is_file()]).drop(
         columns="out", errors="ignore"
     )
-    save_atomically(out / "results.csv", lambda path: table.to_csv(path, index=False))
+    write_csv(out / "results.csv", table)
     return table
 
 
