@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
         sub.add_argument(f"--{name}", type=int)
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
+    sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
 
     sub = command("sweep", "Plan many quantize runs in a folder, execute them, or continue where they stopped.")
     sub.add_argument("--out", type=Path, required=True, help="folder of the sweep; alone, it continues what is planned")
@@ -152,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("granq: interrupted; the last checkpoint is kept, --resume continues", file=sys.stderr)
         return 130
-    print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    if result:  # of several processes the first one speaks
+        print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 0
 
 
@@ -209,16 +211,25 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any]:
+    from granq import distributed, qat
+
+    with distributed.process_group(qat.resolve_device(args.device)) as rank:
+        row = _quantize_as(rank, args)
+    return row if rank == 0 else {}
+
+
+def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     from granq import convert, data, models, qat, runs
 
     weight_bits, act_bits = parse_bits(args.bits)
     convert.get_scheme(args.scheme)
     folder = runs.RunFolder(args.out)
-    folder.check_free(args.resume)
+    if rank == 0:
+        folder.check_free(args.resume)
     spec = data.describe_data(args.data, args.network, args.image_size)
     names = ("epochs", "iterations", "batch_size", "warmup_epochs")
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    changes |= dict(scheme=args.scheme, recipe=args.recipe, seed=args.seed, device=args.device)
+    changes |= {n: getattr(args, n) for n in ("scheme", "recipe", "seed", "device", "deterministic")}
     device = qat.resolve_device(args.device)
     teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
     changes |= dict(weight_bits=weight_bits, act_bits=act_bits, image_size=spec.image_size)
@@ -226,12 +237,12 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         config = qat.QATConfig.paper(args.data, args.network, weight_bits, **changes)
     else:
         config = qat.QATConfig(**changes)
-    if folder.config.is_file():
+    if rank == 0 and folder.config.is_file():
         saved = qat.QATConfig.from_dict(folder.read_config()["config"])
         if saved != config:
             raise ValueError(f"{args.out} was started with other settings; resume it with the same options")
     test = data.load_split(spec, "test")  # the training split is never touched
-    teacher_top1 = models.top1_on(teacher, test, spec, device)
+    teacher_top1 = models.top1_on(teacher, test, spec, device) if rank == 0 else 0.0
     facts = {
         "data": args.data,
         "network": args.network,
@@ -249,7 +260,8 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     )
     row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
     row |= {"teacher": str(args.teacher), "preset": args.preset, "out": str(args.out)}
-    data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
+    if rank == 0:
+        data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
 
 

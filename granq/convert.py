@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from granq.distributed import joint_range
 from granq.quantizer import QParams, _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -175,7 +176,7 @@ class ActQuantizer(nn.Module):
         return qparams_from_range(low, high, self.bits, promote=self.promote)
 
     def _observe(self, x: Tensor) -> None:
-        low, high = min_max(x, self.granularity)
+        low, high = joint_range(*min_max(x, self.granularity))
         if not self.running_min.numel():
             self.running_min, self.running_max = low.clone(), high.clone()
         else:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part
+
 LATENT = 100
 
 
@@ -45,12 +47,12 @@ class Generator(nn.Module):
         self.classes, self.size = classes, image_size // 4
         self.embedding = nn.Embedding(classes, LATENT)
         self.linear = nn.Linear(LATENT, 128 * self.size**2)
-        self.norm0: nn.Module = nn.BatchNorm2d(128)
+        self.norm0: nn.Module = JointBatchNorm2d(128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.norm1: nn.Module = nn.BatchNorm2d(128, eps=0.8)
+        self.norm1: nn.Module = JointBatchNorm2d(128, eps=0.8)
         self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.norm2: nn.Module = nn.BatchNorm2d(64, eps=0.8)
-        self.conv3, self.norm3 = nn.Conv2d(64, 3, 3, padding=1), nn.BatchNorm2d(3, affine=False)
+        self.norm2: nn.Module = JointBatchNorm2d(64, eps=0.8)
+        self.conv3, self.norm3 = nn.Conv2d(64, 3, 3, padding=1), JointBatchNorm2d(3, affine=False)
 
     def _grid(self, latent: Tensor) -> Tensor:
         x = self.linear(latent).view(-1, 128, self.size, self.size)
@@ -70,7 +72,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __init__(self, classes: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False, eps=eps)
+        self.norm = JointBatchNorm2d(channels, affine=False, eps=eps)
         self.weight, self.bias = nn.Embedding(classes, channels), nn.Embedding(classes, channels)
         nn.init.ones_(self.weight.weight)
         nn.init.zeros_(self.bias.weight)
@@ -104,9 +106,12 @@ def build_generator(classes: int, image_size: int) -> Generator:
 
 
 def synthesize(generator: Generator, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Draw ``count`` images with random labels from the global random state: (count, 3, s, s), (count,)."""
-    labels = torch.randint(0, generator.classes, (count,), device=device)
-    return generator(torch.randn(count, LATENT, device=device), labels), labels
+    """Draw ``count`` images with random labels from the global random state: (count, 3, s, s), (count,).
+
+    Under torchrun this is the joint batch, of which every process gets its part.
+    """
+    labels = own_part(torch.randint(0, generator.classes, (count,), device=device))
+    return generator(own_part(torch.randn(count, LATENT, device=device)), labels), labels
 
 
 @contextmanager
@@ -131,7 +136,7 @@ def batchnorm_loss(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
     for norm, x in inputs:
         if norm.running_mean is None or norm.running_var is None:
             continue  # a BatchNorm without running statistics has nothing to match
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        var, mean = joint_var_mean(x)
         terms.append(F.mse_loss(mean, norm.running_mean) + F.mse_loss(var, norm.running_var))
     if not terms:
         raise ValueError("the teacher has no BatchNorm2d layer, so there are no statistics to match")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import platform
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from granq.convert import freeze_ranges, frozen_ranges, quantize_model
+from granq.distributed import average_gradients, from_first, gather, world
 from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.runs import RunFolder, fingerprint
 
@@ -53,6 +56,7 @@ class QATConfig:
     image_size: int = 32
     seed: int = 0
     device: str = "auto"
+    deterministic: bool = False  # on CUDA; on the CPU every run is
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
@@ -130,6 +134,30 @@ def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tenso
     return F.cross_entropy(student, labels) + kl
 
 
+def diversity(images: Tensor) -> Tensor:
+    """Share of the variance of images (N, C, H, W) that is between images: 1 - 1/N of noise, 0 of one image N times."""
+    return images.var(0, correction=0).mean() / images.var((0, 2, 3), correction=0).mean().clamp_min(1e-12)
+
+
+#: below these the run says so; what a healthy run shows is in ``docs/reliability.md``
+LOW_DIVERSITY, LOW_RECOGNITION = 0.1, 2.0  # share of the variance; times the accuracy of guessing
+
+
+def generator_trouble(row: dict[str, float], classes: int) -> str:
+    """What is wrong with the generated images of a finished epoch, in one sentence; empty if nothing is."""
+    if row["diversity"] < LOW_DIVERSITY:
+        return (
+            f"the generator has collapsed: only {row['diversity']:.0%} of the variance is between its images; "
+            "lower generator_lr or take another seed"
+        )
+    if not row["warmup"] and row["teacher_top1"] < LOW_RECOGNITION * 100 / classes:
+        return (
+            f"the teacher gives only {row['teacher_top1']:.0f} % of the generated images the label they were drawn for "
+            f"(guessing gives {100 / classes:.0f} %); train the generator longer (warmup_epochs, iterations)"
+        )
+    return ""
+
+
 def resolve_device(device: str) -> str:
     """``auto`` becomes cuda, mps or cpu, whichever is there first."""
     if device != "auto":
@@ -157,6 +185,8 @@ class Trainer:
 
     def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
         self.config, self.device = config, resolve_device(config.device)
+        if config.batch_size % world()[1]:
+            raise ValueError(f"batch_size {config.batch_size} does not divide among {world()[1]} processes")
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.student = quantize_model(self.teacher, config.scheme, config.weight_bits, config.act_bits).requires_grad_(
@@ -186,7 +216,7 @@ class Trainer:
         images, labels = synthesize(self.generator, c.batch_size, self.device)
         with batchnorm_inputs(self.teacher) as norms:
             t = self.teacher(images)
-        s = self.student(images)
+        t, s, labels = gather(t), gather(self.student(images)), gather(labels)
         bn = batchnorm_loss(norms)
         if c.recipe == "adadfq":
             loss_g = c.alpha_ds * disagreement_loss(t, s, labels) + c.alpha_as * agreement_loss(t, s, labels)
@@ -204,11 +234,13 @@ class Trainer:
             "student_loss": loss_s.detach(),
             "bn_loss": bn.detach(),
             "teacher_top1": hits,
+            "diversity": diversity(images.detach()),
         }
 
     def _update(self, name: str, params: list[nn.Parameter], loss: Tensor, retain_graph: bool = False) -> None:
         # autograd.grad computes what leads to these parameters and fills no other .grad
         grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+        average_gradients([g for g in grads if g is not None])
         for p, g in zip(params, grads, strict=True):
             p.grad = g
         self.optimizers[name].step()
@@ -232,7 +264,7 @@ class Trainer:
         self.epoch += 1
         freeze_ranges(self.student, self.epoch >= c.warmup_epochs)
         with frozen_ranges(self.student):
-            row["test_top1"] = evaluate(self.student) if evaluate else math.nan
+            row["test_top1"] = from_first(evaluate(self.student) if evaluate and world()[0] == 0 else math.nan)
         if self.epoch == c.warmup_epochs:
             self.ptq_top1 = row["test_top1"]
         self.seconds += time.perf_counter() - start
@@ -285,31 +317,37 @@ def train(
         resume: continue the run in ``out``; the end is bit for bit that of an uninterrupted run on the CPU.
         facts: what ``config.json`` keeps besides the settings.
 
+    Within a process group (``granq.distributed``) the processes share every batch; the first one measures and writes.
+
     Raises:
         ValueError: ``out`` holds files and ``resume`` is False, is in use, or belongs to another run.
         FloatingPointError: a loss became NaN or infinite; the last checkpoint stays.
     """
-    folder = RunFolder(out) if out else None
+    folder = RunFolder(out) if out and world()[0] == 0 else None
     if folder:
         folder.check_free(resume)
-    with folder.claimed() if folder else nullcontext():
+    with folder.claimed() if folder else nullcontext(), _deterministic(config.deterministic):
         trainer = Trainer(teacher, config)
         identity = fingerprint(asdict(config), trainer.teacher) if folder else ""
-        if folder:
-            saved = folder.load(identity, trainer.device) if resume else None
-            if saved:
-                trainer.restore(saved)
-            if not folder.config.is_file():
-                folder.write_config(asdict(config), (facts or {}) | {"versions": versions(trainer.device)})
+        saved = from_first(folder.load(identity, trainer.device) if folder and resume else None)
+        if saved:
+            trainer.restore(saved)
+        if folder and not folder.config.is_file():
+            folder.write_config(asdict(config), (facts or {}) | {"versions": versions(trainer.device)})
         if trainer.epoch == 0 and config.warmup_epochs == 0 and evaluate:
-            trainer.ptq_top1 = evaluate(trainer.student)
+            trainer.ptq_top1 = from_first(evaluate(trainer.student) if world()[0] == 0 else math.nan)
         name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
-        with tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch") as progress:
+        silent, troubled = world()[0] > 0, False
+        with tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch", disable=silent) as progress:
             while trainer.epoch < config.epochs:
                 row = trainer.run_epoch(evaluate)
                 test, top1, bn = (row[k] for k in ("test_top1", "teacher_top1", "bn_loss"))
                 progress.set_postfix(test=f"{test:.1f}%", teacher=f"{top1:.0f}%", bn=f"{bn:.2f}")
                 progress.update()
+                trouble = generator_trouble(row, trainer.generator.classes)
+                if trouble and not troubled and not silent:  # said when it begins, not in every epoch
+                    progress.write(f"epoch {trainer.epoch}: {trouble}", file=sys.stderr)
+                troubled = bool(trouble)
                 if folder:
                     folder.save(trainer.state() | {"fingerprint": identity}, trainer.rows)
     history = pd.DataFrame(trainer.rows)
@@ -324,6 +362,18 @@ def train(
         float(best),
         trainer.seconds,
     )
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def versions(device: str = "cpu") -> dict[str, str]:

@@ -4,10 +4,15 @@
 """
 
 import errno
+import gc
 import multiprocessing
 import os
 import random
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +22,9 @@ from torch import nn
 
 from granq import QATConfig, train
 from granq import runs as runs_module
-from granq.qat import Trainer
+from granq.data import describe_data, load_split
+from granq.models import top1_on
+from granq.qat import Trainer, diversity
 from granq.runs import RunFolder, fingerprint
 
 TINY = QATConfig(epochs=8, warmup_epochs=2, iterations=3, batch_size=4, image_size=8, device="cpu", student_lr=0.1)
@@ -256,3 +263,119 @@ def test_fingerprint_knows_teacher_and_settings():
 def test_history_is_the_rows(tmp_path):
     result = train(network(), TINY, out=tmp_path)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), result.history)
+
+
+# ---- long runs, interruptions, what the loop says of itself
+
+
+def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
+    from granq.cli import main
+
+    common = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme release --bits 3,3"
+    budget = "--epochs 40 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu"
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "granq.cli", "quantize", *common.split(), *budget.split(), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while not (out / "history.csv").is_file():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "granq: interrupted; the last checkpoint is kept, --resume continues"
+    epochs = RunFolder(out).load()["epoch"]
+    assert 1 <= epochs < 40
+    assert main(["evaluate", str(out), "--data", folder, "--device", "cpu"]) == 0
+    assert main(["quantize", *common.split(), *budget.split(), "--out", str(out), "--resume"]) == 0
+    assert len(pd.read_csv(out / "history.csv")) == 40
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {}}', '{"config": {"nope": 1}}'])
+def test_damaged_config_is_one_sentence(tmp_path, text, capsys):
+    from granq.cli import main
+
+    train(network(), replace(TINY, epochs=2), out=tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(text)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--data", "digits"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "config.json" in said
+
+
+def images_of(kind: str) -> torch.Tensor:
+    one = torch.randn(1, 3, 8, 8)
+    return torch.randn(64, 3, 8, 8) if kind == "noise" else one.expand(64, -1, -1, -1)
+
+
+def test_diversity_by_hand():
+    assert diversity(images_of("noise")).item() == pytest.approx(1 - 1 / 64, abs=0.03)
+    assert diversity(images_of("same")).item() == pytest.approx(0, abs=1e-6)
+    two = torch.zeros(2, 1, 1, 2)
+    two[0, 0, 0] = torch.tensor([1.0, 3.0])  # pixel variances 1/4 and 9/4, mean 5/4; all four values: mean 1, var 1.5
+    assert diversity(two).item() == pytest.approx(1.25 / 1.5)
+
+
+def test_collapse_and_a_teacher_that_disagrees_are_said_once(monkeypatch, capsys):
+    step = Trainer.step
+    shown = {"diversity": torch.tensor(0.01)}
+    monkeypatch.setattr(Trainer, "step", lambda self, t: step(self, t) | shown)
+    train(network(), replace(TINY, epochs=3))
+    assert capsys.readouterr().err.count("the generator has collapsed: only 1% of the variance") == 1
+    shown = {"teacher_top1": torch.tensor(40.0)}
+    train(network(), replace(TINY, epochs=4))
+    said = capsys.readouterr().err
+    assert said.count("gives only 40 % of the generated images the label") == 1 and "epoch 3:" in said  # after warm-up
+
+
+def test_memory_and_open_files_stay_flat():
+    trainer = Trainer(network(), replace(TINY, scheme="layerwise"))
+
+    def load(steps: int) -> tuple[int, int, float]:
+        for _ in range(steps):
+            trainer.step(True)
+        gc.collect()
+        tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return tensors, len(os.listdir("/proc/self/fd")), resident
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("reads /proc: runs on Linux")
+    before, after = load(50), load(300)
+    assert after[0] <= before[0] and after[1] <= before[1]
+    assert after[2] - before[2] < 5  # MB
+
+
+def test_evaluation_keeps_no_graph():
+    spec = describe_data("digits")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    outputs = []
+    model.register_forward_hook(lambda *args: outputs.append(args[2]))
+    top1_on(model, load_split(spec, "test"), spec)
+    assert outputs and not any(o.requires_grad for o in outputs)
+
+
+def losses(threads: int, config: QATConfig = TINY) -> pd.DataFrame:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return train(network(), config).history
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_holds_across_thread_counts():
+    """Same count: bit for bit. Another count: sums are split elsewhere, so the last bits of float32 may differ."""
+    pd.testing.assert_frame_equal(losses(2), losses(2), check_exact=True)
+    one, two = losses(1), losses(2)
+    first = ["generator_loss", "student_loss", "bn_loss"]
+    assert two[first].iloc[0].to_numpy() == pytest.approx(one[first].iloc[0].to_numpy(), rel=1e-4)
+
+
+def test_deterministic_switch_is_on_during_the_run_only():
+    during = []
+    train(
+        network(),
+        replace(TINY, epochs=1, warmup_epochs=1, deterministic=True),
+        evaluate=lambda _: during.append(torch.are_deterministic_algorithms_enabled()) or 0.0,
+    )
+    assert during == [True] and not torch.are_deterministic_algorithms_enabled()
