@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
+from granq.checks import check_batches, check_images, forward, takes_model
 from granq.convert import LAYERS, ActQuantizer, calibrate, frozen_ranges, quantize_model
 from granq.data import DataSpec
 from granq.generator import LATENT
@@ -32,6 +33,7 @@ MODES = ("local", "accumulated")
 BINS = 64
 
 
+@takes_model
 def layer_names(model: nn.Module) -> list[str]:
     """Names of the Conv2d and Linear layers of ``model``, in the order of definition."""
     return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
@@ -58,6 +60,7 @@ def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
+@takes_model
 def measure_scale_maps(
     model: nn.Module,
     images: Tensor,
@@ -91,11 +94,12 @@ def measure_scale_maps(
             frames.append(pd.DataFrame(values | {"scale": scale.flatten().cpu().numpy()}))
 
     with layer_calls(model, _checked(model, [layers] if isinstance(layers, str) else layers), visit):
-        model(images.to(_device(model)))
+        forward(model, _images(images).to(_device(model)))
     return pd.concat(frames, ignore_index=True)
 
 
 @torch.no_grad()
+@takes_model
 def measure_activation_distortion(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -154,6 +158,7 @@ def measure_activation_distortion(
 
 
 @torch.no_grad()
+@takes_model
 def measure_channel_histograms(
     model: nn.Module,
     images: Mapping[str, Tensor],
@@ -182,6 +187,8 @@ def measure_channel_histograms(
     Raises:
         ValueError: a layer whose input is not (N, C, H, W), or that the model does not have.
     """
+    if not isinstance(images, Mapping) or not images:
+        raise TypeError('images must be batches by source, such as {"real": images}')
     seen: dict[tuple[str, str], Tensor] = {}
     for source, batch in images.items():
 
@@ -191,7 +198,7 @@ def measure_channel_histograms(
             seen[name, source] = x.cpu()
 
         with layer_calls(model, _checked(model, layers), keep):
-            model(batch.to(_device(model)))
+            forward(model, _images(batch).to(_device(model)))
     frames = []
     for name in layers:
         x = seen[name, source]  # of the last source
@@ -205,6 +212,7 @@ def measure_channel_histograms(
 
 
 @torch.no_grad()
+@takes_model
 def measure_channel_scales(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -269,6 +277,7 @@ def measure_channel_scales(
 
 
 @torch.no_grad()
+@takes_model
 def measure_layer_error(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -305,6 +314,7 @@ def measure_layer_error(
         raise ValueError(f"unknown mode {sorted(unknown)[0]!r}; known: {', '.join(MODES)}")
     layers = _checked(model, layer_names(model) if layers is None else layers)
     device = _device(model)
+    check_batches(batches)
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
@@ -342,7 +352,7 @@ def measure_layer_error(
                     clean.setdefault(name, []).append(out.clone())
 
             with layer_calls(model, layers, visit_clean):
-                model(images)
+                forward(model, images)
             if "accumulated" not in modes:
                 continue
             for scheme, student in students.items():
@@ -376,6 +386,7 @@ def measure_layer_error(
 
 
 @torch.no_grad()
+@takes_model
 def measure_synthetic_gap(
     model: nn.Module, synthetic_batches: Iterable[Batch], real_batches: Iterable[Batch]
 ) -> pd.DataFrame:
@@ -430,6 +441,7 @@ def measure_synthetic_gap(
 
 
 @torch.no_grad()
+@takes_model
 def measure_generated_images(
     generator: nn.Module, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
 ) -> pd.DataFrame:
@@ -478,7 +490,9 @@ def decode_pixels(pixels: str, size: int) -> np.ndarray:
 
 
 def _images(batch: Batch) -> Tensor:
-    return batch if isinstance(batch, Tensor) else batch[0]
+    images: Any = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    check_images(images)
+    return images
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -487,10 +501,11 @@ def _device(model: nn.Module) -> torch.device:
 
 def _run(model: nn.Module, batches: Iterable[Batch], text: str) -> int:
     """Forward every batch, in the mode the model is in, and count the images."""
+    check_batches(batches)
     device, count = _device(model), 0
     for batch in tqdm(batches, desc=text, unit="batch"):
         images = _images(batch).to(device)
-        model(images)
+        forward(model, images)
         count += len(images)
     if not count:
         raise ValueError("there is no image to measure: batches is empty")

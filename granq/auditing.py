@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from granq.analysis import sqnr_db
+from granq.checks import forward, takes_model
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, activation_places, frozen_ranges
 from granq.quantizer import min_max
 
@@ -24,6 +25,7 @@ _KEEP_GRID_METHODS = {"flatten", "view", "reshape", "permute", "squeeze", "conti
 _SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
 
 
+@takes_model
 def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     """One row per convolution and linear layer of ``model``, none skipped.
 
@@ -61,7 +63,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         with torch.no_grad(), frozen_ranges(model.eval()):
             for quantizer in unset:
                 quantizer.frozen = False
-            model(example)
+            forward(model, example)
             sources = _sources(model)
             first: dict[nn.Module, str] = {}
             rows = [_row(n, m, calls.get(m, []), sources, first) for n, m in found]

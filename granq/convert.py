@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from granq.checks import takes_model
 from granq.distributed import joint_range
 from granq.quantizer import QParams, _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 
@@ -73,7 +74,7 @@ def get_scheme(scheme: str | Scheme) -> Scheme:
     """A scheme by name; a ``Scheme`` is returned as it is. Raises ValueError listing the known names."""
     if isinstance(scheme, Scheme):
         return scheme
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
     return SCHEMES[scheme]
 
@@ -195,6 +196,7 @@ class ActQuantizer(nn.Module):
         return f"bits={self.bits}, granularity={self.granularity}, ranges={ranges}, clamp={self.clamp}"
 
 
+@takes_model
 def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int) -> fx.GraphModule:
     """A fake-quantized copy of ``model``; the model itself is not touched.
 
@@ -253,11 +255,13 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
     return quantized.eval()
 
 
+@takes_model
 def activation_places(model: nn.Module) -> dict[str, ActQuantizer]:
     """The quantized activation places of a quantized model by name."""
     return {n.removeprefix("act_quant."): m for n, m in model.named_modules() if isinstance(m, ActQuantizer)}
 
 
+@takes_model
 def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
     """Stop (or resume) the tracking of activation ranges."""
     for quantizer in activation_places(model).values():

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from granq.analysis import decode_pixels
+from granq.checks import needs, one_of
 from granq.data import write_csv
 
 STYLE = Path(__file__).with_name("granq.mplstyle")
@@ -69,6 +70,7 @@ def granularity_role(name: str) -> Role:
     return _GRANULARITY_ROLE.get(name, Role(name, "#222222", "x"))
 
 
+@needs("channel", "granularity", "image", "scale")
 def plot_granularity_maps(
     data: pd.DataFrame, *, granularity: str | None = None, colorbar: bool = True, ax: Axes | None = None
 ) -> Axes:
@@ -100,6 +102,17 @@ def plot_granularity_maps(
     return ax
 
 
+@needs(
+    "layer",
+    "bits",
+    "granularity",
+    "bin_left",
+    "bin_right",
+    "density_full_precision",
+    "density_quantized",
+    "rms_error",
+    "sqnr_db",
+)
 def plot_activation_distortion(
     data: pd.DataFrame,
     *,
@@ -121,6 +134,7 @@ def plot_activation_distortion(
         legend: names the granularities; the title holds the SQNR of each, in the same order.
         ax: default the current Axes.
     """
+    one_of("quantity", quantity, ("distribution", "error"))
     ax = ax or plt.gca()
     rows = _select(data, layer=layer or data.layer.iloc[0], bits=bits or data.bits.iloc[0])
     edges = [*rows.drop_duplicates("bin_left").bin_left, rows.bin_right.max()]
@@ -153,6 +167,21 @@ def plot_activation_distortion(
     return ax
 
 
+@needs(
+    "layer",
+    "bits",
+    "granularity",
+    "source",
+    "image",
+    "rank",
+    "bin_left",
+    "bin_right",
+    "count",
+    "count_quantized",
+    "lowest",
+    "step",
+    "sqnr_db",
+)
 def plot_channel_histogram(
     data: pd.DataFrame,
     *,
@@ -203,6 +232,7 @@ def plot_channel_histogram(
     return ax
 
 
+@needs("layer", "source", "granularity", "bits", "images", "scale")
 def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Scale of every channel of every layer, sources (synthetic, real) side by side, a bar at each median.
 
@@ -233,6 +263,7 @@ def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@needs("layer", "scheme", "mode", "weight_bits", "act_bits", option="metric")
 def plot_layer_error(
     data: pd.DataFrame,
     *,
@@ -250,6 +281,7 @@ def plot_layer_error(
         legend: names the schemes.
         ax: default the current Axes.
     """
+    one_of("metric", metric, METRIC_LABELS)
     ax = ax or plt.gca()
     whole = data[data.channel.isna()] if "channel" in data else data
     rows = _select(whole, mode=mode)
@@ -271,6 +303,7 @@ def plot_layer_error(
     return ax
 
 
+@needs("layer", "channel", "scheme", "mode", "sqnr_db", option="metric")
 def plot_channel_error(
     data: pd.DataFrame,
     *,
@@ -290,6 +323,7 @@ def plot_channel_error(
         legend: names the schemes.
         ax: default the current Axes.
     """
+    one_of("metric", metric, METRIC_LABELS)
     ax = ax or plt.gca()
     rows = _select(data[data.channel.notna()], mode=mode)
     rows = _select(rows, layer=layer or rows.layer.iloc[rows.sqnr_db.to_numpy().argmin()])
@@ -308,6 +342,7 @@ def plot_channel_error(
     return ax
 
 
+@needs("shape", "method", "median_ms", "q25_ms", "q75_ms")
 def plot_quantizer_latency(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Time of one fake quantization per tensor shape and method: median, with the quartiles as a bar.
 
@@ -340,6 +375,7 @@ SCALING_LABELS = {
 }
 
 
+@needs("execution", "channels", "batch", option="quantity")
 def plot_scaling_latency(
     data: pd.DataFrame, *, against: str = "channels", quantity: str = "median_ms", legend: bool = True,
     ax: Axes | None = None,
@@ -354,6 +390,8 @@ def plot_scaling_latency(
         legend: names the executions.
         ax: default the current Axes.
     """
+    one_of("against", against, ("channels", "batch"))
+    one_of("quantity", quantity, SCALING_LABELS)
     ax = ax or plt.gca()
     other = "batch" if against == "channels" else "channels"
     rows = data[data[other] == data[other].mode().iloc[0]]
@@ -374,6 +412,7 @@ def plot_scaling_latency(
     return ax
 
 
+@needs("dataset", "network", "scheme", "bits", "seed", "teacher_top1", "ptq_top1", "last_top1")
 def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Test accuracy over bit widths per scheme: every seed a point, open before training, filled after the last epoch.
 
@@ -415,6 +454,7 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@needs("weights", "activations", "ranges", "bits", "top1")
 def plot_granularity_factorial(
     data: pd.DataFrame,
     *,
@@ -460,6 +500,7 @@ def plot_granularity_factorial(
     return ax
 
 
+@needs("network", "scheme", "weight_bits", option="quantity")
 def plot_true_bits(data: pd.DataFrame, *, quantity: str = "bits_per_weight", legend: bool = True,
                    ax: Axes | None = None) -> Axes:  # fmt: skip
     """What a label such as W3A3 comes to: a point for every network and scheme.
@@ -471,6 +512,7 @@ def plot_true_bits(data: pd.DataFrame, *, quantity: str = "bits_per_weight", leg
         legend: names the schemes.
         ax: default the current Axes.
     """
+    one_of("quantity", quantity, ("bits_per_weight", "quantized_percent"))
     ax = ax or plt.gca()
     networks = list(dict.fromkeys(data.network))
     for i, (scheme, rows) in enumerate(data.groupby("scheme", sort=False)):
@@ -499,6 +541,7 @@ TRAINING_LABELS = {
 }
 
 
+@needs("epoch", "warmup", option="quantity")
 def plot_training_curves(
     data: pd.DataFrame, *, quantity: str = "test_top1", legend: bool = True, ax: Axes | None = None
 ) -> Axes:
@@ -511,8 +554,9 @@ def plot_training_curves(
         legend: names the schemes.
         ax: default the current Axes.
     """
+    one_of("quantity", quantity, TRAINING_LABELS)
     ax = ax or plt.gca()
-    data = data if "scheme" in data else data.assign(scheme="student", seed=0)
+    data = data if {"scheme", "seed"} <= {*data} else data.assign(scheme="student", seed=0)
     for (scheme, _), rows in data.groupby(["scheme", "seed"], sort=False):
         look = role(str(scheme))
         label = look.label if look.label not in ax.get_legend_handles_labels()[1] else None
@@ -533,6 +577,7 @@ def plot_training_curves(
     return ax
 
 
+@needs("label", "sample", "pixels", "size", "confidence")
 def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Generated images, a column for every label and a row for every epoch (and sample), teacher's confidence below.
 
@@ -577,6 +622,7 @@ GAP_LABELS = {
 }
 
 
+@needs("layer", "ks_distance", "mean_real", "mean_synthetic", "variance_real", "variance_synthetic")
 def plot_synthetic_gap(
     data: pd.DataFrame,
     *,
@@ -593,6 +639,7 @@ def plot_synthetic_gap(
         legend: names the pairs.
         ax: default the current Axes.
     """
+    one_of("quantity", quantity, GAP_LABELS)
     ax = ax or plt.gca()
     layers = list(dict.fromkeys(data.layer))
     data = data if "pair" in data else data.assign(pair="synthetic against real")
@@ -626,6 +673,7 @@ def plot_synthetic_gap(
     return ax
 
 
+@needs("dataset", "network", "scheme", "bits", "seed", "teacher_top1", "last_top1")
 def results_table(data: pd.DataFrame) -> pd.DataFrame:
     """Published and measured accuracies side by side: one row per method and bit width, best first.
 
@@ -696,6 +744,7 @@ def table_text(table: pd.DataFrame, form: str) -> str:
     return "\n".join(frame) + "\n"
 
 
+@needs("bits", "method", "kind", "top1", "teacher_top1", "n")
 def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes | None = None) -> Axes:
     """Points lost against each method's own teacher, one line a method: measured filled, published open.
 

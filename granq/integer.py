@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from granq.checks import takes_model
 from granq.convert import LAYERS, ActQuantizer, activation_places, frozen_ranges
 
 
@@ -131,6 +132,7 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return gain, shift + (norm.bias.detach().double() if norm.affine else 0)
 
 
+@takes_model
 def integer_model(student: fx.GraphModule) -> fx.GraphModule:
     """The integer twin of a calibrated student whose scheme folds: same graph, integer layers.
 
@@ -185,6 +187,7 @@ def _attribute(root: nn.Module, path: str) -> Any:
 
 
 @torch.no_grad()
+@takes_model
 def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.DataFrame:
     """Every layer of a foldable student in integers, on the inputs the fake-quantized student itself sees.
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from granq.convert import freeze_ranges, frozen_ranges, quantize_model
+from granq.checks import one_of, takes_model
+from granq.convert import Scheme, freeze_ranges, frozen_ranges, get_scheme, quantize_model
 from granq.distributed import average_gradients, from_first, gather, world
 from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.runs import RunFolder, fingerprint
@@ -36,7 +37,7 @@ RECIPES = ("adadfq", "gdfq")
 class QATConfig:
     """Everything that decides a run besides the teacher. Defaults: method.md section 6, CIFAR, in a short budget."""
 
-    scheme: str = "release"
+    scheme: str | Scheme = "release"
     weight_bits: int = 3
     act_bits: int = 3
     recipe: str = "adadfq"
@@ -59,13 +60,35 @@ class QATConfig:
     deterministic: bool = False  # on CUDA; on the CPU every run is
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ValueError(f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            fits &= kind is bool or not isinstance(value, bool)
+            if kind is tuple:
+                fits = isinstance(value, tuple) and all(type(v) is int for v in value)
+            if field.name == "scheme":
+                fits = isinstance(value, str | Scheme)
+            if not fits:
+                raise TypeError(f"{field.name} must be {kind.__name__}, such as {field.default!r}; got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}")
+        one_of("recipe", self.recipe, RECIPES)
+        get_scheme(self.scheme)
+        for name in ("weight_bits", "act_bits"):
+            if not 2 <= getattr(self, name) <= 8:
+                raise ValueError(f"{name} must be from 2 to 8, got {getattr(self, name)}")
         for name in ("epochs", "iterations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("student_lr", "generator_lr", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}")
+        if self.image_size < 4 or self.image_size % 4:
+            raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
 
     @classmethod
     def paper(cls, dataset: str, network: str, bits: int, **changes: Any) -> QATConfig:
@@ -95,9 +118,12 @@ class QATConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QATConfig:
         """From parsed JSON; unknown keys are refused."""
+        if not isinstance(values, dict):
+            raise TypeError(f"settings are a dictionary, got {type(values).__name__}")
         if unknown := values.keys() - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        return cls(**(values | {"milestones": tuple(values.get("milestones", ()))}))
+        steps = values.get("milestones", ())
+        return cls(**(values | {"milestones": tuple(steps) if isinstance(steps, list) else steps}))
 
 
 def disagreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
@@ -298,6 +324,7 @@ class Trainer:
         freeze_ranges(self.student, self.epoch >= self.config.warmup_epochs)
 
 
+@takes_model
 def train(
     teacher: nn.Module,
     config: QATConfig,

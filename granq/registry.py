@@ -225,7 +225,7 @@ class Setting:
 
 def _history(rows: pd.DataFrame, config: qat.QATConfig) -> pd.DataFrame:
     bits = f"W{config.weight_bits}A{config.act_bits}"
-    return rows.assign(scheme=config.scheme, bits=bits, seed=config.seed, recipe=config.recipe)
+    return rows.assign(scheme=str(config.scheme), bits=bits, seed=config.seed, recipe=config.recipe)
 
 
 def _commit() -> str:

@@ -1,0 +1,93 @@
+"""Wrong arguments of public functions get one sentence before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    """Raise ValueError if ``value`` is none of the ``known`` ones."""
+    if value not in (names := list(known)):
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(names)}")
+
+
+def forward(model: nn.Module, images: Tensor) -> Any:
+    """``model(images)``. Raises TypeError or ValueError if these are no images, or none the model can take."""
+    check_images(images)
+    try:
+        return model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{type(model).__name__} cannot take images of {tuple(images.shape)}: {reason}") from error
+
+
+def check_batches(batches: object) -> None:
+    """Raise TypeError unless this can be gone through batch by batch; a tensor would fall apart into single images."""
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be batches of images, such as [images], got {type(batches).__name__}")
+
+
+def check_images(images: object) -> None:
+    """Raise TypeError or ValueError unless these are floating-point images (N, ...)."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        said = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a floating-point tensor (N, 3, H, W), got {said}")
+    if images.dim() < 2:
+        raise ValueError(f"images must be (N, 3, H, W), got shape {tuple(images.shape)}")
+
+
+def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The first argument is a data frame with rows and ``columns``, and with the column the keyword ``option`` names.
+
+    Raises:
+        TypeError: it is no data frame.
+        ValueError: it has no rows, or lacks columns.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = signature(function).parameters
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            import pandas as pd
+
+            data: Any = args[0] if args else kwargs.get("data")
+            if not isinstance(data, pd.DataFrame):
+                raise TypeError(f"{function.__name__} takes a pandas DataFrame, got {type(data).__name__}")
+            chosen = cast("list[str]", [kwargs.get(option, parameters[option].default)] if option else [])
+            if missing := [name for name in (*columns, *chosen) if name not in data]:
+                raise ValueError(
+                    f"{function.__name__} needs the columns {', '.join(columns)}; the data lack {', '.join(missing)}"
+                )
+            if data.empty:
+                raise ValueError(f"{function.__name__} got a table without rows")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def takes_model(function: Callable[P, R]) -> Callable[P, R]:
+    """The first argument is a network. Raises TypeError if it is not."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        name, given = next(iter(signature(function).parameters)), args[0] if args else None
+        given = kwargs.get(name, given)
+        if not isinstance(given, nn.Module):
+            raise TypeError(f"{function.__name__}: {name} must be a torch.nn.Module, got {type(given).__name__}")
+        return function(*args, **kwargs)
+
+    return checked
