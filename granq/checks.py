@@ -68,7 +68,7 @@ def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callabl
             chosen = cast("list[str]", [kwargs.get(option, parameters[option].default)] if option else [])
             if missing := [name for name in (*columns, *chosen) if name not in data]:
                 raise ValueError(
-                    f"{function.__name__} needs the columns {', '.join(columns)}; the data lack {', '.join(missing)}"
+                    f"{function.__name__} needs the columns {', '.join(columns)}; the data lack {', '.join(map(repr, missing))}"
                 )
             if data.empty:
                 raise ValueError(f"{function.__name__} got a table without rows")

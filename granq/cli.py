@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = globals()[f"_{args.command}"](args)
     except (ValueError, TypeError) as error:
-        print(f"granq: {error}", file=sys.stderr)
+        print(f"granq: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a name contains
         return 2
     except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         print(f"granq: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)

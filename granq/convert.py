@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.checks import takes_model
+from granq.checks import check_batches, forward, takes_model
 from granq.distributed import joint_range
 from granq.quantizer import QParams, _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 
@@ -271,9 +271,10 @@ def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
     """Track activation ranges over batches of images, then freeze them. Nothing to do for dynamic schemes."""
+    check_batches(images)
     freeze_ranges(model, False)
     for batch in images:
-        model(batch)
+        forward(model, batch)
     freeze_ranges(model)
 
 

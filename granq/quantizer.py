@@ -186,7 +186,7 @@ def _float_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, cl
 
 def _reduced_dims(x: Tensor, granularity: str) -> tuple[int, ...]:
     _check_tensor(x)
-    if granularity not in _KEPT_DIMS:
+    if granularity not in GRANULARITIES:
         raise ValueError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}")
     kept = _KEPT_DIMS[granularity]
     if x.dim() == 2 and len(kept) == 2:
