@@ -514,6 +514,8 @@ def _run(model: nn.Module, batches: Iterable[Batch], text: str) -> int:
 
 def _checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
     names, known = list(layers), set(layer_names(model))
+    if not names:
+        raise ValueError("layers is empty; name at least one")
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{unknown[0]!r} is no Conv2d or Linear of the model; known: {', '.join(sorted(known))}")
     return names

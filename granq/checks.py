@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +50,12 @@ def check_images(images: object) -> None:
         raise ValueError(f"images must be (N, 3, H, W), got shape {tuple(images.shape)}")
 
 
+def distinct(data: pd.DataFrame, *columns: str) -> None:
+    """Raise ValueError unless ``columns`` tell all rows apart."""
+    if data.duplicated(list(columns)).any():
+        raise ValueError(f"several rows have the same {', '.join(columns)}: the data mix what belongs to several plots")
+
+
 def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """The first argument is a data frame with rows and ``columns``, and with the column the keyword ``option`` names.
 
@@ -67,9 +76,8 @@ def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callabl
                 raise TypeError(f"{function.__name__} takes a pandas DataFrame, got {type(data).__name__}")
             chosen = cast("list[str]", [kwargs.get(option, parameters[option].default)] if option else [])
             if missing := [name for name in (*columns, *chosen) if name not in data]:
-                raise ValueError(
-                    f"{function.__name__} needs the columns {', '.join(columns)}; the data lack {', '.join(map(repr, missing))}"
-                )
+                lacks = ", ".join(map(repr, missing))
+                raise ValueError(f"{function.__name__} needs the columns {', '.join(columns)}; the data lack {lacks}")
             if data.empty:
                 raise ValueError(f"{function.__name__} got a table without rows")
             return function(*args, **kwargs)

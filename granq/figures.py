@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from granq.analysis import decode_pixels
-from granq.checks import needs, one_of
+from granq.checks import distinct, needs, one_of
 from granq.data import write_csv
 
 STYLE = Path(__file__).with_name("granq.mplstyle")
@@ -285,6 +285,7 @@ def plot_layer_error(
     ax = ax or plt.gca()
     whole = data[data.channel.isna()] if "channel" in data else data
     rows = _select(whole, mode=mode)
+    distinct(rows, "scheme", "layer")
     layers = list(dict.fromkeys(whole.layer))
     for scheme, part in rows.groupby("scheme", sort=False):
         look = role(str(scheme))
@@ -588,6 +589,7 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes
     """
     ax = ax or plt.gca()
     keys = (["epoch"] if "epoch" in data else []) + ["sample"]
+    distinct(data, *keys, "label")
     groups = [(key, rows.sort_values("label")) for key, rows in data.groupby(keys)]
     size, classes = int(data["size"].iloc[0]), data.label.nunique()
     cell, line = round(size * 1.06), round(size * 1.36)  # a gap beside each image and a line of text below
