@@ -97,7 +97,7 @@ def seed_after_the_generator(seed: int = 0) -> Trap:
     """
 
     def start(before: bool, drawn: int) -> Tensor:
-        torch.randn(drawn)  # whatever the process did before
+        torch.rand(drawn)  # whatever the process did before
         if before:
             torch.manual_seed(seed)
         generator = build_generator(10, 32)
