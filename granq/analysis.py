@@ -260,7 +260,7 @@ def measure_channel_scales(
         rows[name] = rows.get(name, 0) + len(_channels_first(x))
         visit(name, x, out)
 
-    with layer_calls(model, layer_names(model), counted):
+    with layer_calls(model, _checked(model, layer_names(model)), counted):
         count = _run(model, batches, f"channel scales, {source}")
     frames = []
     for name, values in kept.items():
@@ -418,7 +418,7 @@ def measure_synthetic_gap(
             new = torch.cat([moments.T, counts.cumsum(1)[:, :-1]], 1).cpu()
             sums[name] = sums[name] + new if name in sums else new
 
-        with layer_calls(model, layer_names(model), visit):
+        with layer_calls(model, _checked(model, layer_names(model)), visit):
             count = _run(model, batches, f"synthetic gap, {text}")
         return sums, count
 
@@ -515,7 +515,7 @@ def _run(model: nn.Module, batches: Iterable[Batch], text: str) -> int:
 def _checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
     names, known = list(layers), set(layer_names(model))
     if not names:
-        raise ValueError("layers is empty; name at least one")
+        raise ValueError("no layer to measure: the model has no Conv2d or Linear layer, or none was named")
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{unknown[0]!r} is no Conv2d or Linear of the model; known: {', '.join(sorted(known))}")
     return names

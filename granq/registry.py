@@ -141,10 +141,15 @@ class Setting:
             names = sorted(d.name for d in test.iterdir() if d.is_dir())
         return [str(name) for name in names or range(self.spec.classes)]
 
+    @property
+    def images(self) -> int:
+        """How many images ``real`` and ``synthetic`` give: the preset's number, at most half of the test split."""
+        return min(self.budget.images, len(self.test) // 2)
+
     def real(self, part: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
         """Batches of real test images in an order drawn once; ``part`` 0 and 1 are disjoint samples of equal size."""
         order = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        count = min(self.budget.images, len(order) // 2)
+        count = self.images
         subset = Subset(cast(Any, self.test), order[part * count : (part + 1) * count])
         return (images for images, _ in batches(cast(Any, subset), self.spec, batch_size))
 
@@ -161,7 +166,7 @@ class Setting:
             )
             return network(noise.to(self.device), labels.to(self.device))
 
-        count = min(self.budget.images, len(self.test) // 2)
+        count = self.images
         return (draw(min(batch_size, count - start)) for start in range(0, count, batch_size))
 
     def config(self, **changes: Any) -> qat.QATConfig:
