@@ -8,7 +8,8 @@ The pipeline, one module a step:
 4. ``integer``    a foldable student as integer convolutions, exported to safetensors and ONNX
 5. ``data``       datasets by name; ``models`` teachers by name
 6. ``generator``  images from noise that match the teacher's BatchNorm statistics
-7. ``qat``        the student is fine-tuned on them
+7. ``qat``        the student is fine-tuned on them; ``runs`` keeps every run, ``sweep`` plans many, ``distributed``
+                  spreads one over processes
 8. ``analysis``   measure_*: model and images in, tidy data frame out
 9. ``figures``    plot_*: data frame in, picture out; ``registry`` every picture by name; ``bench`` timings
 10. ``cli``       the command line
@@ -34,7 +35,7 @@ _PUBLIC = {
         "sqnr_db",
     ),
     "auditing": ("audit", "summarize_audit"),
-    "bench": ("measure_latency_quantizer",),
+    "bench": ("measure_latency_quantizer", "measure_latency_scaling"),
     "convert": ("SCHEMES", "Scheme", "activation_places", "calibrate", "freeze_ranges", "quantize_model"),
     "data": ("DataSpec", "batches", "describe_data", "load_split"),
     "figures": (
@@ -61,7 +62,15 @@ _PUBLIC = {
     "models": ("build_network", "digits_teacher", "load_teacher", "save_teacher", "top1_on", "train_teacher"),
     "registry": ("FIGURES", "Setting", "make_figures", "redraw_figures"),
     "qat": ("QATConfig", "Result", "quick", "train"),
-    "quantizer": ("GRANULARITIES", "QParams", "choose_qparams", "dequantize", "fake_quantize", "quantize"),
+    "quantizer": (
+        "GRANULARITIES",
+        "QParams",
+        "choose_qparams",
+        "compile_quantizer",
+        "dequantize",
+        "fake_quantize",
+        "quantize",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -13,6 +13,8 @@ Which values share ``m`` and ``M`` is the *granularity*; everything else stays t
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -152,7 +154,30 @@ def fake_quantize(
         >>> [round(v, 6) for v in fake_quantize(x, bits=3).flatten().tolist()]
         [0.0, 0.085714, 0.214286, 0.3]
     """
+    if _fused is not None:
+        _reduced_dims(x, granularity)  # what is wrong is said here, not by the compiler
+        _check_bits(bits)
+        return _Fused.apply(x, bits, granularity, clamp, promote)
     return fake_quantize_with(x, choose_qparams(x, bits, granularity, promote=promote), bits, clamp)
+
+
+def compile_quantizer(enabled: bool = True) -> None:
+    """Switch ``fake_quantize`` between its plain form and one that ``torch.compile`` fuses into two passes over memory.
+
+    Codes are the same; only at ties of the rounding may they differ by one, where the compiler contracts ``s * x - z``.
+    Without a working compiler the first call warns once and the plain form goes on.
+    """
+    global _fused
+    _fused = torch.compile(_plain, dynamic=True) if enabled else None
+
+
+def _plain(x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool) -> Tensor:
+    """``fake_quantize`` without its gradient, as one function for the compiler."""
+    qparams = choose_qparams(x, bits, granularity, promote=promote)
+    return _dequantized_codes(x, *qparams, bits, clamp)
+
+
+_fused: Callable[..., Tensor] | None = None  # compile_quantizer
 
 
 def fake_quantize_with(x: Tensor, qparams: QParams, bits: int, clamp: bool = True) -> Tensor:
@@ -165,9 +190,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
-        codes = _float_codes(x, scale_inv, zero_point, bits, clamp)
-        # One new tensor, then in place: the same operations in the same order as the formula, without its copies.
-        return codes.add_(zero_point).div_(scale_inv).to(x.dtype)
+        return _dequantized_codes(x, scale_inv, zero_point, bits, clamp)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -176,6 +199,36 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return grad_outputs[0], None, None, None, None
+
+
+class _Fused(torch.autograd.Function):
+    """``_StraightThrough`` around the compiled function, which finds the ranges as well."""
+
+    @staticmethod
+    def forward(x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool) -> Tensor:
+        global _fused
+        if _fused is not None:
+            try:
+                return _fused(x, bits, granularity, clamp, promote)
+            except Exception as error:  # whatever a missing or broken compiler raises
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                warnings.warn(f"the quantizer runs uncompiled: {reason}", stacklevel=2)
+                _fused = None
+        return _plain(x, bits, granularity, clamp, promote)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0], None, None, None, None
+
+
+def _dequantized_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
+    codes = _float_codes(x, scale_inv, zero_point, bits, clamp)
+    # One new tensor, then in place: the same operations in the same order as the formula, without its copies.
+    return codes.add_(zero_point).div_(scale_inv).to(x.dtype)
 
 
 def _float_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granq import GRANULARITIES, choose_qparams, dequantize, fake_quantize, quantize
+from granq import GRANULARITIES, choose_qparams, compile_quantizer, dequantize, fake_quantize, quantize, quantizer
 
 X = torch.tensor([[0, 0.5, 1, 2], [0, 0.1, 0.2, 0.3]]).reshape(1, 2, 2, 2)
 SHAPES = {
@@ -147,3 +147,43 @@ def test_bad_input(error, x, bits, granularity):
 def test_cuda_agrees_with_cpu():
     x = torch.randn(4, 8, 16, 16)
     torch.testing.assert_close(fake_quantize(x.cuda(), 3).cpu(), fake_quantize(x, 3))
+
+
+@pytest.fixture
+def compiled():
+    compile_quantizer()
+    yield
+    compile_quantizer(False)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("clamp", [True, False])
+def test_compiled_equals_plain_but_for_ties(memory_format, clamp, compiled):
+    x = torch.randn(20, 16, 32, 32).relu().contiguous(memory_format=memory_format).requires_grad_()
+    value = fake_quantize(x, 3, clamp=clamp)
+    value.sum().backward()
+    assert value.stride() == x.stride() and (x.grad == 1).all()
+    compile_quantizer(False)
+    plain, step = fake_quantize(x, 3, clamp=clamp), 1 / choose_qparams(x, 3).scale_inv
+    off = (value - plain).abs() > 1e-5 * step
+    assert off.float().mean() < 1e-6 and ((value - plain).abs() < 1.001 * step).all()
+
+
+def test_compiled_refuses_like_plain(compiled):
+    for bad, message in (
+        ((torch.ones(2, 2), 9), "from 2 to 8"),
+        ((torch.ones(2, 2), 3, "nope"), "unknown granularity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fake_quantize(*bad)
+
+
+def test_without_a_compiler_one_warning_and_the_same_values(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no C++ compiler found\nand more")
+
+    monkeypatch.setattr(quantizer, "_fused", broken)
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match="runs uncompiled: no C\\+\\+ compiler found$"):
+        first = fake_quantize(x, 3)
+    assert torch.equal(fake_quantize(x, 3), first)  # and no second warning, which would be an error here
