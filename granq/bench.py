@@ -9,14 +9,16 @@ from functools import partial
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
-from granq import scaling
+from granq import qat, scaling
+from granq.convert import ActQuantizer, WeightQuantizer
+from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.qat import versions
-from granq.quantizer import choose_qparams, fake_quantize
+from granq.quantizer import choose_qparams, compile_quantizer, fake_quantize
 
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = (
@@ -39,7 +41,7 @@ class _TextbookRound(torch.autograd.Function):
 
 def textbook_chain(x: Tensor, bits: int) -> Tensor:
     """The baseline: the per-sample-channel formula written out, every operation a pass over memory and a graph node."""
-    rows = x.view(x.shape[0] * x.shape[1], -1)
+    rows = x.reshape(x.shape[0] * x.shape[1] if x.dim() == 4 else len(x), -1)
     low, high = rows.min(1, keepdim=True).values.detach(), rows.max(1, keepdim=True).values.detach()
     scale_inv = (2**bits - 1) / (high - low).clamp_min(1e-8)
     zero_point = torch.round(scale_inv * low) + 2 ** (bits - 1)
@@ -51,6 +53,51 @@ def channel_loop(x: Tensor, bits: int) -> Tensor:
     """One call per channel, as conventional per-channel quantization does; (N, 1, H, W) slices, joined again."""
     parts = [fake_quantize(x[:, c : c + 1], bits, "per_sample_channel", clamp=False) for c in range(x.shape[1])]
     return torch.cat(parts, 1)
+
+
+class PlainGenerator(Generator):
+    """The generator as it is written down: nearest x2, then a convolution, in PyTorch's default layout."""
+
+    upsample = staticmethod(upsample_conv_plain)
+
+    def _grid(self, latent: Tensor) -> Tensor:
+        return self.linear(latent).view(-1, 128, self.size, self.size)
+
+
+class PlainTrainer(qat.Trainer):
+    """The baseline of a training step: ``release`` as it is commonly written.
+
+    Default layout, the textbook quantizer, one student forward for each of the two losses, and ``backward`` that also
+    fills the gradients of teacher and student which the generator's step then throws away.
+    """
+
+    def __init__(self, teacher: nn.Module, config: qat.QATConfig) -> None:
+        super().__init__(teacher, config)
+        self.teacher.requires_grad_(True)
+        self.generator = PlainGenerator(self.generator.classes, config.image_size).to(self.device)
+        self.optimizers["generator"] = torch.optim.Adam(self.generator.parameters(), config.generator_lr)
+        for module in self.student.modules():
+            if isinstance(module, ActQuantizer | WeightQuantizer):
+                module.forward = partial(textbook_chain, bits=module.bits)  # type: ignore[method-assign]
+
+    def step(self, train_student: bool) -> dict[str, Tensor]:
+        c = self.config
+        images, labels = synthesize(self.generator, c.batch_size, self.device)
+        with batchnorm_inputs(self.teacher) as norms:
+            t = self.teacher(images)
+        s = self.student(images)
+        loss = c.alpha_ds * qat.disagreement_loss(t, s, labels) + c.alpha_as * qat.agreement_loss(t, s, labels)
+        loss = loss + qat.margin_loss(t, s, c.lambda_l, c.lambda_u) + c.gamma * batchnorm_loss(norms)
+        self._descend("generator", loss)
+        loss_s = qat.student_loss(t.detach(), self.student(images.detach()), c.temperature)
+        self._descend("student", loss_s)
+        return {"generator_loss": loss.detach(), "student_loss": loss_s.detach()}
+
+    def _descend(self, name: str, loss: Tensor) -> None:
+        for network in (self.teacher, self.student, self.generator):
+            network.zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
 
 
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -184,6 +231,96 @@ def measure_latency_scaling(
                 values | {"threads": torch.get_num_threads(), "torch": facts["torch"], "device": facts["device"]}
             )
     return pd.DataFrame(frames)
+
+
+def measure_latency_step(
+    teacher: nn.Module | None = None,
+    batches: Sequence[int] = (64, 200),
+    *,
+    bits: int = 3,
+    image_size: int = 32,
+    repetitions: int = 30,
+    device: str = "cpu",
+    compiled: bool = True,
+) -> pd.DataFrame:
+    """One training step (generator and student, scheme ``release``) beside the plain step, taking turns.
+
+    Args:
+        teacher: ResNet-20 for CIFAR-10 with random weights by default; times do not depend on them.
+        batches: images per step.
+        bits: of weights and activations.
+        image_size: of the generated images.
+        repetitions: of each step.
+        device: cpu or cuda.
+        compiled: also with ``compile_quantizer``.
+
+    Returns:
+        Columns method (plain, granq, granq compiled), batch, median_ms, q25_ms, q75_ms, speedup (plain over this,
+        median of the ratios within a repetition) with quartiles, repetitions, threads, torch, device.
+    """
+    from granq.models import build_network
+
+    torch.manual_seed(0)
+    teacher = teacher or build_network("resnet20_cifar10", 10)
+    facts, frames = versions(device), []
+    for batch in tqdm(batches, desc="step", unit="batch size"):
+        config = qat.QATConfig(
+            weight_bits=bits, act_bits=bits, batch_size=batch, image_size=image_size, device=device, seed=0
+        )
+        plain, ours = PlainTrainer(teacher, config), qat.Trainer(teacher, config)
+
+        def compiled_step(trainer: qat.Trainer = ours) -> None:
+            compile_quantizer()
+            try:
+                trainer.step(True)
+            finally:
+                compile_quantizer(False)
+
+        runs: dict[str, Callable[[], object]] = {"plain": partial(plain.step, True), "granq": partial(ours.step, True)}
+        times = _alternate(runs | ({"granq compiled": compiled_step} if compiled else {}), repetitions)
+        for name in times:
+            ratio = times.plain / times[name]
+            row: dict[str, object] = {"method": name, "batch": batch, "bits": bits, "image_size": image_size}
+            for column, values in (("ms", times[name]), ("speedup", ratio)):
+                low, middle, high = (f"{q}_{column}" for q in ("q25", "median", "q75"))
+                row |= {middle: values.median(), low: values.quantile(0.25), high: values.quantile(0.75)}
+            frames.append(
+                row | {"repetitions": repetitions, "threads": torch.get_num_threads()} | _only(facts, "torch", "device")
+            )
+    return pd.DataFrame(frames).rename(columns=lambda c: c.replace("median_speedup", "speedup"))
+
+
+def profile_step(
+    teacher: nn.Module | None = None, batch: int = 64, *, device: str = "cpu", top: int = 12
+) -> pd.DataFrame:
+    """Where one training step spends its time: the ``top`` operators by their own time, and the rest as ``others``.
+
+    Returns:
+        Columns operator, calls, self_ms, share (0 to 1).
+    """
+    from granq.models import build_network
+
+    torch.manual_seed(0)
+    trainer = qat.Trainer(
+        teacher or build_network("resnet20_cifar10", 10), qat.QATConfig(batch_size=batch, device=device)
+    )
+    for _ in range(2):
+        trainer.step(True)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]) as profiler:
+        trainer.step(True)
+    time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    rows = [(e.key, e.count, getattr(e, time) / 1e3) for e in profiler.key_averages()]
+    frame = pd.DataFrame(rows, columns=["operator", "calls", "self_ms"]).sort_values("self_ms", ascending=False)
+    rest = frame.iloc[top:]
+    frame = pd.concat(
+        [frame.head(top), pd.DataFrame([("others", rest.calls.sum(), rest.self_ms.sum())], columns=frame.columns)]
+    )
+    return frame.assign(share=frame.self_ms / frame.self_ms.sum()).reset_index(drop=True)
+
+
+def _only(facts: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: facts[name] for name in names}
 
 
 def _alternate(runs: Mapping[str, Callable[[], object]], repetitions: int) -> pd.DataFrame:

@@ -52,11 +52,14 @@ def gather(x: Tensor) -> Tensor:
 
 def joint_var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance and mean per channel of (N, C, H, W) over all processes, each (C,), with gradient."""
+    # two passes, and not torch.var_mean, which takes 5 to 10 times as long on channels_last
+    mean = _joint_mean(x.mean((0, 2, 3)))
+    return _joint_mean((x - mean[:, None, None]).square().mean((0, 2, 3))), mean
+
+
+def _joint_mean(x: Tensor) -> Tensor:
     size = world()[1]
-    if size == 1:
-        return torch.var_mean(x, (0, 2, 3), correction=0)
-    mean = differentiable.all_reduce(x.mean((0, 2, 3))) / size
-    return differentiable.all_reduce((x - mean[:, None, None]).square().mean((0, 2, 3))) / size, mean
+    return x if size == 1 else differentiable.all_reduce(x) / size
 
 
 def joint_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ class Generator(nn.Module):
         image_size: side of the images in pixels, a multiple of 4.
     """
 
+    upsample = staticmethod(upsample_conv)
+
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__()
         if image_size % 4:
@@ -61,8 +63,8 @@ class Generator(nn.Module):
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """noise (N, 100), labels (N,) -> images (N, 3, size, size), standardized per channel."""
         x = self._grid(self.embedding(labels) * noise)
-        x = upsample_conv(self.norm0(x), self.conv1)  # (N, 128, size/2, size/2)
-        x = upsample_conv(F.leaky_relu(self.norm1(x), 0.2), self.conv2)  # (N, 64, size, size)
+        x = self.upsample(self.norm0(x), self.conv1)  # (N, 128, size/2, size/2)
+        x = self.upsample(F.leaky_relu(self.norm1(x), 0.2), self.conv2)  # (N, 64, size, size)
         x = F.leaky_relu(self.norm2(x), 0.2)
         return self.norm3(torch.tanh(self.conv3(x)))
 
@@ -94,8 +96,8 @@ class ConditionalGenerator(Generator):
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """noise (N, 100), labels (N,) -> images (N, 3, size, size)."""
         x = self._grid(noise)
-        x = upsample_conv(self.norm0(x, labels), self.conv1)
-        x = upsample_conv(F.leaky_relu(self.norm1(x, labels), 0.2), self.conv2)
+        x = self.upsample(self.norm0(x, labels), self.conv1)
+        x = self.upsample(F.leaky_relu(self.norm1(x, labels), 0.2), self.conv2)
         x = F.leaky_relu(self.norm2(x, labels), 0.2)
         return self.norm3(torch.tanh(self.conv3(x)))
 

@@ -187,3 +187,15 @@ def test_without_a_compiler_one_warning_and_the_same_values(monkeypatch):
     with pytest.warns(UserWarning, match="runs uncompiled: no C\\+\\+ compiler found$"):
         first = fake_quantize(x, 3)
     assert torch.equal(fake_quantize(x, 3), first)  # and no second warning, which would be an error here
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 1, 3, 3), (2, 4, 1, 1), (0, 4, 2, 2)])
+def test_ranges_do_not_depend_on_the_memory_format(granularity, shape):
+    x = torch.randn(shape)
+    for plain, other in zip(
+        quantizer.min_max(x, granularity),
+        quantizer.min_max(x.contiguous(memory_format=torch.channels_last), granularity),
+        strict=True,
+    ):
+        assert torch.equal(plain, other)
