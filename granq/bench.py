@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from granq import qat, scaling
-from granq.convert import ActQuantizer, WeightQuantizer
+from granq.convert import ActQuantizer, WeightQuantizer, calibrate, quantize_model
 from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.qat import versions
 from granq.quantizer import choose_qparams, compile_quantizer, fake_quantize
+
+#: ``measure_latency_<name>``, in the order of ``granq bench all``
+BENCHMARKS = ("quantizer", "scaling", "step", "evaluation", "analysis")
 
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = (
@@ -100,11 +107,21 @@ class PlainTrainer(qat.Trainer):
         self.optimizers[name].step()
 
 
+def compiled_release(x: Tensor, bits: int) -> Tensor:
+    """The library's quantizer under ``torch.compile``."""
+    compile_quantizer()
+    try:
+        return fake_quantize(x, bits, "per_sample_channel", clamp=False)
+    finally:
+        compile_quantizer(False)
+
+
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "layerwise": lambda x, bits: fake_quantize(x, bits, "per_tensor", clamp=False),
     "channel loop": channel_loop,
     "textbook": textbook_chain,
     "release": lambda x, bits: fake_quantize(x, bits, "per_sample_channel", clamp=False),
+    "release, compiled": compiled_release,
     "copy": lambda x, bits: x.clone(),
 }
 
@@ -290,6 +307,106 @@ def measure_latency_step(
     return pd.DataFrame(frames).rename(columns=lambda c: c.replace("median_speedup", "speedup"))
 
 
+def measure_latency_evaluation(
+    model: nn.Module | None = None, batch: int = 250, *, scheme: str = "release", bits: int = 3, image_size: int = 32,
+    repetitions: int = 30, device: str = "cpu",
+) -> pd.DataFrame:  # fmt: skip
+    """Forward of a quantized network beside the full-precision one, both as they are and under ``torch.compile``.
+
+    The student's weights are quantized once, before the clock starts, as they are while accuracy is measured.
+
+    Args:
+        model: ResNet-20 for CIFAR-10 with random weights by default.
+        batch: images.
+        scheme: of the student.
+        bits: of weights and activations.
+        image_size: of the images.
+        repetitions: of each forward.
+        device: cpu or cuda.
+
+    Returns:
+        Columns method (full precision, quantized; each also compiled), batch, scheme, bits, median_ms, q25_ms, q75_ms,
+        ratio_to_full_precision (of the same kind, median within repetitions), repetitions, threads, torch, device.
+    """
+    from granq.models import build_network
+
+    torch.manual_seed(0)
+    model = (model or build_network("resnet20_cifar10", 10)).to(device).eval()
+    student = quantize_model(model, scheme, bits, bits).to(device)
+    images = torch.randn(batch, 3, image_size, image_size, device=device)
+    calibrate(student, [images])
+    for layer in [m for m in student.modules() if parametrize.is_parametrized(m, "weight")]:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    networks: dict[str, Any] = {"full precision": model, "quantized": student}
+    networks |= {f"{name}, compiled": torch.compile(network) for name, network in networks.items()}
+
+    @torch.inference_mode()
+    def run(network: Callable[[Tensor], object]) -> object:
+        return network(images)
+
+    times = _alternate({name: partial(run, network) for name, network in networks.items()}, repetitions)
+    facts, frames = _only(versions(device), "torch", "device"), []
+    for name in networks:
+        kind = ", compiled" if name.endswith("compiled") else ""
+        ratio = (times[name] / times["full precision" + kind]).median()
+        row: dict[str, object] = {"method": name, "batch": batch, "scheme": scheme, "bits": bits}
+        row |= _quartiles(times[name]) | {"ratio_to_full_precision": ratio, "repetitions": repetitions}
+        frames.append(row | {"threads": torch.get_num_threads()} | facts)
+    return pd.DataFrame(frames)
+
+
+def measure_latency_analysis(
+    network: str = "resnet50", images: int = 8, *, batch: int = 4, image_size: int = 224, bits: int = 3,
+    repetitions: int = 3, device: str = "cpu",
+) -> pd.DataFrame:  # fmt: skip
+    """The layer error of one scheme, all layers, beside the plain forwards that it cannot do without.
+
+    Measuring one scheme locally and accumulated takes three forwards: full precision, quantized, and each layer on its
+    clean input. Weights are random.
+
+    Args:
+        network: name in pytorchcv or torchvision.
+        images: how many.
+        batch: at once.
+        image_size: of the images.
+        bits: of weights and activations.
+        repetitions: of each.
+        device: cpu or cuda.
+
+    Returns:
+        Columns method (forwards, layer_error), network, images, median_ms, q25_ms, q75_ms, ratio_to_forwards (three
+        plain forwards; median within repetitions), repetitions, threads, torch, device.
+    """
+    from granq.analysis import measure_layer_error
+    from granq.models import build_network
+
+    torch.manual_seed(0)
+    model = build_network(network, 10 if "cifar10" in network else 1000).to(device)
+    data = [torch.randn(batch, 3, image_size, image_size, device=device) for _ in range(-(-images // batch))]
+
+    @torch.inference_mode()
+    def forwards() -> None:
+        for _ in range(3):
+            for x in data:
+                model(x)
+
+    runs: dict[str, Callable[[], object]] = {
+        "forwards": forwards,
+        "layer_error": partial(measure_layer_error, model, data, ["strict"], bits),
+    }
+    times = _alternate(runs, repetitions)
+    facts, frames = _only(versions(device), "torch", "device"), []
+    for name in times:
+        ratio = {"ratio_to_forwards": (times[name] / times.forwards).median(), "repetitions": repetitions}
+        row = {"method": name, "network": network, "images": len(data) * batch} | _quartiles(times[name])
+        frames.append(row | ratio | {"threads": torch.get_num_threads()} | facts)
+    return pd.DataFrame(frames)
+
+
+def _quartiles(times: pd.Series) -> dict[str, float]:
+    return {name: float(times.quantile(q)) for name, q in (("median_ms", 0.5), ("q25_ms", 0.25), ("q75_ms", 0.75))}
+
+
 def profile_step(
     teacher: nn.Module | None = None, batch: int = 64, *, device: str = "cpu", top: int = 12
 ) -> pd.DataFrame:
@@ -321,6 +438,31 @@ def profile_step(
 
 def _only(facts: Mapping[str, str], *names: str) -> dict[str, str]:
     return {name: facts[name] for name in names}
+
+
+def growth(
+    frame: pd.DataFrame, quantities: Sequence[str] = ("median_ms", "bytes", "scale_multiplications")
+) -> pd.DataFrame:
+    """How cost grows: slopes of log quantity over log channels and log batch; 1 is linear, 2 quadratic.
+
+    Args:
+        frame: of ``measure_latency_scaling``; along each of the two, the other is at its most frequent value.
+        quantities: columns; one that is 0 somewhere has no slope.
+
+    Returns:
+        Columns execution, against (channels, batch), points, and a slope for each quantity.
+    """
+    rows = []
+    for against, other in (("channels", "batch"), ("batch", "channels")):
+        part = frame[frame[other] == frame[other].mode().iloc[0]]
+        for execution, line in part.groupby("execution", sort=False):
+            line = line.drop_duplicates(against)
+            row: dict[str, object] = {"execution": execution, "against": against, "points": len(line)}
+            for name in quantities:
+                positive = len(line) > 1 and (line[name] > 0).all()
+                row[name] = np.polyfit(np.log(line[against]), np.log(line[name]), 1)[0] if positive else math.nan
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _alternate(runs: Mapping[str, Callable[[], object]], repetitions: int) -> pd.DataFrame:

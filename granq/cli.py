@@ -102,8 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path)
     sub.add_argument("--data", required=True)
 
-    sub = command("bench", "Time the quantizer against the textbook chain, a channel loop and a copy of the bytes.")
-    sub.add_argument("what", nargs="?", choices=("quantizer", "all"), default="all")
+    sub = command("bench", "Time quantizer, scaling, training step, evaluation and analysis against plain baselines.")
+    names = ("quantizer", "scaling", "step", "evaluation", "analysis", "all")
+    sub.add_argument("what", nargs="?", choices=names, default="all")
     sub.add_argument("--repetitions", type=int, default=30)
     sub.add_argument("--out", type=Path, help="folder for the CSV")
 
@@ -366,18 +367,23 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.repetitions < 1:
         raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
-    path = args.out / "quantizer_latency.csv" if args.out else None
-    if path and path.exists():
-        raise ValueError(f"{path} already exists; choose another --out")
-    frame = bench.measure_latency_quantizer(repetitions=args.repetitions, device=qat.resolve_device(args.device))
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_csv(path, frame)
-    if args.json:
-        return {"quantizer": json.loads(frame.to_json(orient="records"))}
-    shown = ["shape", "method", "median_ms", "q25_ms", "q75_ms", "ratio_to_textbook", "ratio_to_copy"]
-    print(frame[shown].round(3).to_string(index=False))
-    return {"repetitions": args.repetitions, "device": frame.device[0], "torch": frame.torch[0]}
+    device = qat.resolve_device(args.device)
+    names = bench.BENCHMARKS if args.what == "all" else (args.what,)
+    paths = {name: args.out / f"{name}_latency.csv" for name in names} if args.out else {}
+    if found := [path for path in paths.values() if path.exists()]:
+        raise ValueError(f"{found[0]} already exists; choose another --out")
+    result: dict[str, Any] = {}
+    for name in names:
+        frame = getattr(bench, f"measure_latency_{name}")(repetitions=args.repetitions, device=device)
+        if paths:
+            args.out.mkdir(parents=True, exist_ok=True)
+            data.write_csv(paths[name], frame)
+        result[name] = json.loads(frame.to_json(orient="records"))
+        if not args.json:
+            constant = [c for c in frame if frame[c].nunique() == 1 and len(frame) > 1]
+            print(f"\n{name}: " + ", ".join(f"{c} {frame[c].iloc[0]}" for c in constant))
+            print(frame.drop(columns=constant).round(3).to_string(index=False))
+    return result if args.json else {"benchmarks": ", ".join(names), "repetitions": args.repetitions}
 
 
 def _audit(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -179,7 +180,12 @@ def compile_quantizer(enabled: bool = True) -> None:
     Without a working compiler the first call warns once and the plain form goes on.
     """
     global _fused
-    _fused = torch.compile(_plain, dynamic=True) if enabled else None
+    _fused = _compiled() if enabled else None
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_plain, dynamic=True)
 
 
 def _plain(x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool) -> Tensor:

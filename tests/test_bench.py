@@ -1,7 +1,22 @@
+import pandas as pd
+import pytest
 import torch
+from torch import nn
 
-from granq import fake_quantize, measure_latency_quantizer
-from granq.bench import METHODS, _peak_mb, channel_loop, measure_latency_scaling, textbook_chain
+from granq import QATConfig, fake_quantize, measure_latency_quantizer
+from granq.bench import (
+    METHODS,
+    PlainTrainer,
+    _peak_mb,
+    channel_loop,
+    growth,
+    measure_latency_analysis,
+    measure_latency_scaling,
+    measure_latency_step,
+    profile_step,
+    textbook_chain,
+)
+from granq.qat import Trainer
 
 
 def test_the_timed_methods_compute_the_same():
@@ -9,6 +24,42 @@ def test_the_timed_methods_compute_the_same():
     expected = fake_quantize(x, 3, clamp=False)
     assert torch.equal(channel_loop(x, 3), expected)
     torch.testing.assert_close(textbook_chain(x, 3), expected)
+
+
+def test_plain_and_fast_steps_agree_on_the_first_losses():
+    """Same seed and teacher; the plain generator is another one, so it gets the fast one's weights."""
+    torch.manual_seed(1)
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
+    config = QATConfig(batch_size=8, image_size=8, device="cpu")
+    plain, ours = PlainTrainer(teacher, config), Trainer(teacher, config)
+    plain.generator.load_state_dict(ours.generator.state_dict())
+    losses = []
+    for trainer in (plain, ours):
+        torch.manual_seed(2)
+        losses.append(trainer.step(True))
+    for name in ("generator_loss", "student_loss"):
+        torch.testing.assert_close(losses[0][name], losses[1][name], rtol=1e-3, atol=1e-3)
+
+
+def test_step_evaluation_and_analysis_rows(tiny):
+    frame = measure_latency_step(tiny, (4,), image_size=8, repetitions=2, compiled=False)
+    assert list(frame.method) == ["plain", "granq"] and frame.speedup[0] == 1 and (frame.median_ms > 0).all()
+    rows = profile_step(tiny, 4)
+    assert abs(rows.share.sum() - 1) < 1e-6 and rows.operator.iloc[-1] == "others"
+    frame = measure_latency_analysis("resnet20_cifar10", 2, batch=2, image_size=32, repetitions=1)
+    assert list(frame.method) == ["forwards", "layer_error"] and frame.ratio_to_forwards[0] == 1
+
+
+def test_growth_of_known_powers():
+    shapes = [(c, 16) for c in (8, 16, 32)] + [(32, n) for n in (1, 4)]
+    frame = pd.DataFrame(shapes, columns=["channels", "batch"]).assign(execution="e", scale_multiplications=0)
+    frame["median_ms"] = frame.channels**2 * frame.batch * 0.3
+    frame["bytes"] = frame.channels * frame.batch
+    slopes = growth(frame).set_index("against")
+    assert slopes.median_ms["channels"] == pytest.approx(2) and slopes.bytes["batch"] == pytest.approx(1)
+    assert slopes.scale_multiplications.isna().all()
 
 
 def test_textbook_gradient_is_one():
