@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks figures lab
+.PHONY: help demo test lint notebooks browser figures lab
 
 PYTHON ?= python3
 OUT ?= runs/demo
@@ -33,6 +33,10 @@ else
 	$(BIN)/python -m pytest --nbmake notebooks
 endif
 
+browser: $(STAMP) ## Run notebooks in JupyterLab in a real browser (Debian: installs chromium)
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
+
 figures: $(STAMP) ## Measure digits into figures/quick; draw figures/ again from its CSV (TEACHER=, DATA=folder:... measures it anew)
 	$(BIN)/granq figures --preset quick --out figures/quick
 ifneq ($(TEACHER),)
@@ -41,5 +45,5 @@ else
 	$(BIN)/granq figures --from-csv --out figures
 endif
 
-lab: $(STAMP) ## Open JupyterLab on 127.0.0.1
-	$(BIN)/jupyter lab --ip=127.0.0.1
+lab: $(STAMP) ## Open JupyterLab on 127.0.0.1, with a token, at the first notebook
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks/00_start_here.ipynb

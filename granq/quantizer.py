@@ -226,7 +226,9 @@ class _Fused(torch.autograd.Function):
         global _fused
         if _fused is not None:
             try:
-                return _fused(x, bits, granularity, clamp, promote)
+                return _fused(
+                    x.detach(), bits, granularity, clamp, promote
+                )  # a plain tensor: compiled once, not per kind
             except Exception as error:  # whatever a missing or broken compiler raises
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 warnings.warn(f"the quantizer runs uncompiled: {reason}", stacklevel=2)
