@@ -405,7 +405,12 @@ def plot_scaling_latency(
             ax.plot(part[against], part[quantity], color=look.color, linestyle=look.dash, marker=look.marker,
                     markersize=3, linewidth=1, label=execution)  # fmt: skip
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log" if (rows[quantity] > 0).all() else "symlog")
+    if (rows[quantity] > 0).all():
+        ax.set_yscale("log")
+    else:  # executions that need none lie on the axis, a decade below the fewest of the others
+        fewest = rows[quantity][rows[quantity] > 0].min()
+        ax.set_yscale("symlog", linthresh=fewest)
+        ax.set_ylim(0)
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set(xlabel=f"{against} ({other} {rows[other].iloc[0]})", ylabel=SCALING_LABELS[quantity])
     if legend:
@@ -857,14 +862,12 @@ def _shown(values: pd.Series, metric: str) -> np.ndarray:
 
 def _looks(names: Sequence[str]) -> dict[str, Role]:
     """Looks of methods and executions: that of the scheme they belong to, and of a free one for the others."""
-    belongs = {"copy": "full precision", "per_sample_channel": "release", "per_channel": "per_channel"}
-    belongs |= {"layer": "layerwise", "per_tensor": "layerwise", "pre": "release", "fold": "foldable"}
-    found: dict[str, Role] = {}
-    for name in names:
-        scheme = next((ROLES[v] for k, v in belongs.items() if name.startswith(k)), None)
-        if scheme is not None and scheme not in found.values():
-            found[name] = scheme
-    free = itertools.cycle([look for look in list(ROLES.values())[1:6] if look not in found.values()] or [role("")])
+    belongs = {"copy": "full precision", "release": "release", "pre-scaled": "release", "layerwise": "layerwise"}
+    belongs |= {"layer-wise": "layerwise", "folded": "foldable", "channel loop": "per_channel", "textbook": "strict"}
+    belongs |= {"accumulation-time, loop": "per_channel", "accumulation-time, grouped": "strict"}
+    found = {name: ROLES[belongs[name]] for name in names if name in belongs}
+    black = Role("", "#222222", "X", (0, (2, 1)))
+    free = itertools.chain([black], itertools.cycle([r for r in ROLES.values() if r not in found.values()] or [black]))
     return {name: found.get(name) or next(free) for name in names}
 
 
@@ -903,7 +906,12 @@ def _share_labels(figure: Figure, axes: np.ndarray) -> None:
             own.remove()
         found.update({label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)})
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(len(found), 5))
+        figure.legend(
+            found.values(),
+            found.keys(),
+            loc="outside upper center",
+            ncols=min(len(found), 5 if sum(map(len, found)) < 80 else 3),
+        )
     grid = {(r, c): ax for r, line in enumerate(axes) for c, ax in enumerate(line)}
     said = {at: (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) for at, ax in grid.items()}
     names = {at: (_named_ticks(ax.xaxis), _named_ticks(ax.yaxis)) for at, ax in grid.items()}

@@ -39,9 +39,9 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
             model = get_model(name)
             model.output = nn.Linear(model.output.in_features, classes)
             return model.eval()
-    if name in list_models():
+    if (ours := name.removeprefix("torchvision:")) in list_models():
         options = {"weights": "DEFAULT"} if pretrained else {"num_classes": classes}
-        return torchvision_model(name, **options).eval()
+        return torchvision_model(ours, **options).eval()
     if name.startswith("timm:"):
         try:
             import timm
@@ -51,7 +51,7 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
             return timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, num_classes=classes).eval()
     raise ValueError(
         f"unknown network {name!r}; known are pytorchcv's and torchvision's names, such as resnet20_cifar10, "
-        "resnet20_cifar100, resnet18, resnet50, mobilenetv2_w1, mobilenet_v2; and timm's as timm:resnet18"
+        "resnet20_cifar100, resnet18, resnet50, mobilenetv2_w1; torchvision:resnet18 where both have one; timm:resnet18"
     )
 
 
