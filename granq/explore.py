@@ -154,6 +154,8 @@ def layer_error_explorer(data: pd.DataFrame) -> widgets.Widget:
         if metric == "mse":
             left.set_xscale("log")
             right.set_yscale("log")
+            figures.plain_log(left.xaxis)
+            figures.plain_log(right.yaxis)
         worst = ", ".join(f"{c:.0f} ({v:.3g})" for c, v in inside[["channel", "value"]].head(5).to_numpy())
         return _table(["rank", "layer", figures.METRIC_LABELS[metric], "worst channels"],
                       [[rank, chosen.layer, f"{chosen.value:.4g}", worst]])  # fmt: skip
@@ -185,6 +187,7 @@ def speed_lab(data: pd.DataFrame) -> widgets.Widget:
         "batch": _choice("images", sorted(set(data.batch)), str),
         "execution": _choice("execution", names, str),
     }
+    controls["batch"].value = data.batch.mode().iloc[0]  # most sizes were measured with it
 
     def draw(figure: Figure, size: str, batch: int, execution: str) -> str:
         rows = groups.get((size, batch))
@@ -336,7 +339,7 @@ def _explorer(
 ) -> widgets.VBox:
     """Controls above one picture and one table of numbers; ``draw(figure, **values)`` returns the table as HTML."""
     width = 7.0
-    figure = Figure(figsize=(width, height), dpi=_DPI)
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="none")  # whatever style the notebook uses
     canvas = FigureCanvasAgg(figure)
     pixels = {"height": f"{round(height * _DPI)}px", "width": f"{round(width * _DPI)}px"}
     picture = widgets.Image(format="png", layout=widgets.Layout(**pixels))
@@ -353,16 +356,16 @@ def _explorer(
             canvas.print_png(buffer)
             picture.value, numbers.value = buffer.getvalue(), text
 
-    box = widgets.GridBox([*controls.values()], layout=widgets.Layout(grid_template_columns="repeat(2, 350px)"))
+    box = widgets.GridBox([*controls.values()], layout=widgets.Layout(grid_template_columns="repeat(2, 385px)"))
     errors = widgets.interactive_output(update, dict(controls))  # shows what a callback raises
     return widgets.VBox([widgets.HTML(f"<b>{escape(title)}</b>"), box, picture, numbers, errors])
 
 
-_WIDE: dict[str, Any] = {"style": {"description_width": "150px"}, "continuous_update": False}
+_WIDE: dict[str, Any] = {"style": {"description_width": "140px"}, "continuous_update": False}
 
 
 def _layout() -> widgets.Layout:
-    return widgets.Layout(width="340px")
+    return widgets.Layout(width="375px")
 
 
 def _slider(label: str, values: Iterable[Any]) -> widgets.IntSlider:
@@ -384,6 +387,7 @@ def _dropdown(label: str, values: Iterable[str], names: Mapping[str, str]) -> wi
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = ["".join(f"<{tag} style='text-align:left;padding:0 12px 0 0'>{escape(str(v))}</{tag}>" for v in row)
+    style = "text-align:left;padding:0 12px 0 0;white-space:nowrap"
+    cells = ["".join(f"<{tag} style='{style}'>{escape(str(v))}</{tag}>" for v in row)
              for tag, row in [("th", heads), *(("td", row) for row in rows)]]  # fmt: skip
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

@@ -140,7 +140,7 @@ def test_notebook_in_the_browser(lab: str, browser, name: str) -> None:
     state = moved(page, state, "the right arrow key")
 
     track = box.locator(".noUi-base").first.bounding_box()
-    page.mouse.click(track["x"] + 1, track["y"] + track["height"] / 2)
+    page.mouse.click(track["x"] + track["width"] - 1, track["y"] + track["height"] / 2)  # its end
     state = moved(page, state, "a click on the slider")
 
     if (select := box.locator("select").first).count():
