@@ -202,7 +202,9 @@ def speed_lab(data: pd.DataFrame) -> widgets.Widget:
             color = figures.ROLES["release"].color if name == execution else "#c9c9cd"
             ax.barh(y, row.median_ms, color=color, xerr=spread, capsize=3)
         ax.set_yticks(range(len(names)), names)
-        ax.set(xlabel="time (ms), median and quartiles", xlim=(0, 1.05 * rows.q75_ms.max()))
+        ax.set(xlabel="time (ms), median and quartiles", xscale="log")
+        ax.set_xlim(0.5 * rows.q25_ms.min(), 1.3 * rows.q75_ms.max())
+        figures.plain_log(ax.xaxis)
         chosen = rows.loc[execution]
         cells = {"execution": execution}
         cells["time (ms), quartiles"] = f"{chosen.median_ms:.3g} ({chosen.q25_ms:.3g} to {chosen.q75_ms:.3g})"
@@ -211,10 +213,10 @@ def speed_lab(data: pd.DataFrame) -> widgets.Widget:
             ax.axvline(floor, color="black", linestyle=":", label="copy of the same bytes")
             ax.legend(loc="upper right")
             cells["times the copy"] = f"{chosen.median_ms / floor:.1f}"
-        cells |= {_COUNTS[column]: f"{chosen[column]:,.6g}" for column in counts}
+        cells |= {_COUNTS[c]: f"{chosen[c]:,.0f}" if chosen[c] >= 1000 else f"{chosen[c]:.3g}" for c in counts}
         return _table(list(cells), [list(cells.values())])
 
-    return _explorer("speed lab", controls, draw, left=0.2)
+    return _explorer("speed lab", controls, draw, left=0.25)
 
 
 def training_monitor(
