@@ -260,7 +260,7 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         facts=facts,
     )
     row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
-    row |= {"teacher": str(args.teacher), "preset": args.preset, "out": str(args.out)}
+    row |= {"teacher": str(args.teacher), "run_preset": args.preset, "out": str(args.out)}
     if rank == 0:
         data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row

@@ -496,6 +496,7 @@ FIGURES: dict[str, Figure] = {
         "Logarithmic time of one fake quantization, forward and backward, over activation shapes: layer-wise, a loop "
         "over channels, the textbook chain and GranQ's vectorized step, above the time of copying the same bytes.",
         teacher=False,
+        command="granq bench quantizer --out FOLDER",
     ),
     "scaling_latency": Figure(
         "What does it cost to apply the scales?",
@@ -507,6 +508,7 @@ FIGURES: dict[str, Figure] = {
         "grouped, pre-scaled, folded.",
         _scaling_panels,
         teacher=False,
+        command="granq bench scaling --out FOLDER",
     ),
     "granularity_factorial": Figure(
         "Which choice is worth how much?",
@@ -613,10 +615,13 @@ def write_gallery(folder: Path) -> None:
     for name, figure in FIGURES.items():
         if not all((folder / f"{name}.{kind}").is_file() for kind in ("csv", "png")):
             continue
-        facts = pd.read_csv(folder / f"{name}.csv").iloc[0]
+        table = pd.read_csv(folder / f"{name}.csv")
+        facts = table.iloc[0]
         # what the CSV says of itself; frames of other commands may say less
         texts = dict(dataset="{}", images="{} images", network="{}", teacher_test_top1="teacher {:.2f} %",
                      seed="seed {}", device="{}", torch="torch {}", commit="commit {}", preset="preset {}")  # fmt: skip
+        if "seed" in table and table.seed.nunique() > 1:
+            del texts["seed"]  # several: the picture says how many
         said = [text.format(facts[k]) for k, text in texts.items() if k in facts and not pd.isna(facts[k])]
         command = f"granq figures {name}" + (f" --preset {facts.preset}" if "preset" in facts else "")
         command = figure.command if figure.command and "preset" not in facts else command
