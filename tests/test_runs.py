@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -275,7 +276,9 @@ def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
     budget = "--epochs 40 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu"
     out = tmp_path / "run"
     command = [sys.executable, "-m", "granq.cli", "quantize", *common.split(), *budget.split(), "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits deafness to it
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listens)
+    with subprocess.Popen(command, **pipes) as process:
         while not (out / "history.csv").is_file():
             assert process.poll() is None
             time.sleep(0.02)
