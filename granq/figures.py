@@ -376,7 +376,7 @@ SCALING_LABELS = {
 }
 
 
-@needs("execution", "channels", "batch", option="quantity")
+@needs("execution", "channels", "batch", "q25_ms", "q75_ms", option="quantity")
 def plot_scaling_latency(
     data: pd.DataFrame, *, against: str = "channels", quantity: str = "median_ms", legend: bool = True,
     ax: Axes | None = None,
@@ -751,7 +751,7 @@ def table_text(table: pd.DataFrame, form: str) -> str:
     return "\n".join(frame) + "\n"
 
 
-@needs("bits", "method", "kind", "top1", "teacher_top1", "n")
+@needs("bits", "method", "kind", "top1", "std", "teacher_top1", "drop", "n")
 def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes | None = None) -> Axes:
     """Points lost against each method's own teacher, one line a method: measured filled, published open.
 
