@@ -341,8 +341,8 @@ def _explorer(
 ) -> widgets.VBox:
     """Controls above one picture and one table of numbers; ``draw(figure, **values)`` returns the table as HTML."""
     width = 7.0
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    figure.set_layout_engine("none")  # whatever style the notebook uses
+    # "none" whatever style the notebook uses; the stubs do not know it
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="none")  # type: ignore[arg-type]
     canvas = FigureCanvasAgg(figure)
     pixels = {"height": f"{round(height * _DPI)}px", "width": f"{round(width * _DPI)}px"}
     picture = widgets.Image(format="png", layout=widgets.Layout(**pixels))
