@@ -150,32 +150,24 @@ def measure_latency_quantizer(
         x = torch.rand(shape, generator=generator, device=device).requires_grad_(backward)
         gradient = torch.ones_like(x)
 
-        def once(method: Callable[[Tensor, int], Tensor], x: Tensor = x, gradient: Tensor = gradient) -> None:
+        def once(method: Callable[[Tensor, int], Tensor], x: Tensor, gradient: Tensor) -> None:
             output = method(x, bits)
             if backward:
                 torch.autograd.grad(output, x, gradient)
 
-        # torch's own timer: it synchronizes CUDA and keeps the thread count
-        threads = torch.get_num_threads()
-        timers = {
-            name: Timer("once(method)", globals={"once": once, "method": method}, num_threads=threads)
-            for name, method in METHODS.items()
-        }
-        for timer in timers.values():
-            timer.timeit(2)  # warm-up
-        times = pd.DataFrame([{n: t.timeit(1).mean * 1e3 for n, t in timers.items()} for _ in range(repetitions)])
+        runs = {name: partial(once, method, x, gradient) for name, method in METHODS.items()}
+        times = _alternate(runs, repetitions)
         for name in METHODS:
             row: dict[str, object] = {
                 "method": name, "shape": str(shape), "bytes": x.numel() * x.element_size(), "bits": bits,
-                "backward": backward, "repetitions": repetitions, "median_ms": times[name].median(),
-                "q25_ms": times[name].quantile(0.25), "q75_ms": times[name].quantile(0.75),
+                "backward": backward, "repetitions": repetitions, **_quartiles(times[name]),
             }  # fmt: skip
             for reference in ("textbook", "copy"):
                 ratios = times[name] / times[reference]
                 row[f"ratio_to_{reference}"] = ratios.median()
                 row[f"ratio_to_{reference}_q25"] = ratios.quantile(0.25)
                 row[f"ratio_to_{reference}_q75"] = ratios.quantile(0.75)
-            frames.append(row | {"threads": threads, "torch": facts["torch"], "device": facts["device"]})
+            frames.append(row | {"threads": torch.get_num_threads()} | _only(facts, "torch", "device"))
     return pd.DataFrame(frames)
 
 
@@ -236,17 +228,13 @@ def measure_latency_scaling(
         times = _alternate(runs, repetitions)
         counts = scaling.count_scaling(tuple(x.shape), tuple(weight.values.shape), conv).set_index("execution")
         for name, run in runs.items():
-            values = dict(execution=name, channels=c, batch=n, size=size, bits=bits, median_ms=times[name].median())
-            values |= dict(
-                q25_ms=times[name].quantile(0.25), q75_ms=times[name].quantile(0.75), peak_mb=_peak_mb(run, device)
-            )
+            values = dict(execution=name, channels=c, batch=n, size=size, bits=bits)
+            values |= _quartiles(times[name]) | {"peak_mb": _peak_mb(run, device)}
             count = counts.loc[name.removesuffix(", float32")]
             values |= dict(
                 scale_multiplications=count.scale_multiplications, bytes=count.bytes, repetitions=repetitions
             )
-            frames.append(
-                values | {"threads": torch.get_num_threads(), "torch": facts["torch"], "device": facts["device"]}
-            )
+            frames.append(values | {"threads": torch.get_num_threads()} | _only(facts, "torch", "device"))
     return pd.DataFrame(frames)
 
 
@@ -467,7 +455,7 @@ def growth(
 
 def _alternate(runs: Mapping[str, Callable[[], object]], repetitions: int) -> pd.DataFrame:
     """Milliseconds, a column for each run and a row for each repetition, in which the runs take turns."""
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads()  # torch's own timer: it synchronizes CUDA and would take one thread
     timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
     for timer in timers.values():
         timer.timeit(2)  # warm-up

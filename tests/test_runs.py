@@ -135,12 +135,15 @@ def foreign(folder, monkeypatch):
 
 
 class Bomb:
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/granq-was-here",))
+        return Path.touch, (self.proof,)
 
 
 def malicious(folder, monkeypatch):
-    torch.save({"epoch": 1, "student": Bomb(), "rows": []}, folder.checkpoint)
+    torch.save({"epoch": 1, "student": Bomb(folder.path.parent / "proof"), "rows": []}, folder.checkpoint)
 
 
 def both_torn(folder, monkeypatch):
@@ -214,7 +217,7 @@ def test_fault(fault, tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patches:
         folder, sentence = provoke(fault, tmp_path / "run", patches)
     assert "\n" not in sentence and len(sentence) > 20
-    assert not Path("/tmp/granq-was-here").exists()
+    assert not (tmp_path / "proof").exists()
     assert not list(folder.path.glob("*.tmp"))
     if fault[1] is both_torn:
         return
@@ -344,7 +347,8 @@ def test_memory_and_open_files_stay_flat():
     if not Path("/proc/self/statm").exists():
         pytest.skip("reads /proc: runs on Linux")
     before, after = load(50), load(300)
-    assert after[0] <= before[0] and after[1] <= before[1]
+    # a leak is one object in every step, 300 here; a few may be other tests' that are not collected yet
+    assert after[0] < before[0] + 30 and after[1] < before[1] + 5
     assert after[2] - before[2] < 5  # MB
 
 
