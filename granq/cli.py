@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
         sub.add_argument(f"--{name}", type=int)
+    sub.add_argument("--generator", type=Path, help="start from the generator of this run; --warmup-epochs is then 0")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
 
@@ -232,6 +233,9 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     changes |= {n: getattr(args, n) for n in ("scheme", "recipe", "seed", "device", "deterministic")}
     device = qat.resolve_device(args.device)
+    generator = qat.load_generator(args.generator, device) if args.generator else None
+    if generator:
+        changes.setdefault("warmup_epochs", 0)
     teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
     changes |= dict(weight_bits=weight_bits, act_bits=act_bits, image_size=spec.image_size)
     if args.preset == "paper":
@@ -258,6 +262,7 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         out=args.out,
         resume=args.resume,
         facts=facts,
+        generator=generator,
     )
     row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
     row |= {"teacher": str(args.teacher), "run_preset": args.preset, "out": str(args.out)}

@@ -25,12 +25,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from granq.checks import one_of, takes_model
-from granq.convert import Scheme, freeze_ranges, frozen_ranges, get_scheme, quantize_model
+from granq.convert import Scheme, calibrate, freeze_ranges, frozen_ranges, get_scheme, quantize_model
 from granq.distributed import average_gradients, from_first, gather, world
-from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.runs import RunFolder, fingerprint
 
 RECIPES = ("adadfq", "gdfq")
+CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Result:
 class Trainer:
     """State of one run: networks, optimizers, history. ``step`` is the method, ``run`` the bookkeeping."""
 
-    def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
+    def __init__(self, teacher: nn.Module, config: QATConfig, generator: Generator | None = None) -> None:
         self.config, self.device = config, resolve_device(config.device)
         if config.batch_size % world()[1]:
             raise ValueError(f"batch_size {config.batch_size} does not divide among {world()[1]} processes")
@@ -222,6 +223,13 @@ class Trainer:
             size = (1, 3, config.image_size, config.image_size)
             classes = self.teacher(torch.zeros(size, device=self.device)).shape[1]
         self.generator = build_generator(classes, config.image_size)
+        if generator is not None:
+            if (generator.classes, generator.size) != (classes, self.generator.size):
+                raise ValueError(
+                    f"the generator draws {generator.classes} classes at {4 * generator.size} pixels, "
+                    f"but this run needs {classes} classes at {config.image_size}"
+                )
+            self.generator.load_state_dict(generator.state_dict())
         self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.student_params = list(self.student.parameters())
         self.generator_params = list(self.generator.parameters())
@@ -242,7 +250,9 @@ class Trainer:
         images, labels = synthesize(self.generator, c.batch_size, self.device)
         with batchnorm_inputs(self.teacher) as norms:
             t = self.teacher(images)
-        t, s, labels = gather(t), gather(self.student(images)), gather(labels)
+        with torch.set_grad_enabled(train_student or c.recipe == "adadfq"):
+            s = self.student(images)
+        t, s, labels = gather(t), gather(s), gather(labels)
         bn = batchnorm_loss(norms)
         if c.recipe == "adadfq":
             loss_g = c.alpha_ds * disagreement_loss(t, s, labels) + c.alpha_as * agreement_loss(t, s, labels)
@@ -275,11 +285,12 @@ class Trainer:
         """One epoch of iterations, the test accuracy behind it, and a row in the history."""
         c, start = self.config, time.perf_counter()
         training = self.epoch >= c.warmup_epochs
-        freeze_ranges(self.student, training and self.epoch > 0)  # tracked ranges move during the warm-up only
+        self.generator.train()
+        if not c.warmup_epochs and self.epoch == 0:
+            self._begin_training(evaluate)
         decay = 0.1 ** sum(self.epoch >= milestone for milestone in c.milestones)
         for name, lr in (("student", c.student_lr), ("generator", c.generator_lr)):
             self.optimizers[name].param_groups[0]["lr"] = lr * decay
-        self.generator.train()
         sums: dict[str, Tensor] = {}
         for _ in range(c.iterations):
             for key, value in self.step(training).items():
@@ -288,14 +299,25 @@ class Trainer:
         if not math.isfinite(row["generator_loss"]) or not math.isfinite(row["student_loss"]):
             raise FloatingPointError(f"a loss is not finite in epoch {self.epoch + 1}; lower the learning rates")
         self.epoch += 1
-        freeze_ranges(self.student, self.epoch >= c.warmup_epochs)
-        with frozen_ranges(self.student):
-            row["test_top1"] = from_first(evaluate(self.student) if evaluate and world()[0] == 0 else math.nan)
+        row["test_top1"] = self._measure(evaluate) if training else math.nan
         if self.epoch == c.warmup_epochs:
-            self.ptq_top1 = row["test_top1"]
+            self._begin_training(evaluate)
+            row["test_top1"] = self.ptq_top1
         self.seconds += time.perf_counter() - start
         self.rows.append(row)
         return row
+
+    def _begin_training(self, evaluate: Callable[[nn.Module], float] | None) -> None:
+        """The student as its training finds it: ranges frozen, accuracy measured."""
+        if not self.config.warmup_epochs:  # nothing was drawn yet that could have set the ranges
+            batches = (synthesize(self.generator, self.config.batch_size, self.device)[0] for _ in range(CALIBRATION))
+            calibrate(self.student, [images.detach() for images in batches])
+        freeze_ranges(self.student)
+        self.ptq_top1 = self._measure(evaluate)
+
+    def _measure(self, evaluate: Callable[[nn.Module], float] | None) -> float:
+        with frozen_ranges(self.student):
+            return float(from_first(evaluate(self.student) if evaluate and world()[0] == 0 else math.nan))
 
     def state(self) -> dict[str, Any]:
         """Everything needed to continue, as tensors and plain values."""
@@ -333,16 +355,20 @@ def train(
     out: Path | None = None,
     resume: bool = False,
     facts: dict[str, Any] | None = None,
+    generator: Generator | None = None,
 ) -> Result:
     """Quantize ``teacher`` without data and fine-tune the student on generated images.
 
     Args:
         teacher: network with BatchNorm2d layers; a copy of it is used, the caller's stays as it is.
         config: the settings.
-        evaluate: student -> test accuracy in percent, called after every epoch; it never influences training.
+        evaluate: student -> test accuracy in percent, called at the end of the warm-up and after every epoch behind it;
+            it never influences training.
         out: run folder (``granq.runs``), new or empty; checkpoint and history are replaced after every epoch.
         resume: continue the run in ``out``; the end is bit for bit that of an uninterrupted run on the CPU.
         facts: what ``config.json`` keeps besides the settings.
+        generator: start from a copy of this one, such as ``load_generator`` gives, instead of a new one. With
+            ``warmup_epochs=0`` several schemes then start from the same images.
 
     Within a process group (``granq.distributed``) the processes share every batch; the first one measures and writes.
 
@@ -354,15 +380,13 @@ def train(
     if folder:
         folder.check_free(resume)
     with folder.claimed() if folder else nullcontext(), _deterministic(config.deterministic):
-        trainer = Trainer(teacher, config)
-        identity = fingerprint(asdict(config), trainer.teacher) if folder else ""
+        trainer = Trainer(teacher, config, generator)
+        identity = fingerprint(asdict(config), trainer.teacher, *([generator] if generator else [])) if folder else ""
         saved = from_first(folder.load(identity, trainer.device) if folder and resume else None)
         if saved:
             trainer.restore(saved)
         if folder and not folder.config.is_file():
             folder.write_config(asdict(config), (facts or {}) | {"versions": versions(trainer.device)})
-        if trainer.epoch == 0 and config.warmup_epochs == 0 and evaluate:
-            trainer.ptq_top1 = from_first(evaluate(trainer.student) if world()[0] == 0 else math.nan)
         name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
         silent, troubled = world()[0] > 0, False
         with tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch", disable=silent) as progress:
@@ -389,6 +413,19 @@ def train(
         float(best),
         trainer.seconds,
     )
+
+
+def load_generator(run: Path, device: str = "cpu") -> Generator:
+    """The generator of a run folder. Raises ValueError if it holds no finished epoch."""
+    folder = RunFolder(run)
+    state = folder.load(device=device) if folder.config.is_file() else None
+    if state is None:
+        raise ValueError(f"{run} holds no run with a finished epoch; make one with granq quantize --out {run}")
+    size = folder.read_config()["config"]["image_size"]
+    classes = next(len(v) for k, v in state["generator"].items() if "embedding" in k or k == "norm0.weight.weight")
+    generator = build_generator(classes, size).to(device)
+    generator.load_state_dict(state["generator"])
+    return generator
 
 
 @contextmanager

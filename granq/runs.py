@@ -160,9 +160,9 @@ def _read_checked(path: Path, device: str) -> dict[str, Any]:
     return state
 
 
-def fingerprint(config: dict[str, Any], teacher: nn.Module) -> str:
-    """SHA-256 of settings and teacher weights: two runs that share it are the same run."""
+def fingerprint(config: dict[str, Any], *networks: nn.Module) -> str:
+    """SHA-256 of settings and weights (teacher, generator): two runs that share it are the same run."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in teacher.state_dict().items():
+    for name, value in (item for network in networks for item in network.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
