@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
         sub.add_argument(f"--{name}", type=int)
     sub.add_argument("--generator", type=Path, help="start from the generator of this run; --warmup-epochs is then 0")
+    sub.add_argument("--reestimate-batchnorm", action="store_true", help="undo the shift that quantization causes")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
 
@@ -231,7 +232,9 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     spec = data.describe_data(args.data, args.network, args.image_size)
     names = ("epochs", "iterations", "batch_size", "warmup_epochs")
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    changes |= {n: getattr(args, n) for n in ("scheme", "recipe", "seed", "device", "deterministic")}
+    changes |= {
+        n: getattr(args, n) for n in ("scheme", "recipe", "seed", "device", "deterministic", "reestimate_batchnorm")
+    }
     device = qat.resolve_device(args.device)
     generator = qat.load_generator(args.generator, device) if args.generator else None
     if generator:
@@ -265,7 +268,12 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         generator=generator,
     )
     row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
-    row |= {"teacher": str(args.teacher), "run_preset": args.preset, "out": str(args.out)}
+    row |= {
+        "teacher": str(args.teacher),
+        "generator": str(args.generator or ""),
+        "run_preset": args.preset,
+        "out": str(args.out),
+    }
     if rank == 0:
         data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
@@ -309,6 +317,7 @@ def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: A
         "teacher_top1": teacher_top1, "ptq_top1": result.ptq_top1, "last_top1": result.last_top1,
         "best_top1": result.best_top1, "seconds": round(result.seconds, 1), "test_images": test_images,
         **{name: getattr(config, name) for name in ("epochs", "iterations", "batch_size", "warmup_epochs")},
+        "student_lr": config.student_lr, "reestimate_batchnorm": config.reestimate_batchnorm,
     }  # fmt: skip
 
 

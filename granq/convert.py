@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from granq.checks import check_batches, forward, takes_model
-from granq.distributed import joint_range
+from granq.distributed import joint_range, joint_var_mean
 from granq.quantizer import QParams, _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -276,6 +276,40 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
     for batch in images:
         forward(model, batch)
     freeze_ranges(model)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    """Move the student's BatchNorm statistics by as much as quantization moved those of ``images``.
+
+    Quantized weights and inputs shift the mean and scale the variance of every channel. In one forward, layer after
+    layer, a BatchNorm gets the teacher's running mean plus the difference, and its running variance times the ratio,
+    of what student and teacher see on the same images: what sets these apart from real images cancels. The ratio is
+    kept between 1/4 and 4. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2).
+
+    Args:
+        student: quantized copy of ``teacher``; its running statistics are replaced.
+        teacher: the full-precision network, in eval mode.
+        images: one batch (N, 3, H, W), such as generated ones; a few hundred.
+    """
+    norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}  # variance and mean in the teacher
+
+    def follow(name: str, norm: nn.BatchNorm2d, x: Tensor) -> None:
+        var, mean = joint_var_mean(x)
+        old_var, old_mean = seen[name]
+        running_var, running_mean = cast(Tensor, norms[name].running_var), cast(Tensor, norms[name].running_mean)
+        cast(Tensor, norm.running_mean).copy_(running_mean + mean - old_mean)
+        cast(Tensor, norm.running_var).copy_(running_var * (var / old_var.clamp_min(1e-12)).clamp(0.25, 4))
+
+    with ExitStack() as hooks, frozen_ranges(student):
+        for name, norm in norms.items():
+            watch = norm.register_forward_pre_hook(lambda _, x, n=name: seen.update({n: joint_var_mean(x[0])}))
+            own = cast(nn.BatchNorm2d, student.get_submodule(name))
+            hooks.callback(watch.remove)
+            hooks.callback(own.register_forward_pre_hook(lambda m, x, n=name: follow(n, m, x[0])).remove)
+        teacher(images)
+        student(images)
 
 
 @contextmanager

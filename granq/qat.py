@@ -25,12 +25,21 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from granq.checks import one_of, takes_model
-from granq.convert import Scheme, calibrate, freeze_ranges, frozen_ranges, get_scheme, quantize_model
+from granq.convert import (
+    Scheme,
+    calibrate,
+    freeze_ranges,
+    frozen_ranges,
+    get_scheme,
+    quantize_model,
+    reestimate_batchnorm,
+)
 from granq.distributed import average_gradients, from_first, gather, world
 from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.runs import RunFolder, fingerprint
 
 RECIPES = ("adadfq", "gdfq")
+REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
 CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
 
 
@@ -49,6 +58,7 @@ class QATConfig:
     student_lr: float = 1e-4
     generator_lr: float = 1e-3
     milestones: tuple[int, ...] = ()
+    reestimate_batchnorm: bool = False  # before the student trains; see convert.reestimate_batchnorm
     temperature: float = 20.0
     alpha_ds: float = 0.2
     alpha_as: float = 0.1
@@ -309,10 +319,16 @@ class Trainer:
 
     def _begin_training(self, evaluate: Callable[[nn.Module], float] | None) -> None:
         """The student as its training finds it: ranges frozen, accuracy measured."""
-        if not self.config.warmup_epochs:  # nothing was drawn yet that could have set the ranges
-            batches = (synthesize(self.generator, self.config.batch_size, self.device)[0] for _ in range(CALIBRATION))
-            calibrate(self.student, [images.detach() for images in batches])
+        c = self.config
+
+        def draw(count: int) -> list[Tensor]:
+            return [synthesize(self.generator, c.batch_size, self.device)[0].detach() for _ in range(count)]
+
+        if not c.warmup_epochs:  # nothing was drawn yet that could have set the ranges
+            calibrate(self.student, draw(CALIBRATION))
         freeze_ranges(self.student)
+        if c.reestimate_batchnorm:
+            reestimate_batchnorm(self.student, self.teacher, torch.cat(draw(REESTIMATION)))
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Callable[[nn.Module], float] | None) -> float:
