@@ -326,8 +326,10 @@ def measure_layer_error(
     del warm
     sums: dict[tuple[str, str, str], Tensor] = {}  # (scheme, layer, mode) -> (4, C)
 
-    def add(scheme: str, name: str, mode: str, reference: Tensor, value: Tensor) -> None:
-        new = _error_sums(_channels_first(reference), _channels_first(value))
+    def add(scheme: str, name: str, mode: str, reference: Tensor, energy: Tensor, value: Tensor) -> None:
+        error = _energy(value - reference)
+        count = torch.full_like(energy, reference.numel() / len(energy))
+        new = torch.stack([count, energy, _energy(value), error]).cpu()
         key = (scheme, name, mode)
         sums[key] = sums[key] + new if key in sums else new
 
@@ -340,16 +342,19 @@ def measure_layer_error(
         for batch in tqdm(chain([first], rest), desc="layer error", unit="batch"):
             images = _images(batch).to(device)
             count += len(images)
-            clean: dict[str, list[Tensor]] = {}
+            clean: dict[str, list[tuple[Tensor, Tensor]]] = {}  # outputs and their energy
 
-            def visit_clean(name: str, x: Tensor, out: Tensor, clean: dict[str, list[Tensor]] = clean) -> None:
+            def visit_clean(
+                name: str, x: Tensor, out: Tensor, clean: dict[str, list[tuple[Tensor, Tensor]]] = clean
+            ) -> None:
+                energy = _energy(out)
                 if "local" in modes:
                     for scheme, student in students.items():
                         quantizer = quantizers[scheme].get(name)
                         value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
-                        add(scheme, name, "local", out, value)
+                        add(scheme, name, "local", out, energy, value)
                 if "accumulated" in modes:  # a copy: an in-place ReLU behind the layer would change it
-                    clean.setdefault(name, []).append(out.clone())
+                    clean.setdefault(name, []).append((out.clone(), energy))
 
             with layer_calls(model, layers, visit_clean):
                 forward(model, images)
@@ -363,9 +368,9 @@ def measure_layer_error(
                     x: Tensor,
                     out: Tensor,
                     scheme: str = scheme,
-                    calls: dict[str, Iterator[Tensor]] = calls,
+                    calls: dict[str, Iterator[tuple[Tensor, Tensor]]] = calls,
                 ) -> None:
-                    add(scheme, name, "accumulated", next(calls[name]), out)
+                    add(scheme, name, "accumulated", *next(calls[name]), out)
 
                 with layer_calls(student, layers, visit_student):
                     student(images)
@@ -547,13 +552,12 @@ def _histograms(x: Tensor, channels: Tensor, bits: int, granularity: str) -> pd.
     return pd.concat(frames, ignore_index=True)
 
 
-def _error_sums(reference: Tensor, value: Tensor) -> Tensor:
-    """Per channel: number of values, |reference|^2, |value|^2, |error|^2, float64 (4, C)."""
-    dims = tuple(d for d in range(reference.dim()) if d != 1)
-    # norms need no temporary; float32 within one batch, float64 between batches
-    squares = [torch.linalg.vector_norm(t, dim=dims).double() ** 2 for t in (reference, value, value - reference)]
-    count = torch.full_like(squares[0], reference.numel() / reference.shape[1])
-    return torch.stack([count, *squares]).cpu()
+def _energy(x: Tensor) -> Tensor:
+    """Sum of squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, float64 between images."""
+    if x.dim() != 4:
+        return x.flatten(0, -2).double().square().sum(0)
+    rows = x.flatten(2)
+    return torch.linalg.vecdot(rows, rows).double().sum(0)  # dot products: no temporary, and faster than a norm
 
 
 def _error_metrics(count: float, reference: float, value: float, error: float) -> tuple[float, float, float]:

@@ -52,14 +52,34 @@ def gather(x: Tensor) -> Tensor:
 
 def joint_var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance and mean per channel of (N, C, H, W) over all processes, each (C,), with gradient."""
-    # two passes, and not torch.var_mean, which is slow on channels_last with few channels
-    mean = _joint_mean(x.mean((0, 2, 3)))
-    return _joint_mean((x - mean[:, None, None]).square().mean((0, 2, 3))), mean
+    var, mean = _JointVarMean.apply(x)
+    return var, mean
+
+
+class _JointVarMean(torch.autograd.Function):
+    """Backward is one pass over ``x``: the variance does not change with the mean inside it, so only ``x`` counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        # two passes, and not torch.var_mean, which is slow on channels_last with few channels
+        mean = _joint_mean(x.mean((0, 2, 3)))
+        ctx.save_for_backward(x, mean)
+        return _joint_mean((x - mean[:, None, None]).square_().mean((0, 2, 3))), mean
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        slope, shift = 2 * _joint_mean(grads[0]) / count, _joint_mean(grads[1]) / count
+        return torch.addcmul((shift - slope * mean)[:, None, None], x, slope[:, None, None])
 
 
 def _joint_mean(x: Tensor) -> Tensor:
     size = world()[1]
-    return x if size == 1 else differentiable.all_reduce(x) / size
+    if size > 1:
+        x = x.clone()
+        distributed.all_reduce(x)
+    return x / size
 
 
 def joint_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
