@@ -290,12 +290,18 @@ class Trainer:
         self.epoch += 1
         freeze_ranges(self.student, self.epoch >= c.warmup_epochs)
         with frozen_ranges(self.student):
-            row["test_top1"] = from_first(evaluate(self.student) if evaluate and world()[0] == 0 else math.nan)
+            row["test_top1"] = self.measure(evaluate)
         if self.epoch == c.warmup_epochs:
             self.ptq_top1 = row["test_top1"]
         self.seconds += time.perf_counter() - start
         self.rows.append(row)
         return row
+
+    def measure(self, evaluate: Callable[[nn.Module], float] | None) -> float:
+        """``evaluate(student)`` in the first process, known to all. What it draws is undone: even a DataLoader draws."""
+        cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
+        with torch.random.fork_rng(cuda):
+            return from_first(evaluate(self.student) if evaluate and world()[0] == 0 else math.nan)
 
     def state(self) -> dict[str, Any]:
         """Everything needed to continue, as tensors and plain values."""
@@ -361,8 +367,8 @@ def train(
             trainer.restore(saved)
         if folder and not folder.config.is_file():
             folder.write_config(asdict(config), (facts or {}) | {"versions": versions(trainer.device)})
-        if trainer.epoch == 0 and config.warmup_epochs == 0 and evaluate:
-            trainer.ptq_top1 = from_first(evaluate(trainer.student) if world()[0] == 0 else math.nan)
+        if trainer.epoch == 0 and config.warmup_epochs == 0:
+            trainer.ptq_top1 = trainer.measure(evaluate)
         name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
         silent, troubled = world()[0] > 0, False
         with tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch", disable=silent) as progress:
