@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -298,7 +299,7 @@ class Trainer:
         return row
 
     def measure(self, evaluate: Callable[[nn.Module], float] | None) -> float:
-        """``evaluate(student)`` in the first process, known to all. What it draws is undone: even a DataLoader draws."""
+        """``evaluate(student)`` in the first process, known to all; what it draws is undone, as a DataLoader draws."""
         cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
         with torch.random.fork_rng(cuda):
             return from_first(evaluate(self.student) if evaluate and world()[0] == 0 else math.nan)
@@ -365,8 +366,11 @@ def train(
         saved = from_first(folder.load(identity, trainer.device) if folder and resume else None)
         if saved:
             trainer.restore(saved)
+        here = versions(trainer.device)
         if folder and not folder.config.is_file():
-            folder.write_config(asdict(config), (facts or {}) | {"versions": versions(trainer.device)})
+            folder.write_config(asdict(config), (facts or {}) | {"versions": here})
+        elif folder and (began := folder.read_config().get("versions")) != here:
+            warnings.warn(f"{out} began with {began} and goes on with {here}: the last bits may differ", stacklevel=2)
         if trainer.epoch == 0 and config.warmup_epochs == 0:
             trainer.ptq_top1 = trainer.measure(evaluate)
         name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
