@@ -170,7 +170,7 @@ def parse_bits(text: str) -> tuple[int, int]:
 
 
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import data, models, qat
+    from granq import data, models, qat, runs
 
     if args.out.exists():
         raise ValueError(f"{args.out} already exists; choose another --out")
@@ -189,19 +189,14 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
         top1 = models.top1_on(model, data.load_split(spec, "test"), spec, device)
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        model, top1 = models.train_teacher(
-            args.network,
-            spec,
-            epochs=args.epochs,
-            lr=args.lr,
-            seed=args.seed,
-            device=device,
-            bf16=args.bf16,
-            init=args.init,
-            checkpoint=partial,
-        )
+        with runs.hold(args.out, lock := partial.with_suffix(".lock")):
+            model, top1 = models.train_teacher(
+                args.network, spec, epochs=args.epochs, lr=args.lr, seed=args.seed, device=device, bf16=args.bf16,
+                init=args.init, checkpoint=partial,
+            )  # fmt: skip
+        lock.unlink(missing_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    models.save_teacher(args.out, model, args.network, spec, top1)
+    data.save_atomically(args.out, lambda path: models.save_teacher(path, model, args.network, spec, top1))
     partial.unlink(missing_ok=True)
     facts = {
         "out": str(args.out),

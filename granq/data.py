@@ -177,8 +177,11 @@ def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) 
 
 def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside ``path``, sync, then rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes never share it
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half a file would keep a full disk full

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -332,7 +333,9 @@ class Trainer:
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Callable[[nn.Module], float] | None) -> float:
-        with frozen_ranges(self.student):
+        """``evaluate(student)`` in the first process, known to all; what it draws is undone, as a DataLoader draws."""
+        cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
+        with torch.random.fork_rng(cuda), frozen_ranges(self.student):
             return float(from_first(evaluate(self.student) if evaluate and world()[0] == 0 else math.nan))
 
     def state(self) -> dict[str, Any]:
@@ -401,8 +404,11 @@ def train(
         saved = from_first(folder.load(identity, trainer.device) if folder and resume else None)
         if saved:
             trainer.restore(saved)
+        here = versions(trainer.device)
         if folder and not folder.config.is_file():
-            folder.write_config(asdict(config), (facts or {}) | {"versions": versions(trainer.device)})
+            folder.write_config(asdict(config), (facts or {}) | {"versions": here})
+        elif folder and (began := folder.read_config().get("versions")) != here:
+            warnings.warn(f"{out} began with {began} and goes on with {here}: the last bits may differ", stacklevel=2)
         name = f"{config.scheme} W{config.weight_bits}A{config.act_bits} seed {config.seed}"
         silent, troubled = world()[0] > 0, False
         with tqdm(total=config.epochs, initial=trainer.epoch, desc=name, unit="epoch", disable=silent) as progress:

@@ -8,14 +8,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,10 @@ class RunFolder:
             OSError: it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.path} is in use by another process; wait for it or choose another --out") from None
-        try:
+        with hold(self.path, self.path / ".lock"):
             for torn in self.path.glob("*.tmp"):  # of a process killed while writing
                 torn.unlink()
             yield
-        finally:
-            lock.release()
 
     def write_config(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
         """``config.json``: the settings and the facts of the run, as data."""
@@ -102,16 +95,15 @@ class RunFolder:
     def save(self, state: dict[str, Any], rows: list[dict[str, float]]) -> None:
         """Replace checkpoint and history; the checkpoint before stays as ``checkpoint.previous.pt``."""
         temporary = self.path / "checkpoint.new.tmp"
+        kept = "the checkpoint before is kept" if self.checkpoint.exists() else "there is no checkpoint yet"
         try:
-            save_atomically(temporary, partial(torch.save, state))  # complete and on disk before anything is moved
+            write_checkpoint(temporary, state)  # complete and on disk before anything is moved
             if self.checkpoint.exists():
                 os.replace(self.checkpoint, self.previous)
             os.replace(temporary, self.checkpoint)
             write_csv(self.path / "history.csv", pd.DataFrame(rows))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise OSError(f"cannot write to {self.path} ({error}); the checkpoint before is kept") from error
+        except OSError as error:
+            raise OSError(f"cannot write to {self.path} ({error}); {kept}") from error
 
     def load(self, fingerprint: str | None = None, device: str = "cpu") -> dict[str, Any] | None:
         """The newest whole checkpoint, or None if no epoch was finished.
@@ -130,7 +122,7 @@ class RunFolder:
             if not path.is_file():
                 continue
             try:
-                state = _read_checked(path, device)
+                state = read_checkpoint(path, {"epoch", "student", "rows"}, device)
                 if fingerprint and state.get("fingerprint") != fingerprint:
                     raise ValueError("it belongs to another teacher or other settings")
             except ValueError as error:
@@ -144,7 +136,29 @@ class RunFolder:
         return None
 
 
-def _read_checked(path: Path, device: str) -> dict[str, Any]:
+@contextmanager
+def hold(path: Path, lock: Path) -> Iterator[None]:
+    """Keep other processes from writing ``path``. Raises ValueError if one does already."""
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{path} is in use by another process; wait for it or choose another --out") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write what ``read_checkpoint`` reads, atomically. Raises OSError if it cannot be written."""
+    whole = io.BytesIO()  # torch itself would report a full disk as an internal error of its zip writer
+    torch.save(state, whole)
+    save_atomically(path, lambda temporary: temporary.write_bytes(whole.getbuffer()))
+
+
+def read_checkpoint(path: Path, keys: Set[str], device: str = "cpu") -> dict[str, Any]:
+    """Tensors and plain values from ``path``. Raises ValueError unless it is whole, harmless and has ``keys``."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -155,7 +169,7 @@ def _read_checked(path: Path, device: str) -> dict[str, Any]:
         raise ValueError("it holds something else than tensors and numbers, and was not opened") from None
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"not a whole file ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or not {"epoch", "student", "rows"} <= state.keys():
+    if not isinstance(state, dict) or not keys <= state.keys():
         raise ValueError("not a checkpoint of this program")
     return state
 

@@ -101,13 +101,16 @@ def sweep_results(out: Path) -> pd.DataFrame:
 
 
 def run_one(out: Path, name: str, arguments: Sequence[str], threads: int) -> int:
-    """Start or continue one run in a process of its own; its output goes to ``<name>.log``. Returns the exit code."""
+    """Start or continue one run in a process of its own; its output goes to ``<name>.log``. Returns the exit code.
+
+    ``OMP_NUM_THREADS`` of the caller wins over ``threads``: results are the same bit for bit at the same count only.
+    """
     folder = out / name
     resume = ["--resume"] if RunFolder(folder).config.is_file() else []
     command = [sys.executable, "-m", "granq.cli", "quantize", *arguments, "--out", str(folder), *resume]
     with open(out / f"{name}.log", "w") as log:
         return subprocess.run(
-            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False
+            command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(threads)} | os.environ, check=False
         ).returncode
 
 
@@ -123,7 +126,8 @@ def run_sweep(out: Path, jobs: int = 1, engine: str = "joblib", **slurm: Any) ->
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
     status = sweep_status(out)
-    open_runs = [(n, a) for n, a in read_plan(out).items() if n in set(status.run[status.state != "done"])]
+    open_names = set(status.run[~status.state.isin(["done", "running"])])  # running: in another sweep of this folder
+    open_runs = [(n, a) for n, a in read_plan(out).items() if n in open_names]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if engine == "joblib":
         from joblib import Parallel, delayed

@@ -21,4 +21,4 @@ config = QATConfig(
     device="cpu",
 )  # fmt: skip
 with process_group("cpu"):
-    result = train(network, config, out=Path(sys.argv[2]))
+    train(network, config, evaluate=lambda _: torch.rand(()).item(), out=Path(sys.argv[2]))  # by the first process only

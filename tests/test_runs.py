@@ -21,10 +21,10 @@ import pytest
 import torch
 from torch import nn
 
-from granq import QATConfig, train
+from granq import QATConfig, cli, models, train
 from granq import runs as runs_module
 from granq.data import describe_data, load_split
-from granq.models import top1_on
+from granq.models import top1_on, train_teacher
 from granq.qat import Trainer, diversity
 from granq.runs import RunFolder, fingerprint
 
@@ -43,12 +43,19 @@ def same_bits(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def score(student: nn.Module) -> float:
+    """A metric in which every bit of the student shows; it draws, as a DataLoader does."""
+    with torch.no_grad():
+        return student(torch.linspace(-2, 2, 768).view(4, 3, 8, 8) + 0 * torch.rand(1)).sum().item()
+
+
 def run_child(out: Path, ready) -> None:
     torch.set_num_threads(1)
     ready.set()
-    train(network(), TINY, out=out, resume=out.exists())
+    train(network(), TINY, evaluate=score, out=out, resume=out.exists())
 
 
+@pytest.mark.timeout(900)  # 25 processes: long where other work shares the cores
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["granq.qat", "granq.convert"])
@@ -85,7 +92,8 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
         for i, values in reference[name]["state"].items():
             for key, value in values.items():
                 assert torch.equal(torch.as_tensor(ours[name]["state"][i][key]), torch.as_tensor(value))
-    assert torch.equal(ours["rng"], reference["rng"])
+    assert torch.equal(ours["rng"], reference["rng"]) and ours["ptq_top1"] == reference["ptq_top1"]
+    assert reference["rows"][-1]["test_top1"] not in (0, reference["ptq_top1"])
     assert (out / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
 
 
@@ -93,17 +101,19 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
 
 
 def full_disk(folder, monkeypatch):
-    def write(path, writer):
+    def write(path, data):
+        with open(path, "wb") as file:
+            file.write(bytes(data[: len(data) // 2]))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runs_module, "save_atomically", write)
+    monkeypatch.setattr(Path, "write_bytes", write)
 
 
 def read_only(folder, monkeypatch):
     def refuse(*_, **__):  # root ignores permission bits, so the refusal is made here
         raise PermissionError(errno.EACCES, "Permission denied", str(folder.path))
 
-    monkeypatch.setattr(runs_module, "save_atomically", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
 
 
 def nan_loss(folder, monkeypatch):
@@ -157,10 +167,6 @@ def in_use(folder, monkeypatch):
     monkeypatch.setattr(folder, "held", lock, raising=False)  # kept alive until the end of the test
 
 
-def bad_config(folder, monkeypatch):
-    folder.config.write_text('{"config": ')
-
-
 def not_empty(folder, monkeypatch):
     pass
 
@@ -182,7 +188,7 @@ FAULTS = [
 
 
 def provoke(fault, path, monkeypatch):
-    """A run stopped after three of eight epochs meets the fault; returns its folder and the sentence a user sees."""
+    """A run stopped after three of eight epochs meets the fault; returns its folder, the sentence, the exit code."""
     _, harm, expected, _ = fault
 
     class Stop(Exception):
@@ -201,10 +207,15 @@ def provoke(fault, path, monkeypatch):
     if expected is None:
         with pytest.warns(UserWarning, match="continuing from checkpoint.previous.pt") as caught:
             train(network(), TINY, evaluate=lambda _: 0.0, out=path, resume=True)
-        return folder, str(caught[0].message)
+        return folder, str(caught[0].message), 0
     with pytest.raises(expected) as error:
         train(network(), TINY, evaluate=lambda _: 0.0, out=path, resume=harm is not not_empty)
-    return folder, str(error.value)
+
+    def fails(_):
+        raise error.value
+
+    monkeypatch.setattr(cli, "_audit", fails)  # any command: what main makes of the error
+    return folder, str(error.value), cli.main(["audit", "--network", "any"])
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +226,8 @@ def uninterrupted():
 @pytest.mark.parametrize("fault", FAULTS, ids=[f[0] for f in FAULTS])
 def test_fault(fault, tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patches:
-        folder, sentence = provoke(fault, tmp_path / "run", patches)
-    assert "\n" not in sentence and len(sentence) > 20
+        folder, sentence, code = provoke(fault, tmp_path / "run", patches)
+    assert "\n" not in sentence and len(sentence) > 20 and (code == 0) == (fault[2] is None)
     assert not (tmp_path / "proof").exists()
     assert not list(folder.path.glob("*.tmp"))
     if fault[1] is both_torn:
@@ -232,13 +243,13 @@ def test_fault(fault, tmp_path, monkeypatch, uninterrupted):
 
 
 def test_the_page_shows_what_users_see(tmp_path, monkeypatch):
-    lines = ["| fault | what the user sees | what is kept |", "|---|---|---|"]
+    lines = ["| fault | what the user sees | exit code | what is kept |", "|---|---|---|---|"]
     for i, fault in enumerate(FAULTS):
         with monkeypatch.context() as patches:
-            folder, sentence = provoke(fault, tmp_path / str(i), patches)
+            folder, sentence, code = provoke(fault, tmp_path / str(i), patches)
             if hasattr(folder, "held"):
                 folder.held.release()
-        lines.append(f"| {fault[0]} | {sentence.replace(str(folder.path), 'RUN')} | {fault[3]} |")
+        lines.append(f"| {fault[0]} | {sentence.replace(str(folder.path), 'RUN')} | {code} | {fault[3]} |")
     table = "\n".join(lines)
     start, end = "<!-- made by tests/test_runs.py -->\n", "\n<!-- end -->"
     page = PAGE.read_text()
@@ -273,39 +284,69 @@ def test_history_is_the_rows(tmp_path):
 
 
 def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
-    from granq.cli import main
-
     common = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme release --bits 3,3"
     budget = "--epochs 40 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu"
     out = tmp_path / "run"
     command = [sys.executable, "-m", "granq.cli", "quantize", *common.split(), *budget.split(), "--out", str(out)]
+    again = ["quantize", *common.split(), *budget.split(), "--out", str(out), "--resume"]
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits deafness to it
     pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listens)
     with subprocess.Popen(command, **pipes) as process:
         while not (out / "history.csv").is_file():
             assert process.poll() is None
             time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)  # it stays where it is, and holds the folder
+        assert cli.main(again) == 2
+        assert f"{out} is in use by another process" in capfd.readouterr().err
         process.send_signal(signal.SIGINT)  # Ctrl-C
+        process.send_signal(signal.SIGCONT)
         _, said = process.communicate()
     assert process.returncode == 130
     assert said.splitlines()[-1] == "granq: interrupted; the last checkpoint is kept, --resume continues"
     epochs = RunFolder(out).load()["epoch"]
     assert 1 <= epochs < 40
-    assert main(["evaluate", str(out), "--data", folder, "--device", "cpu"]) == 0
-    assert main(["quantize", *common.split(), *budget.split(), "--out", str(out), "--resume"]) == 0
+    assert cli.main(["evaluate", str(out), "--data", folder, "--device", "cpu"]) == 0
+    assert cli.main(again) == 0
     assert len(pd.read_csv(out / "history.csv")) == 40
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {}}', '{"config": {"nope": 1}}'])
 def test_damaged_config_is_one_sentence(tmp_path, text, capsys):
-    from granq.cli import main
-
     train(network(), replace(TINY, epochs=2), out=tmp_path / "run")
     (tmp_path / "run/config.json").write_text(text)
     capsys.readouterr()
-    assert main(["evaluate", str(tmp_path / "run"), "--data", "digits"]) == 2
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--data", "digits"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and "config.json" in said
+
+
+def test_a_teacher_continues_bit_for_bit(tmp_path, monkeypatch):
+    few = torch.utils.data.Subset(load_split(describe_data("digits"), "train"), range(40))
+    monkeypatch.setattr(models, "load_split", lambda *_: few)
+    learn = partial(train_teacher, "resnet20_cifar10", describe_data("digits"), epochs=3, batch_size=16)
+    whole, write, path = learn()[0], models.write_checkpoint, tmp_path / "t.partial"
+
+    def stops(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(models, "write_checkpoint", stops)
+        learn(checkpoint=path)
+    good = path.read_bytes()
+    for harm, message in ((good[:999], "not a whole file"), (good, "other settings"), (good, None)):
+        path.write_bytes(harm)
+        if message:
+            with pytest.raises(ValueError, match=f"cannot continue from .*{message}.*; remove it to start again"):
+                learn(checkpoint=path, seed=int(harm is good))
+    assert same_bits(learn(checkpoint=path)[0].state_dict(), whole.state_dict())
+
+
+def test_two_processes_do_not_train_one_teacher(tmp_path, capsys):
+    out = tmp_path / "t.safetensors"
+    with runs_module.hold(out, tmp_path / "t.safetensors.lock"):
+        assert cli.main(["teacher", "--data", "digits", "--network", "resnet20_cifar10", "--out", str(out)]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
 
 
 def images_of(kind: str) -> torch.Tensor:
@@ -376,6 +417,19 @@ def test_what_holds_across_thread_counts():
     one, two = losses(1), losses(2)
     first = ["generator_loss", "student_loss", "bn_loss"]
     assert two[first].iloc[0].to_numpy() == pytest.approx(one[first].iloc[0].to_numpy(), rel=1e-4)
+
+
+def test_going_on_elsewhere_is_said(tmp_path):
+    train(network(), replace(TINY, epochs=2), out=tmp_path)
+    facts = RunFolder(tmp_path).read_config()
+    RunFolder(tmp_path).write_config(facts.pop("config"), facts | {"versions": facts["versions"] | {"torch": "1.0"}})
+    with pytest.warns(UserWarning, match="began with .*'1.0'.* and goes on with .*: the last bits may differ"):
+        train(network(), replace(TINY, epochs=2), out=tmp_path, resume=True)
+
+
+def test_measuring_leaves_the_run_as_it_is():
+    results = [train(network(), replace(TINY, epochs=3), evaluate=f) for f in (None, score)]
+    assert same_bits(*(r.student.state_dict() for r in results))
 
 
 def test_deterministic_switch_is_on_during_the_run_only():

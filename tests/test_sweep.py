@@ -44,7 +44,8 @@ def test_sweep_runs_fails_and_continues(folder, teacher, tmp_path, engine):
     assert len(table) == 1 and table.scheme[0] == "layerwise" and table.test_images[0] == 6
 
 
-def test_a_stopped_run_is_continued_from_its_checkpoint(folder, teacher, tmp_path):
+def test_a_stopped_run_is_continued_from_its_checkpoint(folder, teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # wins over what --jobs leaves to each run
     runs = plan(folder, teacher)
     (name,) = runs
     write_plan(tmp_path, runs)
@@ -55,8 +56,10 @@ def test_a_stopped_run_is_continued_from_its_checkpoint(folder, teacher, tmp_pat
     assert sweep_status(tmp_path).state[0] == "stopped"
     with RunFolder(tmp_path / name).claimed():
         assert sweep_status(tmp_path).state[0] == "running"
+        assert run_sweep(tmp_path).state[0] == "running" and "in use" not in (tmp_path / f"{name}.log").read_text()
     assert sweep_results(tmp_path).empty
-    assert run_sweep(tmp_path).state[0] == "done"
+    assert run_sweep(tmp_path, jobs=2).state[0] == "done"
+    assert "1 threads" in RunFolder(tmp_path / name).read_config()["versions"]["device"]
     assert (tmp_path / name / "history.csv").read_bytes() == whole
 
 
