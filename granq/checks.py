@@ -56,8 +56,12 @@ def distinct(data: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"several rows have the same {', '.join(columns)}: the data mix what belongs to several plots")
 
 
-def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+def needs(columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """The first argument is a data frame with rows and ``columns``, and with the column the keyword ``option`` names.
+
+    Args:
+        columns: their names, separated by blanks.
+        option: keyword of the function.
 
     Raises:
         TypeError: it is no data frame.
@@ -75,9 +79,11 @@ def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callabl
             if not isinstance(data, pd.DataFrame):
                 raise TypeError(f"{function.__name__} takes a pandas DataFrame, got {type(data).__name__}")
             chosen = cast("list[str]", [kwargs.get(option, parameters[option].default)] if option else [])
-            if missing := [name for name in (*columns, *chosen) if name not in data]:
+            if missing := [name for name in (*columns.split(), *chosen) if name not in data]:
                 lacks = ", ".join(map(repr, missing))
-                raise ValueError(f"{function.__name__} needs the columns {', '.join(columns)}; the data lack {lacks}")
+                raise ValueError(
+                    f"{function.__name__} needs the columns {', '.join(columns.split())}; the data lack {lacks}"
+                )
             if data.empty:
                 raise ValueError(f"{function.__name__} got a table without rows")
             return function(*args, **kwargs)

@@ -539,12 +539,12 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     (args.out / "results.md").write_text(table)
-    figures.save_figure("accuracy", results, figures.plot_accuracy_bits, args.out, width=4.6)
+    figures.save_figure("accuracy", results, figures.plot_accuracy_bits, args.out, (4.6, 2.4))
     layer = "features.stage2.unit1.body.conv2.conv"
     distortion = analysis.measure_activation_distortion(teacher, data.batches(test, spec), [layer], bits=[2])
     figures.save_figure("activation_distortion", distortion, figures.plot_activation_distortion, args.out)
     frame = analysis.measure_generated_images(result.generator, teacher, spec)
-    figures.save_figure("synthetic_images", frame, figures.plot_synthetic_images, args.out, width=6.8, height=1.2)
+    figures.save_figure("synthetic_images", frame, figures.plot_synthetic_images, args.out, (6.8, 1.2))
     print(table, file=sys.stderr)
     print(f"Next: open {args.out}/accuracy.png, then {args.out}/activation_distortion.png.", file=sys.stderr)
     return {"out": str(args.out), "teacher_top1": teacher_top1} | {

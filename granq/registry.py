@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from granq import analysis, figures, models, qat
 from granq.convert import SCHEMES, quantize_model
 from granq.data import DataSpec, ImageData, batches, describe_data, load_split, write_csv
+from granq.figures import Panels
 from granq.generator import LATENT, build_generator
 
 PRESETS = ("quick", "cifar10")
@@ -365,71 +365,15 @@ def _true_bits(s: Setting) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# How each figure is drawn: rows of panels, each a plot function with its keywords set
-
-Grid = list[list[Callable[..., Axes]]]
-
-
-def _map_panels(data: pd.DataFrame) -> Grid:
-    names = list(dict.fromkeys(data.granularity))
-    draw = figures.plot_granularity_maps
-    return [[partial(draw, granularity=name, colorbar=name == names[-1]) for name in names]]
-
-
-def _distortion_panels(data: pd.DataFrame) -> Grid:
-    rows = itertools.product(dict.fromkeys(data.layer), ("distribution", "error"))
-    draw = figures.plot_activation_distortion
-    return [[partial(draw, layer=n, bits=k, quantity=q) for k in sorted(set(data.bits))] for n, q in rows]
-
-
-def _error_panels(data: pd.DataFrame) -> Grid:
-    modes = analysis.MODES
-    grid: Grid = [
-        [partial(figures.plot_layer_error, metric=m, mode=mode)
-         for mode in modes]
-        for m in ("sqnr_db", "mse", "cosine_similarity")
-    ]  # fmt: skip
-    return [*grid, [partial(figures.plot_channel_error, mode=mode) for mode in modes]]
-
-
-def _curve_panels(data: pd.DataFrame) -> Grid:
-    names = list(figures.TRAINING_LABELS)
-    return [[partial(figures.plot_training_curves, quantity=name) for name in names]]
-
-
-def _table_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_results_table, bits=k) for k in sorted(set(data.bits))]]
-
-
-def _true_bits_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_true_bits, quantity=q) for q in ("bits_per_weight", "quantized_percent")]]
-
-
-def _factorial_panels(data: pd.DataFrame) -> Grid:
-    bits, draw = sorted(set(data.bits)), figures.plot_granularity_factorial
-    rows = itertools.product(sorted(set(data.epochs)), [r for r in ("dynamic", "static") if r in set(data.ranges)])
-    return [[partial(draw, bits=k, ranges=r, epochs=e, colorbar=k == bits[-1]) for k in bits] for e, r in rows]
-
-
-def _scaling_panels(data: pd.DataFrame) -> Grid:
-    draw = figures.plot_scaling_latency
-    return [[partial(draw, against=a, quantity=q) for q in figures.SCALING_LABELS] for a in ("channels", "batch")]
-
-
-def _gap_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_synthetic_gap, quantity=q)] for q in figures.GAP_LABELS]
-
-
 @dataclass(frozen=True)
 class Figure:
     """One figure: the question it answers, its data, its picture, and its description for those who cannot see it."""
 
     question: str
     measure: Callable[[Setting], pd.DataFrame]
-    plot: Callable[..., Axes]
+    panels: Sequence[Panels]  #: below each other
     size: tuple[float, float]  #: width and height in inches
     alt: str
-    panels: Callable[[pd.DataFrame], Grid] | None = None
     teacher: bool = True  #: the measurement depends on the teacher, which its provenance then names
     command: str = ""  #: measures a CSV that names no preset
 
@@ -438,25 +382,29 @@ FIGURES: dict[str, Figure] = {
     "granularity_maps": Figure(
         "What do the scales look like?",
         _granularity_maps,
-        figures.plot_granularity_maps,
+        [Panels(figures.plot_granularity_maps, columns={"granularity": None})],
         (6.8, 2.4),
         "Maps of images by channels, colored by quantization step, one map per granularity: one color for per tensor, "
         "vertical stripes for per channel, horizontal stripes for per image, single cells for GranQ.",
-        _map_panels,
     ),
     "activation_distortion": Figure(
         "What do few bits do to activations?",
         _activation_distortion,
-        figures.plot_activation_distortion,
+        [
+            Panels(
+                figures.plot_activation_distortion,
+                {"layer": None, "quantity": ("distribution", "error")},
+                {"bits": None},
+            )
+        ],
         (6.8, 9.0),
         "For three layers and 3, 4 and 5 bits: share of values above each activation, in full precision and under "
         "per-tensor, per-channel and GranQ scales, and below it the root mean square error by activation value.",
-        _distortion_panels,
     ),
     "channel_scales": Figure(
         "How far apart are the channels?",
         _channel_scales,
-        figures.plot_channel_scales,
+        [Panels(figures.plot_channel_scales)],
         (6.8, 3.2),
         "A logarithmic axis of quantization steps over all layers, one point per channel, synthetic images beside "
         "real ones, with a bar at each median.",
@@ -464,16 +412,20 @@ FIGURES: dict[str, Figure] = {
     "layer_error": Figure(
         "Which layer is guilty?",
         _layer_error,
-        figures.plot_layer_error,
+        [
+            Panels(
+                figures.plot_layer_error, {"metric": ("sqnr_db", "mse", "cosine_similarity")}, {"mode": analysis.MODES}
+            ),
+            Panels(figures.plot_channel_error, columns={"mode": analysis.MODES}),
+        ],
         (6.8, 7.2),
         "SQNR, mean square error and cosine similarity over the layers, one line per scheme, left with clean inputs "
         "and right with quantized inputs; the bottom row shows every channel of the worst layer.",
-        _error_panels,
     ),
     "accuracy_bits": Figure(
         "How much accuracy is left at each bit width?",
         lambda s: s.accuracy,
-        figures.plot_accuracy_bits,
+        [Panels(figures.plot_accuracy_bits)],
         (6.8, 2.8),
         "Test accuracy over bit widths, one column of points per scheme, open points before training and filled "
         "points after it, with the teacher as a dotted line and published results as dashes where there are any.",
@@ -481,17 +433,16 @@ FIGURES: dict[str, Figure] = {
     "true_bits": Figure(
         "How many bits is a 3-bit network?",
         _true_bits,
-        figures.plot_true_bits,
+        [Panels(figures.plot_true_bits, columns={"quantity": [*figures.TRUE_BITS_LABELS]})],
         (6.8, 2.6),
         "Five networks, one point per scheme: left the bits per weight with scales and zero points counted in and a "
         "dotted line at the label, right the share of weights that are really quantized.",
-        _true_bits_panels,
         teacher=False,
     ),
     "quantizer_latency": Figure(
         "What does it cost to quantize activations?",
         _quantizer_latency,
-        figures.plot_quantizer_latency,
+        [Panels(figures.plot_quantizer_latency)],
         (6.8, 2.8),
         "Logarithmic time of one fake quantization, forward and backward, over activation shapes: layer-wise, a loop "
         "over channels, the textbook chain and GranQ's vectorized step, above the time of copying the same bytes.",
@@ -501,38 +452,41 @@ FIGURES: dict[str, Figure] = {
     "scaling_latency": Figure(
         "What does it cost to apply the scales?",
         _scaling_latency,
-        figures.plot_scaling_latency,
+        [
+            Panels(
+                figures.plot_scaling_latency,
+                {"against": ("channels", "batch")},
+                {"quantity": [*figures.SCALING_LABELS]},
+            )
+        ],
         (6.8, 4.2),
         "Time, peak memory and number of scale multiplications of one quantized convolution against channels (top) and "
         "batch (bottom), both axes logarithmic, one line per execution: layer-wise, accumulation-time in a loop and "
         "grouped, pre-scaled, folded.",
-        _scaling_panels,
         teacher=False,
         command="granq bench scaling --out FOLDER",
     ),
     "granularity_factorial": Figure(
         "Which choice is worth how much?",
         _granularity_factorial,
-        figures.plot_granularity_factorial,
+        [Panels(figures.plot_granularity_factorial, {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None})],
         (6.8, 3.6),
         "Maps of test accuracy, weight granularities down and activation granularities across, one map per bit width, "
         "with dynamic ranges above and static ones below; every cell holds its percent, a dash where no range exists.",
-        _factorial_panels,
         command="granq factorial --network resnet20_cifar10 --run RUN --out FILE.csv",
     ),
     "training_curves": Figure(
         "How does a run go?",
         lambda s: s.zero_shot[1],
-        figures.plot_training_curves,
+        [Panels(figures.plot_training_curves, columns={"quantity": [*figures.TRAINING_LABELS]})],
         (6.8, 1.8),
         "Five small panels over epochs: generator loss, student loss, BatchNorm distance, the teacher's accuracy on "
         "synthetic images and the student's test accuracy, with the warm-up shaded.",
-        _curve_panels,
     ),
     "synthetic_images": Figure(
         "What does the generator draw?",
         lambda s: s.zero_shot[2].assign(name=s.zero_shot[2].label.map(dict(enumerate(s.class_names)))),
-        figures.plot_synthetic_images,
+        [Panels(figures.plot_synthetic_images)],
         (6.8, 3.2),
         "Generated images, one column per class and one row per epoch, each with the teacher's probability of the "
         "class that was asked for.",
@@ -540,20 +494,18 @@ FIGURES: dict[str, Figure] = {
     "synthetic_gap": Figure(
         "How far are synthetic images from real ones, seen from inside the network?",
         _synthetic_gap,
-        figures.plot_synthetic_gap,
+        [Panels(figures.plot_synthetic_gap, {"quantity": [*figures.GAP_LABELS]})],
         (6.8, 4.6),
         "Three rows over the layers: Kolmogorov-Smirnov distance, difference of means and ratio of variances, one "
         "point per channel, synthetic against real images beside real against other real images.",
-        _gap_panels,
     ),
     "results_table": Figure(
         "How do these results compare with published ones?",
         lambda s: figures.results_table(s.accuracy).assign(teacher_test_top1=s.accuracy.teacher_test_top1.iloc[0]),
-        figures.plot_results_table,
+        [Panels(figures.plot_results_table, columns={"bits": None})],
         (6.8, 3.6),
         "One panel per bit width, one line per method, the position is the number of points lost against the method's "
         "own teacher; measured methods filled with their spread, published ones open.",
-        _table_panels,
     ),
 }
 
@@ -597,7 +549,7 @@ def redraw_figures(names: Iterable[str], folder: Path) -> list[str]:
         raise ValueError(f"{folder} holds no CSV of a figure; granq figures measures them")
     for name in names:
         figure = FIGURES[name]
-        figures.draw_figure(name, figure.plot, folder, *figure.size, figure.panels)
+        figures.draw_figure(name, folder, figure.size, figure.panels)
         if name == "results_table":
             table = pd.read_csv(folder / f"{name}.csv")
             (folder / f"{name}.md").write_text(figures.table_text(table, "markdown"))

@@ -79,8 +79,7 @@ def test_plots_are_pure(name: str, frames: dict[str, pd.DataFrame]) -> None:
     data, style, rng = frames[name], dict(mpl.rcParams), np.random.get_state()[1].copy()
     copy = data.copy(deep=True)
     figure, (ax, other) = plt.subplots(1, 2)
-    panels = registry.FIGURES[name].panels
-    for draw in itertools.chain(*panels(data)) if panels else [registry.FIGURES[name].plot]:
+    for draw in itertools.chain(*(row for panels in registry.FIGURES[name].panels for row in panels.grid(data))):
         ax.clear()
         assert draw(data, ax=ax) is ax
         assert ax.has_data() or ax.texts
