@@ -93,12 +93,12 @@ SQNR_CEILING = 60.0  # decibels; beyond it (1x1 kernels with their own scale rea
 
 def role(name: str) -> Role:
     """Look of a scheme or image source; an unknown name is drawn black."""
-    return ROLES.get(name, Role(name, "#222222", "x"))
+    return ROLES.get(name, Role(name, "#222222", "X"))
 
 
 def granularity_role(name: str) -> Role:
     """Look of a granularity of activations: that of the scheme which is built on it."""
-    return _GRANULARITY_ROLES.get(name, Role(name, "#222222", "x"))
+    return _GRANULARITY_ROLES.get(name, Role(name, "#222222", "X"))
 
 
 @needs("channel granularity image scale")
