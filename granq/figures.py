@@ -536,8 +536,9 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes
             canvas[y * line : y * line + size, x * cell : x * cell + size] = decode_pixels(str(row.pixels), size)
             at = x * cell + size / 2, y * line + size * 1.2
             ax.text(*at, f"{row.confidence:.0%}", ha="center", va="center", fontsize=6)
-        first, several = rows.iloc[0], data["sample"].nunique() > 1
-        said = [f"epoch {first.epoch}"] * ("epoch" in data) + [f"sample {first['sample'] + 1}"] * several
+        said = [f"epoch {rows['epoch'].iloc[0]}"] if "epoch" in data else []
+        if data["sample"].nunique() > 1:
+            said.append(f"sample {rows['sample'].iloc[0] + 1}")
         words.append("\n".join(said))
     ax.imshow(canvas, interpolation="nearest")
     labels = groups[0]["name" if "name" in data else "label"].astype(str)

@@ -132,6 +132,10 @@ def test_artists_hold_the_values(frames: dict[str, pd.DataFrame]) -> None:
     image = figures.plot_granularity_maps(frames["granularity_maps"], granularity="per_sample_channel").images[0]
     assert image.get_array().shape == (4, 4)
     plt.figure()
+    drawn = frames["synthetic_images"]  # without epochs, as the demo and the explorers draw it
+    words = [t.get_text() for t in figures.plot_synthetic_images(drawn[drawn.epoch == 1].drop(columns="epoch")).texts]
+    assert words == [f"{c:.0%}" for c in drawn.confidence[drawn.epoch == 1]]
+    plt.figure()
     ax = figures.plot_accuracy_bits(accuracy())
     points = np.concatenate([c.get_offsets()[:, 1] for c in ax.collections if len(c.get_offsets())])
     assert {75.1, 72.8} <= set(points), "published results are missing"
