@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -720,26 +718,15 @@ def draw_figure(name: str, folder: Path, size: tuple[float, float], panels: Sequ
     """Draw ``folder/name.csv`` as SVG and PNG: the grids of ``panels``, which have equal columns, below each other."""
     data = pd.read_csv(folder / f"{name}.csv")
     grid = [row for part in panels for row in part.grid(data)]
-    with _agg(), plt.style.context(STYLE):
-        figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False)
+    with plt.style.context(STYLE):
+        figure = Figure(figsize=size)  # not one of pyplot's: it needs no screen, and nobody has to close it
+        axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
         for draw, ax in zip(itertools.chain(*grid), axes.flat, strict=True):
             draw(data, ax=ax)
         if axes.size > 1:
             _share_labels(figure, axes)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        plt.close(figure)
-
-
-@contextmanager
-def _agg() -> Iterator[None]:
-    """Draw without a screen; the backend of the caller comes back, whatever happens."""
-    backend = matplotlib.get_backend()
-    plt.switch_backend("agg")
-    try:
-        yield
-    finally:
-        plt.switch_backend(backend)
 
 
 def _select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
