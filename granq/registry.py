@@ -27,7 +27,7 @@ from granq.checks import one_of
 from granq.convert import SCHEMES, quantize_model
 from granq.data import DataSpec, ImageData, batches, describe_data, load_split, write_csv
 from granq.figures import Panels
-from granq.generator import Generator, build_generator
+from granq.generator import Generator
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 RESULTS = "results_cifar10.csv"
@@ -187,12 +187,9 @@ class Setting:
     def _read_runs(self) -> tuple[Generator, pd.DataFrame, pd.DataFrame]:
         configs = [qat.QATConfig.from_dict(json.loads((r / "config.json").read_text())["config"]) for r in self.runs]
         history = [_history(pd.read_csv(r / "history.csv"), c) for r, c in zip(self.runs, configs, strict=True)]
-        state = torch.load(self.runs[0] / "checkpoint.pt", map_location=self.device, weights_only=True)
-        generator = build_generator(self.spec.classes, self.spec.image_size).to(self.device)
-        generator.load_state_dict(state["generator"])
-        generator.train()
+        generator = qat.load_generator(self.runs[0], self.device).train()
         drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, per_class=3, seed=self.seed)
-        return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=state["epoch"])
+        return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=history[0].epoch.max())
 
     @cached_property
     def accuracy(self) -> pd.DataFrame:
