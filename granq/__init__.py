@@ -22,57 +22,25 @@ __version__ = "0.1.0"
 
 # Public names by module, imported at first use: ``granq --help`` and ``import granq`` stay quick.
 _PUBLIC = {
-    "analysis": (
-        "decode_pixels",
-        "layer_names",
-        "measure_activation_distortion",
-        "measure_channel_histograms",
-        "measure_channel_scales",
-        "measure_generated_images",
-        "measure_layer_error",
-        "measure_scale_maps",
-        "measure_synthetic_gap",
-        "sqnr_db",
-    ),
-    "auditing": ("audit", "summarize_audit"),
-    "bench": ("measure_latency_quantizer", "measure_latency_scaling"),
-    "convert": ("SCHEMES", "Scheme", "activation_places", "calibrate", "freeze_ranges", "quantize_model"),
-    "data": ("DataSpec", "batches", "describe_data", "load_split"),
-    "figures": (
-        "plot_accuracy_bits",
-        "plot_activation_distortion",
-        "plot_channel_histogram",
-        "plot_channel_error",
-        "plot_channel_scales",
-        "plot_granularity_factorial",
-        "plot_granularity_maps",
-        "plot_layer_error",
-        "plot_quantizer_latency",
-        "plot_results_table",
-        "plot_scaling_latency",
-        "plot_synthetic_gap",
-        "plot_synthetic_images",
-        "plot_training_curves",
-        "plot_true_bits",
-        "results_table",
-        "save_figure",
-    ),
-    "generator": ("Generator", "build_generator", "synthesize"),
-    "integer": ("export_onnx", "integer_model", "measure_integer_agreement", "save_integers"),
-    "models": ("build_network", "digits_teacher", "load_teacher", "save_teacher", "top1_on", "train_teacher"),
-    "registry": ("FIGURES", "Setting", "make_figures", "redraw_figures"),
-    "qat": ("QATConfig", "Result", "quick", "train"),
-    "quantizer": (
-        "GRANULARITIES",
-        "QParams",
-        "choose_qparams",
-        "compile_quantizer",
-        "dequantize",
-        "fake_quantize",
-        "quantize",
-    ),
+    "analysis": "decode_pixels layer_names measure_activation_distortion measure_channel_histograms "
+    "measure_channel_scales measure_generated_images measure_layer_error measure_scale_maps "
+    "measure_synthetic_gap sqnr_db",
+    "auditing": "audit summarize_audit",
+    "bench": "measure_latency_quantizer measure_latency_scaling",
+    "convert": "SCHEMES Scheme activation_places calibrate freeze_ranges quantize_model",
+    "data": "DataSpec batches describe_data load_split",
+    "figures": "plot_accuracy_bits plot_activation_distortion plot_channel_histogram plot_channel_error "
+    "plot_channel_scales plot_granularity_factorial plot_granularity_maps plot_layer_error "
+    "plot_quantizer_latency plot_results_table plot_scaling_latency plot_synthetic_gap "
+    "plot_synthetic_images plot_training_curves plot_true_bits results_table save_figure",
+    "generator": "Generator build_generator synthesize",
+    "integer": "export_onnx integer_model measure_integer_agreement save_integers",
+    "models": "build_network digits_teacher load_teacher save_teacher top1_on train_teacher",
+    "registry": "FIGURES Setting make_figures redraw_figures",
+    "qat": "QATConfig Result quick train",
+    "quantizer": "GRANULARITIES QParams choose_qparams compile_quantizer dequantize fake_quantize quantize",
 }
-_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
 __all__ = sorted(_MODULE_OF)
 

@@ -118,9 +118,7 @@ def measure_activation_distortion(
         for an empty bin), mse and sqnr_db of the whole layer (repeated in its rows), images.
     """
     edges: dict[str, tuple[float, float]] = {}
-    # full precision counts, quantized counts, squared error; the signal is one number a layer
-    sums: dict[tuple[str, int, str], Tensor] = {}
-    signal: dict[str, float] = {}
+    sums = _Sums()  # (4, BINS): counts of full-precision and of quantized values, squared error, squared signal
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
         x = _channels_first(x)
@@ -130,29 +128,28 @@ def measure_activation_distortion(
             return ((values.flatten() - low) * (BINS / max(high - low, 1e-12))).long().clamp_(0, BINS - 1)
 
         index = bin_of(x)
-        full = torch.bincount(index, minlength=BINS).double()
-        signal[name] = signal.get(name, 0.0) + x.double().square().sum().item()
-        for k in bits:
-            for granularity in granularities:
-                value = fake_quantize_with(x, choose_qparams(x, k, granularity), k)
-                error = torch.bincount(index, (value - x).flatten().double().square(), minlength=BINS)
-                new = torch.stack([full, torch.bincount(bin_of(value), minlength=BINS).double(), error]).cpu()
-                key = (name, k, granularity)
-                sums[key] = sums[key] + new if key in sums else new
+        full, signal = (
+            torch.bincount(index, v.flatten().double(), BINS) for v in (torch.ones_like(x), x.double().square())
+        )
+        for k, granularity in product(bits, granularities):
+            value = fake_quantize_with(x, choose_qparams(x, k, granularity), k)
+            error = torch.bincount(index, (value - x).flatten().double().square(), BINS)
+            quantized = torch.bincount(bin_of(value), minlength=BINS).double()
+            sums.add((name, k, granularity), torch.stack([full, quantized, error, signal]))
 
     with layer_calls(model, _checked(model, layers), visit):
         count = _run(model, batches, "activation distortion")
     frames = []
-    for (name, k, granularity), (full, quantized, error) in sums.items():
+    for (name, k, granularity), (full, quantized, error, signal) in sums.items():
         low, high = edges[name]
         bounds = np.linspace(low, max(high, low + 1e-12), BINS + 1)
         density = (full.sum() * (bounds[1] - bounds[0])).item()
-        values: dict[str, Any] = dict(layer=name, bits=k, granularity=granularity)
-        values |= dict(bin_left=bounds[:-1], bin_right=bounds[1:])
-        values |= dict(density_full_precision=full.numpy() / density, density_quantized=quantized.numpy() / density)
-        values["rms_error"] = (error / full).sqrt().numpy()  # 0 / 0 is NaN: nothing was seen there
-        values["mse"] = (error.sum() / full.sum()).item()
-        values["sqnr_db"] = _decibel(signal[name], error.sum().item())
+        values = {
+            "layer": name, "bits": k, "granularity": granularity, "bin_left": bounds[:-1], "bin_right": bounds[1:],
+            "density_full_precision": full / density, "density_quantized": quantized / density,
+            "rms_error": (error / full).sqrt(),  # 0 / 0 is NaN: nothing was seen there
+            "mse": (error.sum() / full.sum()).item(), "sqnr_db": _decibel(signal.sum().item(), error.sum().item()),
+        }  # fmt: skip
         frames.append(pd.DataFrame(values | {"images": count}))
     return pd.concat(frames, ignore_index=True)
 
@@ -238,42 +235,30 @@ def measure_channel_scales(
         images), scale_min, scale_max (over images), images.
     """
     per_image = granularity in ("per_sample", "per_sample_channel")
-    kept: dict[str, Tensor] = {}  # (3, C): sum, minimum, maximum of the scales; or (2, C): lowest and highest value
+    sums, lowest, highest = _Sums(), _Sums(torch.minimum), _Sums(torch.maximum)
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
         x = _channels_first(x)
-        if per_image:
+        if per_image:  # of the scales; of the values otherwise
             scale = choose_qparams(x, bits, granularity).scale.flatten(1).expand(x.shape[:2]).double()
-            new = torch.stack([scale.sum(0), scale.amin(0), scale.amax(0)])
+            low, high = scale.amin(0), scale.amax(0)
+            sums.add(name, torch.stack([scale.sum(0), torch.full_like(low, len(x))]))
         else:
-            new = torch.stack([v.flatten().expand(x.shape[1]) for v in min_max(x, granularity)])
-        old = kept.get(name)
-        if old is not None and per_image:
-            new = torch.stack([old[0] + new[0], torch.minimum(old[1], new[1]), torch.maximum(old[2], new[2])])
-        elif old is not None:
-            new = torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
-        kept[name] = new
+            low, high = (v.flatten().expand(x.shape[1]) for v in min_max(x, granularity))
+        lowest.add(name, low)
+        highest.add(name, high)
 
-    rows: dict[str, int] = {}
-
-    def counted(name: str, x: Tensor, out: Tensor) -> None:
-        rows[name] = rows.get(name, 0) + len(_channels_first(x))
-        visit(name, x, out)
-
-    with layer_calls(model, _checked(model, layer_names(model)), counted):
+    with layer_calls(model, _checked(model, layer_names(model)), visit):
         count = _run(model, batches, f"channel scales, {source}")
     frames = []
-    for name, values in kept.items():
-        if per_image:
-            mean, low, high = values[0] / rows[name], values[1], values[2]
-        else:
-            mean = low = high = qparams_from_range(values[0], values[1], bits).scale
-        columns = {"scale": mean, "scale_min": low, "scale_max": high}
-        frame = pd.DataFrame({k: v.double().cpu().numpy() for k, v in columns.items()})
-        frame.insert(0, "channel", range(len(frame)))
-        frames.append(frame.assign(layer=name, source=source, granularity=granularity, bits=bits, images=count))
-    order = ["layer", "channel", "source", "granularity", "bits", "scale", "scale_min", "scale_max", "images"]
-    return pd.concat(frames, ignore_index=True)[order]
+    for name, low in lowest.items():
+        mean, high = sums[name][0] / sums[name][1] if per_image else low, highest[name]
+        if not per_image:
+            mean = low = high = qparams_from_range(low, high, bits).scale
+        values = {"channel": range(len(mean)), "source": source, "granularity": granularity, "bits": bits}
+        scales = {"scale": mean.double(), "scale_min": low.double(), "scale_max": high.double()}
+        frames.append(pd.DataFrame({"layer": name} | values | scales | {"images": count}))
+    return pd.concat(frames, ignore_index=True)
 
 
 @torch.no_grad()
@@ -405,42 +390,34 @@ def measure_synthetic_gap(
         images_synthetic, images_real.
     """
     edges: dict[str, Tensor] = {}  # (C, BINS)
-    levels = torch.linspace(0, 1, BINS, dtype=torch.float64)
 
-    def collect(batches: Iterable[Batch], text: str) -> tuple[dict[str, Tensor], int]:
-        sums: dict[str, Tensor] = {}  # (C, 3 + BINS): count, sum, sum of squares, values up to each edge
+    def collect(batches: Iterable[Batch], text: str) -> tuple[_Sums, int]:
+        sums = _Sums()  # (C, 3 + BINS): count, sum, sum of squares, values up to each edge
 
         def visit(name: str, x: Tensor, _: Tensor) -> None:
             flat = _channels_first(x).transpose(0, 1).flatten(1).contiguous()  # (C, values)
             if name not in edges:
-                edges[name] = _quantiles(flat, levels)
+                edges[name] = _quantiles(flat, BINS)
             # bin b holds the values in (edge[b-1], edge[b]]; the cumulative sum is the distribution function
             index = torch.searchsorted(edges[name], flat)
             counts = torch.zeros(len(flat), BINS + 1, dtype=torch.float64, device=x.device)
             counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
             values = flat.double()
             moments = torch.stack([torch.full_like(values[:, 0], flat.shape[1]), values.sum(1), values.square().sum(1)])
-            new = torch.cat([moments.T, counts.cumsum(1)[:, :-1]], 1).cpu()
-            sums[name] = sums[name] + new if name in sums else new
+            sums.add(name, torch.cat([moments.T, counts.cumsum(1)[:, :-1]], 1))
 
         with layer_calls(model, _checked(model, layer_names(model)), visit):
-            count = _run(model, batches, f"synthetic gap, {text}")
-        return sums, count
+            return sums, _run(model, batches, f"synthetic gap, {text}")
 
     real, real_count = collect(real_batches, "real")  # first: it fixes the edges
     synthetic, synthetic_count = collect(synthetic_batches, "synthetic")
     frames = []
     for name, values in real.items():
-        frame = pd.DataFrame({"layer": name, "channel": range(len(values))})
-        moments = {}
-        for source, s in (("synthetic", synthetic[name]), ("real", values)):
-            mean = s[:, 1] / s[:, 0]
-            moments[f"mean_{source}"], moments[f"variance_{source}"] = mean, s[:, 2] / s[:, 0] - mean.square()
-        for column in ("mean_synthetic", "mean_real", "variance_synthetic", "variance_real"):
-            frame[column] = moments[column].clamp_min(0 if "variance" in column else -torch.inf).numpy()
-        distance = synthetic[name][:, 3:] / synthetic[name][:, :1] - values[:, 3:] / values[:, :1]
-        frame["ks_distance"] = distance.abs().amax(1).numpy()
-        frames.append(frame)
+        other, own = ((v[:, 1:] / v[:, :1]).T for v in (synthetic[name], values))  # per value, (2 + BINS, C)
+        gap = {"mean_synthetic": other[0], "mean_real": own[0]}
+        gap |= {f"variance_{k}": (v[1] - v[0].square()).clamp_min(0) for k, v in (("synthetic", other), ("real", own))}
+        gap["ks_distance"] = (other - own)[2:].abs().amax(0)
+        frames.append(pd.DataFrame({"layer": name, "channel": range(len(values))} | gap))
     result = pd.concat(frames, ignore_index=True)
     return result.assign(images_synthetic=synthetic_count, images_real=real_count)
 
@@ -553,7 +530,7 @@ def _histograms(x: Tensor, channels: Tensor, bits: int, granularity: str) -> pd.
 
 
 def _energy(x: Tensor) -> Tensor:
-    """Sum of squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, float64 between images."""
+    """Sum of squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, float64 between."""
     if x.dim() != 4:
         return x.flatten(0, -2).double().square().sum(0)
     rows = x.flatten(2)
@@ -584,7 +561,19 @@ def _input_quantizers(student: fx.GraphModule) -> dict[str, ActQuantizer]:
     return found
 
 
-def _quantiles(flat: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles of every row, (C, values) -> (C, levels), by sorting: torch.quantile refuses large inputs."""
-    index = (levels * (flat.shape[1] - 1)).round().long().to(flat.device)
+def _quantiles(flat: Tensor, count: int) -> Tensor:
+    """``count`` quantiles from 0 to 1 of every row, (C, values) -> (C, count); torch.quantile refuses large inputs."""
+    index = torch.linspace(0, flat.shape[1] - 1, count, dtype=torch.float64).round().long().to(flat.device)
     return flat.sort(1).values[:, index].contiguous()
+
+
+class _Sums(dict[Any, Tensor]):
+    """Running sums by key, kept on the CPU; ``combine`` is another way to merge old and new, such as a minimum."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
+        super().__init__()
+        self.combine = combine
+
+    def add(self, key: Any, new: Tensor) -> None:
+        """Merge ``new`` into what is kept under ``key``."""
+        self[key] = self.combine(self[key], new.cpu()) if key in self else new.cpu()

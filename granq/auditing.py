@@ -103,58 +103,57 @@ def _row(
     first: dict[Any, str],
 ) -> dict[str, Any]:
     weight = layer.weight.detach()
-    shared = first.setdefault(layer, name)
-    original: Tensor = weight
-    quantizer: WeightQuantizer | None = None
-    if parametrize.is_parametrized(layer, "weight"):
-        original = layer.parametrizations.weight.original.detach()
-        quantizer = cast(WeightQuantizer, layer.parametrizations.weight[0])
-    sqnr = float(sqnr_db(original, weight, tuple(range(weight.dim()))))
-    scales, levels, bits = 0, 0, 32.0
-    if quantizer is not None:
-        # A folded weight has its levels in units of the input steps.
-        grid = weight * quantizer.input_step(original) if quantizer.source is not None else weight
-        low, _ = min_max(original, quantizer.granularity)
-        scales, levels = low.numel(), _levels(grid, low.numel())
-        if sqnr < QUANTIZED_DB:
-            bits = quantizer.bits + _SCALE_BITS * scales / weight.numel()
-    place, source = sources.get(name) or ("", None)
-    activation_bits = 32.0
-    if source is not None and calls:
-        shape = calls[0][0]
-        groups = 1 if source.granularity == "per_tensor" else shape[0] if source.granularity == "per_sample" else 0
-        if not groups:  # a scale per channel, of the batch or of every image; a row of a matrix has one
-            groups = (
-                shape[1] if source.granularity == "per_channel" else shape[0] * (shape[1] if len(shape) == 4 else 1)
-            )
-        activation_bits = source.bits + _SCALE_BITS * groups / max(torch.Size(shape).numel(), 1)
-    if shared != name:
-        status = f"shared with {shared}"
-    elif not calls:
-        status = "not reached"
-    elif not isinstance(layer, LAYERS):
-        status = "transposed: not quantized" if layer.__class__.__name__.startswith("ConvTr") else "not quantized"
-    else:
-        groups = getattr(layer, "groups", 1)
-        status = "" if groups == 1 else "depthwise" if groups == layer.in_channels else "grouped"
-    counted = shared == name
-    return {
+    counted = first.setdefault(layer, name) == name  # under its first name only
+    row: dict[str, Any] = {
         "layer": name,
         "type": type(layer).__name__.removeprefix("Parametrized"),
         "weight_shape": "x".join(map(str, weight.shape)),
         "weights": weight.numel() if counted else 0,
         "macs": sum(m for _, m in calls) if counted else 0,
-        "weight_granularity": quantizer.granularity if quantizer is not None else "",
-        "levels": levels,
-        "weight_sqnr_db": sqnr,
-        "input_quantized": place,
-        "scales": scales,
-        "bits_per_weight": bits,
-        "bits_per_activation": activation_bits,
-        "weight_bits": quantizer.bits if quantizer is not None else 0,
-        "low_bit": bool(quantizer is not None and sqnr < QUANTIZED_DB and place),
-        "status": status,
+        "weight_granularity": "",
+        "levels": 0,
+        "weight_sqnr_db": float("inf"),
+        "input_quantized": "",
+        "scales": 0,
+        "bits_per_weight": 32.0,
+        "bits_per_activation": 32.0,
+        "weight_bits": 0,
     }
+    if parametrize.is_parametrized(layer, "weight"):
+        original = layer.parametrizations.weight.original.detach()
+        quantizer = cast(WeightQuantizer, layer.parametrizations.weight[0])
+        groups = min_max(original, quantizer.granularity)[0].numel()
+        # a folded weight has its levels in units of the input steps
+        grid = weight if quantizer.source is None else weight * quantizer.input_step(original)
+        sqnr = float(sqnr_db(original, weight, tuple(range(weight.dim()))))
+        row |= dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits, scales=groups)
+        row |= dict(levels=_levels(grid, groups), weight_sqnr_db=sqnr)
+        if sqnr < QUANTIZED_DB:
+            row["bits_per_weight"] = quantizer.bits + _SCALE_BITS * groups / weight.numel()
+    if name in sources:
+        row["input_quantized"], source = sources[name]
+        if calls:
+            row["bits_per_activation"] = source.bits + _SCALE_BITS * _scales_per_value(source.granularity, calls[0][0])
+    row["low_bit"] = bool(row["weight_sqnr_db"] < QUANTIZED_DB and row["input_quantized"])
+    row["status"] = _status(layer, bool(calls)) if counted else f"shared with {first[layer]}"
+    return row
+
+
+def _scales_per_value(granularity: str, shape: tuple[int, ...]) -> float:
+    """Scales of an activation for each of its values; a row of a matrix has one scale."""
+    images, channels = shape[:2]
+    own = images * channels if len(shape) == 4 else images
+    scales = {"per_tensor": 1, "per_sample": images, "per_channel": channels, "per_sample_channel": own}[granularity]
+    return scales / max(torch.Size(shape).numel(), 1)
+
+
+def _status(layer: nn.Module, reached: bool) -> str:
+    if not reached:
+        return "not reached"
+    if not isinstance(layer, LAYERS):
+        return "transposed: not quantized" if layer.__class__.__name__.startswith("ConvTr") else "not quantized"
+    groups = getattr(layer, "groups", 1)
+    return "" if groups == 1 else "depthwise" if groups == layer.in_channels else "grouped"
 
 
 def _levels(weight: Tensor, groups: int) -> int:

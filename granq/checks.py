@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,12 @@ def distinct(data: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"several rows have the same {', '.join(columns)}: the data mix what belongs to several plots")
 
 
-def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+def needs(columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """The first argument is a data frame with rows and ``columns``, and with the column the keyword ``option`` names.
+
+    Args:
+        columns: their names, separated by blanks.
+        option: keyword of the function.
 
     Raises:
         TypeError: it is no data frame.
@@ -65,7 +69,7 @@ def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callabl
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = signature(function).parameters
+        name, parameters = function.__name__, signature(function).parameters
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -73,13 +77,13 @@ def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callabl
 
             data: Any = args[0] if args else kwargs.get("data")
             if not isinstance(data, pd.DataFrame):
-                raise TypeError(f"{function.__name__} takes a pandas DataFrame, got {type(data).__name__}")
-            chosen = cast("list[str]", [kwargs.get(option, parameters[option].default)] if option else [])
-            if missing := [name for name in (*columns, *chosen) if name not in data]:
-                lacks = ", ".join(map(repr, missing))
-                raise ValueError(f"{function.__name__} needs the columns {', '.join(columns)}; the data lack {lacks}")
+                raise TypeError(f"{name} takes a pandas DataFrame, got {type(data).__name__}")
+            chosen: list[Any] = [kwargs.get(option, parameters[option].default)] if option else []
+            if missing := [column for column in (*columns.split(), *chosen) if column not in data]:
+                lacks, every = ", ".join(map(repr, missing)), columns.replace(" ", ", ")
+                raise ValueError(f"{name} needs the columns {every}; the data lack {lacks}")
             if data.empty:
-                raise ValueError(f"{function.__name__} got a table without rows")
+                raise ValueError(f"{name} got a table without rows")
             return function(*args, **kwargs)
 
         return checked
@@ -89,13 +93,13 @@ def needs(*columns: str, option: str = "") -> Callable[[Callable[P, R]], Callabl
 
 def takes_model(function: Callable[P, R]) -> Callable[P, R]:
     """The first argument is a network. Raises TypeError if it is not."""
+    first = next(iter(signature(function).parameters))
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        name, given = next(iter(signature(function).parameters)), args[0] if args else None
-        given = kwargs.get(name, given)
+        given = args[0] if args else kwargs.get(first)
         if not isinstance(given, nn.Module):
-            raise TypeError(f"{function.__name__}: {name} must be a torch.nn.Module, got {type(given).__name__}")
+            raise TypeError(f"{function.__name__}: {first} must be a torch.nn.Module, got {type(given).__name__}")
         return function(*args, **kwargs)
 
     return checked

@@ -1,4 +1,4 @@
-"""The command line: ``granq demo | teacher | quantize | evaluate``. Bad input: one sentence, exit code 2."""
+"""The command line, ``granq COMMAND``. Bad input: one sentence, exit code 2."""
 
 from __future__ import annotations
 
@@ -61,11 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--scheme", required=True)
     sub.add_argument("--bits", required=True, help="weights,activations such as 3,3")
     sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
     sub.add_argument("--recipe", default="adadfq")
     sub.add_argument("--seed", type=int, default=0)
-    for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
-        sub.add_argument(f"--{name}", type=int)
+    _add_budget(sub)
     sub.add_argument("--generator", type=Path, help="start from the generator of this run; --warmup-epochs is then 0")
     sub.add_argument("--reestimate-batchnorm", action="store_true", help="undo the shift that quantization causes")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -80,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--bits", nargs="+", help="such as 3,3 4,4")
     sub.add_argument("--recipes", nargs="+", default=["adadfq"])
     sub.add_argument("--seeds", nargs="+", type=int, default=[0])
-    sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
-    for name in ("epochs", "iterations", "batch-size", "warmup-epochs", "image-size"):
-        sub.add_argument(f"--{name}", type=int)
+    _add_budget(sub)
     sub.add_argument("--jobs", type=int, default=1, help="runs at once")
     sub.add_argument("--engine", default="joblib", help="joblib, or submitit for Slurm")
     sub.add_argument("--status", action="store_true", help="print the table and start nothing")
@@ -142,6 +138,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+BUDGET = ("preset", "epochs", "iterations", "batch_size", "warmup_epochs", "image_size")
+
+
+def _add_budget(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
+    for name in BUDGET[1:]:
+        sub.add_argument(f"--{name.replace('_', '-')}", type=int)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Exit code 0: done; 1: failed on the way; 2: bad input; 130: interrupted."""
     args = build_parser().parse_args(argv)
@@ -184,27 +189,20 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     spec = data.describe_data(args.data, args.network, args.image_size)
     device = qat.resolve_device(args.device)
     models.build_network(args.network, spec.classes)  # an unknown name is told before any image is read
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.pretrained:
         model, spec = models.load_teacher(args.network, spec, None, device)
         top1 = models.top1_on(model, data.load_split(spec, "test"), spec, device)
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        options = {name: getattr(args, name) for name in ("epochs", "lr", "seed", "bf16", "init")}
         with runs.hold(args.out, lock := partial.with_suffix(".lock")):
-            model, top1 = models.train_teacher(
-                args.network, spec, epochs=args.epochs, lr=args.lr, seed=args.seed, device=device, bf16=args.bf16,
-                init=args.init, checkpoint=partial,
-            )  # fmt: skip
+            model, top1 = models.train_teacher(args.network, spec, device=device, checkpoint=partial, **options)
         lock.unlink(missing_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     data.save_atomically(args.out, lambda path: models.save_teacher(path, model, args.network, spec, top1))
     partial.unlink(missing_ok=True)
-    facts = {
-        "out": str(args.out),
-        "data": args.data,
-        "network": args.network,
-        "top1": top1,
-        "seed": args.seed,
-    }
+    facts = dict(out=str(args.out), data=args.data, network=args.network, top1=top1, seed=args.seed)
     return facts | qat.versions(device)
 
 
@@ -245,30 +243,19 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         if saved != config:
             raise ValueError(f"{args.out} was started with other settings; resume it with the same options")
     test = data.load_split(spec, "test")  # the training split is never touched
-    teacher_top1 = models.top1_on(teacher, test, spec, device) if rank == 0 else 0.0
-    facts = {
-        "data": args.data,
-        "network": args.network,
-        "teacher": str(args.teacher),
-        "teacher_top1": teacher_top1,
-        "spec": vars(spec),
-    }
+
+    def evaluate(model: Any) -> float:
+        return models.top1_on(model, test, spec, device)
+
+    teacher_top1 = evaluate(teacher) if rank == 0 else 0.0
+    facts = dict(data=args.data, network=args.network, teacher=str(args.teacher), teacher_top1=teacher_top1)
+    facts["spec"] = vars(spec)
     result = qat.train(
-        teacher,
-        config,
-        evaluate=lambda m: models.top1_on(m, test, spec, device),
-        out=args.out,
-        resume=args.resume,
-        facts=facts,
-        generator=generator,
+        teacher, config, evaluate=evaluate, out=args.out, resume=args.resume, facts=facts, generator=generator
     )
     row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
-    row |= {
-        "teacher": str(args.teacher),
-        "generator": str(args.generator or ""),
-        "run_preset": args.preset,
-        "out": str(args.out),
-    }
+    row |= dict(teacher=str(args.teacher), generator=str(args.generator or ""), run_preset=args.preset)
+    row["out"] = str(args.out)
     if rank == 0:
         data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
@@ -288,20 +275,16 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
             qat.QATConfig(recipe=recipe)
         for bits in args.bits:
             parse_bits(bits)
-        names = ("preset", "epochs", "iterations", "batch_size", "warmup_epochs", "image_size")
-        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("data", *names, "device")]
+        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("data", *BUDGET, "device")]
         options = [str(part) for pair in given if pair[1] is not None for part in pair]
         teachers = dict(zip(args.network, args.teacher or [None] * len(args.network), strict=True))
-        sweep.write_plan(
-            args.out, sweep.plan_sweep(teachers, args.schemes, args.bits, args.seeds, args.recipes, options)
-        )
+        plan = sweep.plan_sweep(teachers, args.schemes, args.bits, args.seeds, args.recipes, options)
+        sweep.write_plan(args.out, plan)
     status = sweep.sweep_status(args.out) if args.status else sweep.run_sweep(args.out, args.jobs, args.engine)
     print(status.to_string(index=False, na_rep=""), file=sys.stderr)
     counts = {str(k): int(v) for k, v in status.state.value_counts().items()}
-    if not args.status and counts.get("done", 0) < len(status):
-        raise RuntimeError(
-            f"{len(status) - counts.get('done', 0)} of {len(status)} runs did not finish; see {args.out}/*.log"
-        )
+    if not args.status and (left := len(status) - counts.get("done", 0)):
+        raise RuntimeError(f"{left} of {len(status)} runs did not finish; see {args.out}/*.log")
     return {"out": str(args.out), "runs": len(status), **counts}
 
 
@@ -344,16 +327,12 @@ def _load_run(run: Path, dataset: str, device: str) -> tuple[Any, Any, dict[str,
 def _figures(args: argparse.Namespace) -> dict[str, Any]:
     from granq import registry
 
-    measured_quickly = args.preset == "quick" and not args.from_csv
-    out = args.out or Path("figures/quick" if measured_quickly else "figures")
+    out = args.out or Path("figures/quick" if args.preset == "quick" and not args.from_csv else "figures")
     if args.from_csv:
         names = registry.redraw_figures(args.names, out)
     else:
-        setting = registry.Setting(
-            args.preset, data=args.data, network=args.network, teacher=args.teacher, runs=tuple(args.run), out=out,
-            device=args.device, seed=args.seed,
-        )  # fmt: skip
-        names = registry.make_figures(args.names, setting)
+        options = {name: getattr(args, name) for name in ("data", "network", "teacher", "device", "seed")}
+        names = registry.make_figures(args.names, registry.Setting(args.preset, runs=args.run, out=out, **options))
     return {"out": str(out), "figures": ", ".join(names)}
 
 
@@ -433,12 +412,8 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
 
 def _factorial(args: argparse.Namespace) -> dict[str, Any]:
     from functools import cache
-    from typing import cast
 
-    import torch
-    from torch.utils.data import Subset
-
-    from granq import data, factorial, qat, registry
+    from granq import factorial, qat, registry
 
     bits = [int(b) if b.strip().isdecimal() else 0 for b in args.bits.split(",")]
     if not all(2 <= b <= 8 for b in bits) or len(set(bits)) < len(bits):
@@ -448,14 +423,11 @@ def _factorial(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if args.out.exists() and not args.resume:
         raise ValueError(f"{args.out} already exists; choose another --out or pass --resume to add what it lacks")
-    setting = registry.Setting(
-        "cifar10", data=args.data, network=args.network, teacher=args.teacher, runs=(args.run,) if args.run else (),
-        device=args.device,
-    )  # fmt: skip
+    options = {name: getattr(args, name) for name in ("data", "network", "teacher", "device")}
+    setting = registry.Setting("cifar10", runs=[args.run] if args.run else (), **options)
     count = args.images or len(setting.test)
     if count > len(setting.test):
         raise ValueError(f"--images {count} is more than the {len(setting.test)} test images of {args.data}")
-    order = torch.randperm(len(setting.test), generator=torch.Generator().manual_seed(0)).tolist()[:count]
     config = qat.QATConfig(iterations=args.iterations, image_size=setting.spec.image_size, device=setting.device)
 
     @cache  # warmed up when the first static cell needs it
@@ -467,15 +439,15 @@ def _factorial(args: argparse.Namespace) -> dict[str, Any]:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     frame = factorial.measure_granularity_factorial(
         setting.teacher,
-        list(data.batches(cast(Any, Subset(cast(Any, setting.test), order)), setting.spec)),
+        list(setting.sample(0, count)),
         factorial.factorial_cells(bits, args.train_epochs, args.seeds),
         lambda seed: factorial.generated_batches(generator(), seed),
         config=config,
         facts=facts | {"generator": source},
         out=args.out,
     )
-    rows = {"rows": json.loads(frame.to_json(orient="records"))} if args.json else {}
-    return {"out": str(args.out), "cells": len(frame), "images": count} | facts | rows
+    result = {"out": str(args.out), "cells": len(frame), "images": count} | facts
+    return result | ({"rows": json.loads(frame.to_json(orient="records"))} if args.json else {})
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
@@ -526,29 +498,24 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
             result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
             rows.append(_row("digits", network, config, teacher_top1, result, len(test)) | qat.versions(device))
             data.write_csv(args.out / "results.csv", pd.DataFrame(rows))
-    results = pd.DataFrame(rows)
-    summary = results.groupby("scheme", sort=False)[["ptq_top1", "last_top1", "best_top1"]].agg(["mean", "std"])
-    lines = [
+    results, columns = pd.DataFrame(rows), ["ptq_top1", "last_top1", "best_top1"]
+
+    def spread(values: pd.Series) -> str:
+        return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+
+    cells = results.groupby("scheme", sort=False)[columns].agg(spread)
+    table = (
         f"digits, {network}, W2A2, teacher {teacher_top1:.2f} %, n = {args.seeds} seeds, {len(test)} test images, "
-        f"{rows[0]['device']}, torch {torch.__version__}. Mean ± std in percent; `best` selects on the test split.",
-        "",
-        "| scheme | without training | last epoch | best epoch |",
-        "|---|---|---|---|",
-    ]
-    for name, values in summary.iterrows():
-        cells = [
-            f"{values[c, 'mean']:.2f}" + (f" ± {values[c, 'std']:.2f}" if args.seeds > 1 else "")
-            for c in ("ptq_top1", "last_top1", "best_top1")
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
+        f"{rows[0]['device']}, torch {torch.__version__}. Mean ± std in percent; `best` selects on the test split.\n\n"
+        "| scheme | without training | last epoch | best epoch |\n|---|---|---|---|\n"
+    ) + "".join(f"| {' | '.join(line)} |\n" for line in cells.itertuples())
     (args.out / "results.md").write_text(table)
-    figures.save_figure("accuracy", results, figures.plot_accuracy_bits, args.out, width=4.6)
+    figures.save_figure("accuracy", results, figures.plot_accuracy_bits, args.out, (4.6, 2.4))
     layer = "features.stage2.unit1.body.conv2.conv"
     distortion = analysis.measure_activation_distortion(teacher, data.batches(test, spec), [layer], bits=[2])
     figures.save_figure("activation_distortion", distortion, figures.plot_activation_distortion, args.out)
     frame = analysis.measure_generated_images(result.generator, teacher, spec)
-    figures.save_figure("synthetic_images", frame, figures.plot_synthetic_images, args.out, width=6.8, height=1.2)
+    figures.save_figure("synthetic_images", frame, figures.plot_synthetic_images, args.out, (6.8, 1.2))
     print(table, file=sys.stderr)
     print(f"Next: open {args.out}/accuracy.png, then {args.out}/activation_distortion.png.", file=sys.stderr)
     return {"out": str(args.out), "teacher_top1": teacher_top1} | {

@@ -8,8 +8,7 @@ only file that imports ipywidgets.
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from io import BytesIO
@@ -48,25 +47,28 @@ def distortion_microscope(data: pd.DataFrame) -> widgets.Widget:
     groups = {key: rows for key, rows in data.groupby(keys, sort=False)}
     sources = list(dict.fromkeys(data.source))
     controls = {
-        "layer": _choice("layer", data.layer, figures.short_layer),
-        "rank": _slider("channel, narrow to wide", data["rank"]),
-        "image": _slider("image", data.image),
-        "bits": _choice("bits", sorted(set(data.bits)), str),
+        "layer": _slider("layer", data.layer, figures.short_layer),
+        "rank": _slider("channel, narrow to wide", sorted(set(data["rank"]))),
+        "image": _slider("image", sorted(set(data.image))),
+        "bits": _slider("bits", sorted(set(data.bits))),
         "granularity": _dropdown("one scale", data.granularity, _NAMES),
     }
 
     def draw(figure: Figure, layer: str, rank: int, image: int, bits: int, granularity: str) -> str:
         rows = []
         for ax, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
+            said = dict.fromkeys(
+                ["images", "channel", "SQNR (dB)", "step (units of the activation)", "levels in use"], ""
+            )
             part = groups.get((layer, bits, granularity, image, rank, source))
             if part is None:  # a layer with fewer live channels
-                rows.append([source, "no such channel", "", ""])
+                rows.append(said | {"images": source, "channel": "no such channel"})
                 continue
             figures.plot_channel_histogram(part, image=image, rank=rank, legend=source == sources[-1], ax=ax)
-            first = part.iloc[0]
-            used = (part.count_quantized > 0).sum()
-            rows.append([source, first.channel, f"{first.sqnr_db:.1f}", f"{first.step:.4g}", f"{used} of {2**bits}"])
-        return _table(["images", "channel", "SQNR (dB)", "step (units of the activation)", "levels in use"], rows)
+            first, used = part.iloc[0], (part.count_quantized > 0).sum()
+            values = [source, first.channel, f"{first.sqnr_db:.1f}", f"{first.step:.4g}", f"{used} of {2**bits}"]
+            rows.append(dict(zip(said, values, strict=True)))
+        return _table(rows)
 
     return _explorer("distortion microscope", controls, draw, height=2.8, top=0.84)
 
@@ -82,9 +84,9 @@ def scale_explorer(data: pd.DataFrame) -> widgets.Widget:
     limits = live.groupby("layer").scale.agg(["min", "max"])
     dead = data.groupby("layer").channel.nunique() - live.groupby("layer").channel.nunique()
     controls = {
-        "layer": _choice("layer", data.layer, figures.short_layer),
+        "layer": _slider("layer", data.layer, figures.short_layer),
         "granularity": _dropdown("one scale", data.granularity, _NAMES),
-        "image": _selection("image", [("all (pooled)", -1), *((str(i), i) for i in sorted(set(data.image)))]),
+        "image": _slider("image", [-1, *sorted(set(data.image))], lambda i: "all (pooled)" if i < 0 else str(i)),
     }
 
     def draw(figure: Figure, layer: str, granularity: str, image: int) -> str:
@@ -92,8 +94,8 @@ def scale_explorer(data: pd.DataFrame) -> widgets.Widget:
         shown = every if image < 0 else every[every.image == image]
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
         left.scatter(every.channel, every.scale, s=6, color="#c9c9cd", label="all images")
-        left.scatter(shown.channel, shown.scale, s=9, color=look.color, marker=look.marker,
-                     label="pooled" if image < 0 else f"image {image}")  # fmt: skip
+        label = "pooled" if image < 0 else f"image {image}"
+        left.scatter(shown.channel, shown.scale, s=9, color=look.color, marker=look.marker, label=label)
         channels = shown.groupby("channel").scale.mean().sort_values(ascending=False)
         named = channels.head(5) if channels.nunique() > 1 else channels[:0]
         for channel, scale in named.head(3).items():
@@ -106,10 +108,14 @@ def scale_explorer(data: pd.DataFrame) -> widgets.Widget:
         right.hist(shown.scale, np.geomspace(low, high, 30), orientation="horizontal", color=look.color)
         right.set_xlabel("scales")
         worst = ", ".join(f"{c} ({v:.3g})" for c, v in named.items()) or "all the same"
-        ratio = shown.scale.max() / shown.scale.min()
-        row = [shown.scale.nunique(), f"{shown.scale.median():.3g}", f"{ratio:.1f}", worst, dead[layer]]
-        return _table(["different scales", "median step", "widest / narrowest", "channels with the widest steps",
-                       "dead channels"], [row])  # fmt: skip
+        row = {
+            "different scales": shown.scale.nunique(),
+            "median step": f"{shown.scale.median():.3g}",
+            "widest / narrowest": f"{shown.scale.max() / shown.scale.min():.1f}",
+            "channels with the widest steps": worst,
+            "dead channels": dead[layer],
+        }
+        return _table([row])
 
     return _explorer("scale explorer", controls, draw, bottom=0.18)
 
@@ -124,7 +130,7 @@ def layer_error_explorer(data: pd.DataFrame) -> widgets.Widget:
     channels = data[data.channel.notna()]
     controls = {
         "metric": _dropdown("metric", figures.METRIC_LABELS, figures.METRIC_LABELS),
-        "scheme": _dropdown("scheme", data.scheme, {}),
+        "scheme": _dropdown("scheme", data.scheme),
         "mode": _dropdown("input", data["mode"], {"local": "clean (local)", "accumulated": "quantized (accumulated)"}),
         "rank": _slider("layer, 1 = worst", range(1, layers.layer.nunique() + 1)),
     }
@@ -139,12 +145,11 @@ def layer_error_explorer(data: pd.DataFrame) -> widgets.Widget:
             return rows.assign(value=values).sort_values("value", ascending=sign > 0, ignore_index=True)
 
         order = ranked(layers)
-        chosen = order.iloc[min(rank, len(order)) - 1]
+        chosen = order.iloc[rank - 1]
         inside = ranked(channels[channels.layer == chosen.layer])
         left, right = figure.subplots(1, 2)
         left.plot(order.value, range(len(order)), look.marker, color=look.color, markersize=3)
-        left.plot(chosen.value, order.layer.tolist().index(chosen.layer), "o", markersize=9, color="black",
-                  fillstyle="none")  # fmt: skip
+        left.plot(chosen.value, rank - 1, "o", markersize=9, color="black", fillstyle="none")
         left.set_yticks(range(len(order)), [figures.short_layer(n) for n in order.layer], fontsize=5.5)
         left.invert_yaxis()
         left.set(xlabel=figures.METRIC_LABELS[metric], title="layers, worst first")
@@ -154,11 +159,11 @@ def layer_error_explorer(data: pd.DataFrame) -> widgets.Widget:
         if metric == "mse":
             left.set_xscale("log")
             right.set_yscale("log")
-            figures.plain_log(left.xaxis)
-            figures.plain_log(right.yaxis)
+            for axis in (left.xaxis, right.yaxis):
+                figures.plain_log(axis)
         worst = ", ".join(f"{c:.0f} ({v:.3g})" for c, v in inside[["channel", "value"]].head(5).to_numpy())
-        return _table(["rank", "layer", figures.METRIC_LABELS[metric], "worst channels"],
-                      [[rank, chosen.layer, f"{chosen.value:.4g}", worst]])  # fmt: skip
+        values = {figures.METRIC_LABELS[metric]: f"{chosen.value:.4g}", "worst channels": worst}
+        return _table([{"rank": rank, "layer": chosen.layer} | values])
 
     return _explorer("layer error explorer", controls, draw, height=3.2, left=0.13)
 
@@ -183,9 +188,9 @@ def speed_lab(data: pd.DataFrame) -> widgets.Widget:
     names = [name for name in dict.fromkeys(data.execution) if name != "copy"]
     counts = [column for column in _COUNTS if column in data]
     controls = {
-        "size": _choice("size of an image", data["size"], str),
-        "batch": _choice("images", sorted(set(data.batch)), str),
-        "execution": _choice("execution", names, str),
+        "size": _slider("size of an image", data["size"]),
+        "batch": _slider("images", sorted(set(data.batch))),
+        "execution": _slider("execution", names),
     }
     controls["batch"].value = data.batch.mode().iloc[0]  # most sizes were measured with it
 
@@ -194,14 +199,12 @@ def speed_lab(data: pd.DataFrame) -> widgets.Widget:
         if rows is None:
             known = ", ".join(str(n) for s, n in groups if s == size)
             figure.text(0.5, 0.5, f"not measured with {batch} images; measured: {known}", ha="center")
-            return _table(["execution", "time (ms)"], [[execution, "not measured"]])
+            return _table([{"execution": execution, "time (ms)": "not measured"}])
         ax = figure.subplots()
-        for y, name in enumerate(names):
-            row = rows.loc[name]
-            spread = [[row.median_ms - row.q25_ms], [row.q75_ms - row.median_ms]]
-            color = figures.ROLES["release"].color if name == execution else "#c9c9cd"
-            ax.barh(y, row.median_ms, color=color, xerr=spread, capsize=3)
-        ax.set_yticks(range(len(names)), names)
+        bars = rows.loc[names]
+        colors = [figures.ROLES["release"].color if name == execution else "#c9c9cd" for name in names]
+        spread = [bars.median_ms - bars.q25_ms, bars.q75_ms - bars.median_ms]
+        ax.barh(names, bars.median_ms, color=colors, xerr=spread, capsize=3)
         ax.set(xlabel="time (ms), median and quartiles", xscale="log")
         ax.set_xlim(0.5 * rows.q25_ms.min(), 1.3 * rows.q75_ms.max())
         figures.plain_log(ax.xaxis)
@@ -214,7 +217,7 @@ def speed_lab(data: pd.DataFrame) -> widgets.Widget:
             ax.legend(loc="upper right")
             cells["times the copy"] = f"{chosen.median_ms / floor:.1f}"
         cells |= {_COUNTS[c]: f"{chosen[c]:,.0f}" if chosen[c] >= 1000 else f"{chosen[c]:.3g}" for c in counts}
-        return _table(list(cells), [list(cells.values())])
+        return _table([cells])
 
     return _explorer("speed lab", controls, draw, left=0.25)
 
@@ -235,7 +238,7 @@ def training_monitor(
     """
     folder = RunFolder(run)
     names = {key: text.replace("\n", " ") for key, text in figures.TRAINING_LABELS.items()}
-    epoch = _slider("up to epoch", [0, 0])
+    epoch = widgets.IntSlider(0, 0, 0, description="up to epoch", continuous_update=False, **_look())
     quantity = _dropdown("curve", names, names)
     quantity.value = "test_top1"
     play = widgets.Play(interval=round(1000 * interval), min=0, max=100_000, tooltip="reread the run folder")
@@ -260,7 +263,7 @@ def training_monitor(
         rows = history[history.epoch <= epoch] if epoch else history
         if rows.empty:
             figure.text(0.5, 0.5, "no epoch is finished yet", ha="center")
-            return _table(["run", "epochs"], [[folder.path, 0]])
+            return _table([{"run": folder.path, "epochs": 0}])
         images = drawn.get(max((e for e in drawn if e <= epoch), default=0))
         axes = figure.subplots(1, 1 if images is None else 2, squeeze=False)[0]
         figures.plot_training_curves(rows, quantity=quantity, legend=False, ax=axes[0])
@@ -268,8 +271,9 @@ def training_monitor(
         if images is not None:
             figures.plot_synthetic_images(images, ax=axes[1])
         last, planned = rows.iloc[-1], folder.read_config()["config"]["epochs"]
-        return _table(["epoch", "of", "student on test images (%)", "teacher on synthetic images (%)"],
-                      [[int(last.epoch), planned, f"{last.test_top1:.2f}", f"{last.teacher_top1:.1f}"]])  # fmt: skip
+        top1 = {"student on test images (%)": f"{last.test_top1:.2f}"}
+        top1 |= {"teacher on synthetic images (%)": f"{last.teacher_top1:.1f}"}
+        return _table([{"epoch": int(last.epoch), "of": planned} | top1])
 
     reread()
     play.observe(reread, "value")
@@ -278,50 +282,31 @@ def training_monitor(
     return monitor
 
 
-def controls_of(explorer: widgets.Widget) -> dict[str, widgets.Widget]:
-    """The controls of an explorer by their label."""
-    return {c.description: c for c in explorer.children[1].children if not isinstance(c, widgets.Play)}
+def _explorer(
+    title: str, controls: Mapping[str, Any], draw: Callable[..., str], height: float = 2.6, **margins: float
+) -> widgets.VBox:
+    """Controls above one picture and one table of numbers; ``draw(figure, **values)`` returns the table as HTML."""
+    width = 7.0
+    # "none" whatever style the notebook uses; the stubs do not know it
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="none")  # type: ignore[arg-type]
+    canvas = FigureCanvasAgg(figure)
+    pixels = {"height": f"{round(height * _DPI)}px", "width": f"{round(width * _DPI)}px"}
+    picture = widgets.Image(format="png", layout=widgets.Layout(**pixels))
+    numbers = widgets.HTML(layout=widgets.Layout(height="90px", width="100%", overflow="auto"))
+    margins = {"left": 0.09, "right": 0.985, "bottom": 0.17, "top": 0.9, "wspace": 0.2} | margins
 
+    def update(**values: Any) -> None:
+        buffer = BytesIO()
+        with _later_collection(), matplotlib.rc_context(_STYLE):
+            figure.clear()
+            text = draw(figure, **values)
+            figure.subplots_adjust(**margins)
+            canvas.print_png(buffer)
+            picture.value, numbers.value = buffer.getvalue(), text
 
-def measure_reaction(explorer: widgets.Widget, moves: int = 50, seed: int = 0) -> pd.DataFrame:
-    """Time from a control's new value to the new picture and numbers, over random moves of random controls.
-
-    It is the kernel's share of a reaction; the browser still receives a picture of some ten kilobytes.
-
-    Args:
-        explorer: of any function above; its controls are left where the last move put them.
-        moves: how many, each to a value other than the present one.
-        seed: of the moves.
-
-    Returns:
-        One row per move that changed anything: control (its label), reaction_ms.
-    """
-    rng, rows = np.random.default_rng(seed), []
-    shown = 0.0
-
-    def note(_: Any) -> None:
-        nonlocal shown
-        shown = time.perf_counter()
-
-    for output in explorer.children[2:4]:  # picture, numbers
-        output.observe(note, "value")
-    every = [(label, c, _values(c)) for label, c in controls_of(explorer).items() if len(_values(c)) > 1]
-    for _ in range(moves):
-        label, control, values = every[rng.integers(len(every))]
-        value = [v for v in values if v != control.value][rng.integers(len(values) - 1)]
-        start = time.perf_counter()
-        control.value = value
-        if shown > start:  # some moves lead to the same picture, which is not sent again
-            rows.append({"control": label, "reaction_ms": 1000 * (shown - start)})
-    for output in explorer.children[2:4]:
-        output.unobserve(note, "value")
-    return pd.DataFrame(rows, columns=["control", "reaction_ms"])
-
-
-def _values(control: widgets.Widget) -> list[Any]:
-    if isinstance(control, widgets.IntSlider):
-        return list(range(control.min, control.max + 1))
-    return [value for _, value in control.options]
+    box = widgets.GridBox([*controls.values()], layout=widgets.Layout(grid_template_columns="repeat(2, 385px)"))
+    errors = widgets.interactive_output(update, dict(controls))  # shows what a callback raises
+    return widgets.VBox([widgets.HTML(f"<b>{escape(title)}</b>"), box, picture, numbers, errors])
 
 
 @contextmanager
@@ -336,61 +321,25 @@ def _later_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _explorer(
-    title: str, controls: Mapping[str, Any], draw: Callable[..., str], height: float = 2.6, **margins: float
-) -> widgets.VBox:
-    """Controls above one picture and one table of numbers; ``draw(figure, **values)`` returns the table as HTML."""
-    width = 7.0
-    # "none" whatever style the notebook uses; the stubs do not know it
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="none")  # type: ignore[arg-type]
-    canvas = FigureCanvasAgg(figure)
-    pixels = {"height": f"{round(height * _DPI)}px", "width": f"{round(width * _DPI)}px"}
-    picture = widgets.Image(format="png", layout=widgets.Layout(**pixels))
-    numbers = widgets.HTML(layout=widgets.Layout(height="90px", width="100%", overflow="auto"))
-
-    def update(**values: Any) -> None:
-        with _later_collection(), matplotlib.rc_context(_STYLE):
-            figure.clear()
-            text = draw(figure, **values)
-            figure.subplots_adjust(
-                **{"left": 0.09, "right": 0.985, "bottom": 0.17, "top": 0.9, "wspace": 0.2} | margins
-            )
-            buffer = BytesIO()
-            canvas.print_png(buffer)
-            picture.value, numbers.value = buffer.getvalue(), text
-
-    box = widgets.GridBox([*controls.values()], layout=widgets.Layout(grid_template_columns="repeat(2, 385px)"))
-    errors = widgets.interactive_output(update, dict(controls))  # shows what a callback raises
-    return widgets.VBox([widgets.HTML(f"<b>{escape(title)}</b>"), box, picture, numbers, errors])
+def _slider(label: str, values: Iterable[Any], name: Callable[[Any], str] = str) -> widgets.SelectionSlider:
+    """A slider over different values, which changes the picture when it is let go."""
+    options = [(name(v), v) for v in dict.fromkeys(values)]
+    return widgets.SelectionSlider(options=options, description=label, continuous_update=False, **_look())
 
 
-_WIDE: dict[str, Any] = {"style": {"description_width": "140px"}, "continuous_update": False}
+def _dropdown(label: str, values: Iterable[str], names: Mapping[str, str] | None = None) -> widgets.Dropdown:
+    options = [((names or {}).get(v, v), v) for v in dict.fromkeys(values)]
+    return widgets.Dropdown(options=options, description=label, **_look())
 
 
-def _layout() -> widgets.Layout:
-    return widgets.Layout(width="375px")
+def _look() -> dict[str, Any]:
+    return {"style": {"description_width": "140px"}, "layout": widgets.Layout(width="375px")}
 
 
-def _slider(label: str, values: Iterable[Any]) -> widgets.IntSlider:
-    low, high = min(values), max(values)
-    return widgets.IntSlider(int(low), int(low), int(high), description=label, layout=_layout(), **_WIDE)
-
-
-def _selection(label: str, options: Sequence[tuple[str, Any]]) -> widgets.SelectionSlider:
-    return widgets.SelectionSlider(options=options, description=label, layout=_layout(), **_WIDE)
-
-
-def _choice(label: str, values: Iterable[Any], name: Callable[[Any], str]) -> widgets.SelectionSlider:
-    return _selection(label, [(name(v), v) for v in dict.fromkeys(values)])
-
-
-def _dropdown(label: str, values: Iterable[str], names: Mapping[str, str]) -> widgets.Dropdown:
-    options = [(names.get(v, v), v) for v in dict.fromkeys(values)]
-    return widgets.Dropdown(options=options, description=label, layout=_layout(), style=_WIDE["style"])
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows that say the same things as an HTML table, one column for each key."""
+    rows = list(rows)
     style = "text-align:left;padding:0 12px 0 0;white-space:nowrap"
-    cells = ["".join(f"<{tag} style='{style}'>{escape(str(v))}</{tag}>" for v in row)
-             for tag, row in [("th", heads), *(("td", row) for row in rows)]]  # fmt: skip
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+    lines = [("th", list(rows[0])), *(("td", list(row.values())) for row in rows)]
+    cells = ("".join(f"<{tag} style='{style}'>{escape(str(v))}</{tag}>" for v in line) for tag, line in lines)
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"

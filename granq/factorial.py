@@ -157,11 +157,12 @@ def warm_generator(model: nn.Module, config: qat.QATConfig) -> Generator:
     return trainer.generator
 
 
-def generated_batches(generator: Generator, seed: int, batches: int = 16, batch_size: int = 64) -> Iterator[Tensor]:
+def generated_batches(generator: Generator, seed: int, count: int = 1024, batch_size: int = 64) -> Iterator[Tensor]:
     """Images as the run saw them, BatchNorm with the batch's statistics; the global random state stays as it was."""
-    device = next(generator.parameters()).device
+    device = str(next(generator.parameters()).device)
     generator.train()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        drawn = [synthesize(generator, batch_size, str(device))[0] for _ in range(batches)]
-    return iter(drawn)
+    for start in range(0, count, batch_size):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed((1_000_003 * seed + start) % 2**63)  # every batch has its own numbers
+            images, _ = synthesize(generator, min(batch_size, count - start), device)
+        yield images

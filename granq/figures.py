@@ -1,19 +1,22 @@
 """Pictures: every ``plot_*`` takes a data frame and ``ax=None``, draws into that Axes and returns it.
 
 A plot touches no file, model, random number or global style. A frame that holds several panels (layers, bits,
-granularities, metrics) is drawn one panel a call, chosen by keyword; axis limits and colors come from the whole frame.
+granularities, metrics) is drawn one panel a call, chosen by keyword, by default the first; axis limits and colors come
+from the whole frame. Everywhere ``ax`` defaults to the current Axes, and ``legend=False`` or ``colorbar=False`` leaves
+these to the caller.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -37,6 +40,11 @@ class Role(NamedTuple):
     marker: str
     dash: Any = "-"
 
+    @property
+    def line(self) -> dict[str, Any]:
+        """The look as keywords of ``Axes.plot``."""
+        return dict(color=self.color, linestyle=self.dash, marker=self.marker, markersize=3, linewidth=1)
+
 
 #: petroff6 (arXiv 2107.02270), safe for color-vision deficiencies; tests/test_figures.py computes the distances.
 _GREY, _BLUE, _ORANGE, _RED, _PLUM, _VIOLET = "#9c9ca1", "#5790fc", "#f89c20", "#e42536", "#964a8b", "#7a21dd"
@@ -50,27 +58,48 @@ ROLES = {
     "synthetic": Role("synthetic images", "#222222", "X", "-"),
     "real": Role("real images", _GREY, "s", ":"),
 }
-_GRANULARITY_ROLE = {
+_GRANULARITY_ROLES = {
     "per_tensor": ROLES["layerwise"]._replace(label="per tensor (layer-wise)"),
     "per_channel": ROLES["per_channel"]._replace(label="per channel"),
     "per_sample": ROLES["strict"]._replace(label="per image"),
     "per_sample_channel": ROLES["release"]._replace(label="per image and channel (GranQ)"),
 }
 METRIC_LABELS = {"mse": "mean square error", "sqnr_db": "SQNR (dB)", "cosine_similarity": "cosine similarity"}
+SCALING_LABELS = {
+    "median_ms": "time (ms)",
+    "peak_mb": "peak memory (MB)",
+    "scale_multiplications": "scale multiplications",
+}
+TRAINING_LABELS = {
+    "generator_loss": "generator loss",
+    "student_loss": "student loss",
+    "bn_loss": "BatchNorm distance",
+    "teacher_top1": "teacher on synthetic\nimages (%)",
+    "test_top1": "student on test\nimages (%)",
+}
+GAP_LABELS = {
+    "ks_distance": "Kolmogorov-Smirnov\ndistance",
+    "mean": "shift of the mean\n(standard deviations)",
+    "variance": "ratio of variances",
+}
+TRUE_BITS_LABELS = {
+    "bits_per_weight": "true bits per weight (dotted: the label)",
+    "quantized_percent": "weights really quantized (%)",
+}
 SQNR_CEILING = 60.0  # decibels; beyond it (1x1 kernels with their own scale reach 150) points sit on the upper edge
 
 
 def role(name: str) -> Role:
     """Look of a scheme or image source; an unknown name is drawn black."""
-    return ROLES.get(name, Role(name, "#222222", "x"))
+    return ROLES.get(name, Role(name, "#222222", "X"))
 
 
 def granularity_role(name: str) -> Role:
     """Look of a granularity of activations: that of the scheme which is built on it."""
-    return _GRANULARITY_ROLE.get(name, Role(name, "#222222", "x"))
+    return _GRANULARITY_ROLES.get(name, Role(name, "#222222", "X"))
 
 
-@needs("channel", "granularity", "image", "scale")
+@needs("channel granularity image scale")
 def plot_granularity_maps(
     data: pd.DataFrame, *, granularity: str | None = None, colorbar: bool = True, ax: Axes | None = None
 ) -> Axes:
@@ -79,40 +108,24 @@ def plot_granularity_maps(
     Args:
         data: of ``measure_scale_maps``.
         granularity: default the finest, the last in the data.
-        colorbar: draw it beside this map.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
     rows = _select(data, granularity=granularity or data.granularity.iloc[-1])
     grid = rows.pivot(index="image", columns="channel", values="scale")
     live = data.scale[data.scale > 1e-7]  # a dead channel has the smallest scale there is, 1e-8 / (2^k - 1)
-    mesh = ax.imshow(
-        grid.clip(lower=live.min()), cmap="viridis", norm=LogNorm(live.min(), live.max()), aspect="auto",
-        interpolation="nearest",
-    )  # fmt: skip
-    name = rows.granularity.iloc[0]
+    norm = LogNorm(live.min(), live.max())
+    mesh = ax.imshow(grid.clip(lower=live.min()), cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+    label = granularity_role(rows.granularity.iloc[0]).label.replace(" and ", "\nand ").replace(" (layer", "\n(layer")
     count = rows.scale.nunique()
-    label = granularity_role(name).label.replace(" and ", "\nand ").replace(" (layer", "\n(layer")
     ax.set(title=f"{label}\n{count} scale{'s' * (count > 1)}", xlabel="channel", ylabel="image")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     if colorbar:
-        bar = ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)")
-        plain_log(bar.ax.yaxis)
+        plain_log(ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)").ax.yaxis)
     return ax
 
 
-@needs(
-    "layer",
-    "bits",
-    "granularity",
-    "bin_left",
-    "bin_right",
-    "density_full_precision",
-    "density_quantized",
-    "rms_error",
-    "sqnr_db",
-)
+@needs("layer bits granularity bin_left bin_right density_full_precision density_quantized rms_error sqnr_db")
 def plot_activation_distortion(
     data: pd.DataFrame,
     *,
@@ -130,58 +143,37 @@ def plot_activation_distortion(
         bits: default the first.
         quantity: ``"distribution"``, the share of values above each activation, in which quantization levels are
             stairs, up to the activation that 0.2 % of the values exceed and without the lowest bin, which holds the
-            zeros; or ``"error"``, root mean square by activation value, where at least 1 value in 100,000 lies.
-        legend: names the granularities; the title holds the SQNR of each, in the same order.
-        ax: default the current Axes.
+            zeros; the title then holds the SQNR of each granularity, in the order of the legend. Or ``"error"``, root
+            mean square by activation value, where at least 1 value in 100,000 lies.
     """
     one_of("quantity", quantity, ("distribution", "error"))
     ax = ax or plt.gca()
-    rows = _select(data, layer=layer or data.layer.iloc[0], bits=bits or data.bits.iloc[0])
+    rows = _select(data, layer=layer, bits=bits)
     edges = [*rows.drop_duplicates("bin_left").bin_left, rows.bin_right.max()]
+    groups = [(granularity_role(str(name)), part) for name, part in rows.groupby("granularity", sort=False)]
+    title = f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits"
     if quantity == "distribution":
-        first = rows[rows.granularity == rows.granularity.iloc[0]]
-        above = _share_above(first.density_full_precision, edges)
+        above = _share_above(groups[0][1].density_full_precision, edges)
         ax.stairs(above, edges, fill=True, color="#d9d9dc", label="full precision")
         ax.set_xlim(edges[0], edges[max(1, int((above > 0.002).sum()))])
         ax.set_ylim(0, 1.15 * above[1])
-    for name, part in rows.groupby("granularity", sort=False):
-        look = granularity_role(str(name))
-        if quantity == "distribution":
+        for look, part in groups:
             above = _share_above(part.density_quantized, edges)
             ax.stairs(above, edges, color=look.color, linestyle=look.dash, linewidth=1, label=look.label, baseline=None)
-        else:
+        title += "\nSQNR " + ", ".join(f"{part.sqnr_db.iloc[0]:.1f}" for _, part in groups) + " dB"
+    else:
+        for look, part in groups:
             part = part[part.density_full_precision * (part.bin_right - part.bin_left) >= 1e-5]
-            center = (part.bin_left + part.bin_right) / 2
-            ax.plot(center, part.rms_error, color=look.color, linestyle=look.dash, marker=look.marker, markevery=8,
-                    markersize=3, linewidth=1, label=look.label)  # fmt: skip
-            ax.set_ylim(0)
-    title = f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits"
-    if quantity == "distribution":
-        title += (
-            "\nSQNR " + ", ".join(f"{v:.1f}" for v in rows.groupby("granularity", sort=False).sqnr_db.first()) + " dB"
-        )
-    ax.set(xlabel="activation", title=title)
-    ax.set_ylabel("share of values above" if quantity == "distribution" else "RMS error")
+            ax.plot((part.bin_left + part.bin_right) / 2, part.rms_error, markevery=8, label=look.label, **look.line)
+        ax.set_ylim(0)
+    ylabel = "share of values above" if quantity == "distribution" else "RMS error"
+    ax.set(xlabel="activation", ylabel=ylabel, title=title)
     if legend:
         ax.legend(fontsize=6)
     return ax
 
 
-@needs(
-    "layer",
-    "bits",
-    "granularity",
-    "source",
-    "image",
-    "rank",
-    "bin_left",
-    "bin_right",
-    "count",
-    "count_quantized",
-    "lowest",
-    "step",
-    "sqnr_db",
-)
+@needs("layer bits granularity source image rank bin_left bin_right count count_quantized lowest step sqnr_db")
 def plot_channel_histogram(
     data: pd.DataFrame,
     *,
@@ -204,66 +196,48 @@ def plot_channel_histogram(
         source: "synthetic" or "real".
         image: its number.
         rank: of the channel, 0 is the narrowest.
-        legend: names the histograms.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
-    rows = data
-    for column, value in dict(layer=layer, bits=bits, granularity=granularity, source=source).items():
-        rows = _select(rows, **{column: rows[column].iloc[0] if value is None else value})
-    rows = _select(rows, image=image, rank=rank)
+    rows = _select(data, layer=layer, bits=bits, granularity=granularity, source=source, image=image, rank=rank)
     first = rows.iloc[0]
     look = granularity_role(first.granularity)
     edges = [*rows.bin_left, rows.bin_right.iloc[-1]]
+    width = edges[-1] - edges[0]
     ax.stairs(rows["count"], edges, fill=True, color="#c9c9cd", label="full precision")
     ax.stairs(rows.count_quantized, edges, color=look.color, linewidth=1.5, label="quantized")
     levels = first.lowest + first.step * np.arange(2**first.bits)
-    slack = 1e-4 * (edges[-1] - edges[0])
-    levels = levels[(levels >= edges[0] - slack) & (levels <= edges[-1] + slack)]
+    levels = levels[(levels >= edges[0] - 1e-4 * width) & (levels <= edges[-1] + 1e-4 * width)]
     if len(levels) <= 32:  # more ticks would be a bar
         ax.plot(levels, np.full(len(levels), 0.5), "|", color="black", markersize=9, label="levels")
     ax.set_yscale("symlog", linthresh=1)
-    margin = 0.03 * (edges[-1] - edges[0])
-    ax.set(xlim=(edges[0] - margin, edges[-1] + margin), ylim=(0, 12 * rows["count"].max()), xlabel="activation")
+    ax.set(xlim=(edges[0] - 0.03 * width, edges[-1] + 0.03 * width), ylim=(0, 12 * rows["count"].max()))
     title = f"{role(first.source).label}, {first.bits} bits: {first.sqnr_db:.1f} dB\none scale {look.label}"
-    ax.set(ylabel="values", title=title)
+    ax.set(xlabel="activation", ylabel="values", title=title)
     if legend:
         ax.legend(loc="upper right", ncols=3)
     return ax
 
 
-@needs("layer", "source", "granularity", "bits", "images", "scale")
+@needs("layer source granularity bits images scale")
 def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Scale of every channel of every layer, sources (synthetic, real) side by side, a bar at each median.
 
     Args:
         data: of ``measure_channel_scales``, several sources in one frame.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
-    layers = list(dict.fromkeys(data.layer))
-    sources = list(dict.fromkeys(data.source))
-    live = data[data.scale > 1e-7]
-    for i, source in enumerate(sources):
-        look, offset = role(source), (i - (len(sources) - 1) / 2) * 0.36
-        rows = live[live.source == source]
-        x = rows.layer.map({name: n for n, name in enumerate(layers)}) + offset
-        ax.scatter(x, rows.scale, s=7, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
-                   label=f"{look.label}, n = {rows.images.iloc[0]}")  # fmt: skip
-        median = rows.groupby("layer").scale.median().reindex(layers)
-        ax.hlines(median, np.arange(len(layers)) + offset - 0.15, np.arange(len(layers)) + offset + 0.15, color="black",
-                  linewidth=1.2)  # fmt: skip
-    first = data.iloc[0]
+    looks = {s: role(s)._replace(label=f"{role(s).label}, n = {n}")
+             for s, n in data.drop_duplicates("source")[["source", "images"]].to_numpy()}  # fmt: skip
+    _channel_points(ax, data, data.scale.where(data.scale > 1e-7), data.source, looks)
     ax.set_yscale("log")
     plain_log(ax.yaxis)
-    ax.set_ylabel(f"scale at {first.bits} bits\n(step, in units of the activation)")
-    ax.set_title(f"one scale {granularity_role(first.granularity).label.split(' (')[0]}", loc="left")
-    _layer_ticks(ax, layers)
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sources), markerscale=1.5, borderaxespad=0)
+    ax.set_ylabel(f"scale at {data.bits.iloc[0]} bits\n(step, in units of the activation)")
+    ax.set_title(f"one scale {granularity_role(data.granularity.iloc[0]).label.split(' (')[0]}", loc="left")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(looks), markerscale=1.5, borderaxespad=0)
     return ax
 
 
-@needs("layer", "scheme", "mode", "weight_bits", "act_bits", option="metric")
+@needs("layer scheme mode weight_bits act_bits", option="metric")
 def plot_layer_error(
     data: pd.DataFrame,
     *,
@@ -278,8 +252,6 @@ def plot_layer_error(
         data: of ``measure_layer_error``.
         metric: ``"sqnr_db"``, ``"mse"`` or ``"cosine_similarity"``.
         mode: ``"local"`` (clean input) or ``"accumulated"`` (quantized input).
-        legend: names the schemes.
-        ax: default the current Axes.
     """
     one_of("metric", metric, METRIC_LABELS)
     ax = ax or plt.gca()
@@ -290,21 +262,14 @@ def plot_layer_error(
     for scheme, part in rows.groupby("scheme", sort=False):
         look = role(str(scheme))
         values = part.set_index("layer")[metric].reindex(layers)
-        x = np.arange(len(layers))
-        ax.plot(x, _shown(values, metric), color=look.color, linestyle=look.dash, marker=look.marker, markersize=3,
-                linewidth=1, label=look.label)  # fmt: skip
-    first = rows.iloc[0]
+        ax.plot(range(len(layers)), _shown(values, metric), label=look.label, **look.line)
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
-    ax.set(title=f"{where}, W{first.weight_bits}A{first.act_bits}", ylabel=METRIC_LABELS[metric])
-    if metric == "mse":
-        ax.set_yscale("log")
+    ax.set_title(f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}")
     _layer_ticks(ax, layers)
-    if legend:
-        ax.legend(ncols=2)
-    return ax
+    return _finish_error(ax, metric, legend)
 
 
-@needs("layer", "channel", "scheme", "mode", "sqnr_db", option="metric")
+@needs("layer channel scheme mode sqnr_db", option="metric")
 def plot_channel_error(
     data: pd.DataFrame,
     *,
@@ -321,8 +286,6 @@ def plot_channel_error(
         metric: as in ``plot_layer_error``.
         layer: default the layer that holds the channel with the lowest SQNR.
         mode: ``"local"`` or ``"accumulated"``.
-        legend: names the schemes.
-        ax: default the current Axes.
     """
     one_of("metric", metric, METRIC_LABELS)
     ax = ax or plt.gca()
@@ -330,57 +293,52 @@ def plot_channel_error(
     rows = _select(rows, layer=layer or rows.layer.iloc[rows.sqnr_db.to_numpy().argmin()])
     for scheme, part in rows.groupby("scheme", sort=False):
         look = role(str(scheme))
-        values = np.sort(_shown(part[metric], metric))
-        values = values[::-1] if metric == "mse" else values
-        ax.plot(range(1, len(values) + 1), values, color=look.color, linestyle=look.dash, marker=look.marker,
-                markersize=3, markevery=max(1, len(values) // 12), linewidth=1, label=look.label)  # fmt: skip
+        values = np.sort(_shown(part[metric], metric))[:: -1 if metric == "mse" else 1]
+        every = max(1, len(values) // 12)
+        ax.plot(range(1, len(values) + 1), values, markevery=every, label=look.label, **look.line)
+    ax.set(xlabel="output channel, worst first", title=f"{short_layer(rows.layer.iloc[0])}, {mode}, per channel")
+    return _finish_error(ax, metric, legend)
+
+
+def _finish_error(ax: Axes, metric: str, legend: bool) -> Axes:
+    ax.set_ylabel(METRIC_LABELS[metric])
     if metric == "mse":
         ax.set_yscale("log")
-    ax.set(xlabel="output channel, worst first", ylabel=METRIC_LABELS[metric])
-    ax.set_title(f"{short_layer(rows.layer.iloc[0])}, {mode}, per channel")
     if legend:
         ax.legend(ncols=2)
     return ax
 
 
-@needs("shape", "method", "median_ms", "q25_ms", "q75_ms")
+@needs("shape method median_ms q25_ms q75_ms")
 def plot_quantizer_latency(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Time of one fake quantization per tensor shape and method: median, with the quartiles as a bar.
 
     Args:
         data: columns method, shape, median_ms, q25_ms, q75_ms. The method ``copy`` is the floor: the same bytes cloned.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
     shapes = list(dict.fromkeys(data["shape"]))
-    methods = list(dict.fromkeys(data.method))
-    looks = _looks(methods)
-    for i, method in enumerate(methods):
+    looks = _looks(data.method)
+    for (method, look), offset in zip(looks.items(), _dodge(len(looks), 0.12), strict=True):
         rows = data[data.method == method]
-        x = rows["shape"].map({name: n for n, name in enumerate(shapes)}) + (i - (len(methods) - 1) / 2) * 0.12
-        _medians(ax, x, rows, looks[method], "copy of the same bytes" if method == "copy" else method, line=False)
+        _medians(ax, _positions(rows["shape"], shapes) + offset, rows, look._replace(dash="none"))
     ax.set_yscale("log")
     plain_log(ax.yaxis)
-    ax.set_xticks(
-        range(len(shapes)), [str(v).strip("()").replace(", ", "\u00d7") for v in shapes], rotation=30, ha="right"
-    )
+    ax.set_xticks(range(len(shapes)), [v.strip("()").replace(", ", "\u00d7") for v in shapes], rotation=30, ha="right")
     ax.set(xlabel="activation shape (N\u00d7C\u00d7H\u00d7W)", ylabel="time (ms)\nmedian and quartiles")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
-SCALING_LABELS = {
-    "median_ms": "time (ms)",
-    "peak_mb": "peak memory (MB)",
-    "scale_multiplications": "scale multiplications",
-}
-
-
-@needs("execution", "channels", "batch", "q25_ms", "q75_ms", option="quantity")
+@needs("execution channels batch q25_ms q75_ms", option="quantity")
 def plot_scaling_latency(
-    data: pd.DataFrame, *, against: str = "channels", quantity: str = "median_ms", legend: bool = True,
+    data: pd.DataFrame,
+    *,
+    against: str = "channels",
+    quantity: str = "median_ms",
+    legend: bool = True,
     ax: Axes | None = None,
-) -> Axes:  # fmt: skip
+) -> Axes:
     """Time, memory or counts of the executions of one quantized convolution against channels or batch.
 
     Args:
@@ -388,28 +346,23 @@ def plot_scaling_latency(
             time. The other one of channels and batch is held at its most frequent value.
         against: ``"channels"`` or ``"batch"``.
         quantity: the column on the vertical axis.
-        legend: names the executions.
-        ax: default the current Axes.
     """
     one_of("against", against, ("channels", "batch"))
     one_of("quantity", quantity, SCALING_LABELS)
     ax = ax or plt.gca()
     other = "batch" if against == "channels" else "channels"
     rows = data[data[other] == data[other].mode().iloc[0]]
-    executions = list(dict.fromkeys(data.execution))
-    for execution, look in _looks(executions).items():
+    for execution, look in _looks(data.execution).items():
         part = rows[rows.execution == execution].sort_values(against)
         if quantity == "median_ms":
-            _medians(ax, part[against], part, look, execution, line=True)
+            _medians(ax, part[against], part, look)
         else:
-            ax.plot(part[against], part[quantity], color=look.color, linestyle=look.dash, marker=look.marker,
-                    markersize=3, linewidth=1, label=execution)  # fmt: skip
+            ax.plot(part[against], part[quantity], label=look.label, **look.line)
     ax.set_xscale("log", base=2)
     if (rows[quantity] > 0).all():
         ax.set_yscale("log")
     else:  # executions that need none lie on the axis, a decade below the fewest of the others
-        fewest = rows[quantity][rows[quantity] > 0].min()
-        ax.set_yscale("symlog", linthresh=fewest)
+        ax.set_yscale("symlog", linthresh=rows[quantity][rows[quantity] > 0].min())
         ax.set_ylim(0)
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set(xlabel=f"{against} ({other} {rows[other].iloc[0]})", ylabel=SCALING_LABELS[quantity])
@@ -418,14 +371,13 @@ def plot_scaling_latency(
     return ax
 
 
-@needs("dataset", "network", "scheme", "bits", "seed", "teacher_top1", "ptq_top1", "last_top1")
+@needs("dataset network scheme bits seed teacher_top1 ptq_top1 last_top1")
 def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Test accuracy over bit widths per scheme: every seed a point, open before training, filled after the last epoch.
 
     Args:
         data: rows of ``granq quantize``: scheme, bits, ptq_top1, last_top1, teacher_top1, seed, dataset, network.
             Rows with a ``source`` are published results, drawn as grey dashes.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
     published = data[data.source.notna()] if "source" in data else data[:0]
@@ -437,30 +389,27 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         look = role(scheme)
         for x, name in enumerate(bits):
             rows = measured[(measured.scheme == scheme) & (measured.bits == name)].sort_values("seed")
-            start = x - 0.4 + (i + 0.3) * width
-            jitter = (np.arange(len(rows)) - (len(rows) - 1) / 2) * width * 0.08
-            ax.scatter(start + jitter, rows.ptq_top1, s=16, facecolors="none", edgecolors=look.color, linewidths=0.8,
-                       marker=look.marker)  # fmt: skip
-            ax.scatter(start + 0.4 * width + jitter, rows.last_top1, s=16, color=look.color, marker=look.marker,
-                       linewidths=0.8, label=look.label if x == 0 else None)  # fmt: skip
+            start = x - 0.4 + (i + 0.3) * width + _dodge(len(rows), 0.08 * width)
+            style: dict[str, Any] = dict(s=16, marker=look.marker, linewidths=0.8)
+            ax.scatter(start, rows.ptq_top1, facecolors="none", edgecolors=look.color, **style)
+            label = look.label if x == 0 else None
+            ax.scatter(start + 0.4 * width, rows.last_top1, color=look.color, label=label, **style)
     if len(published):
-        at = published.bits.map({name: n for n, name in enumerate(bits)}) + 0.4 - width / 2
-        ax.scatter(
-            at, published.last_top1, marker="_", s=40, linewidths=0.8, color="#6b6b70", label="published, own teachers"
-        )
+        at = _positions(published.bits, bits) + 0.4 - width / 2
+        style = dict(marker="_", s=40, linewidths=0.8, color="#6b6b70")
+        ax.scatter(at, published.last_top1, label="published, own teachers", **style)
     teacher = measured.teacher_top1.mean()
     ax.axhline(teacher, color=_GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
-    first = measured.iloc[0]
+    first, seeds = measured.iloc[0], measured.seed.nunique()
     ax.set_xticks(range(len(bits)), bits)
-    ax.set_xlim(-0.5, len(bits) - 0.5)
-    ax.set(ylabel="test top-1 (%)", title=f"{dataset_name(first.dataset)}, {first.network}, "
-           f"n = {measured.seed.nunique()} seed{'s' * (measured.seed.nunique() > 1)}")  # fmt: skip
+    title = f"{dataset_name(first.dataset)}, {first.network}, n = {seeds} seed{'s' * (seeds > 1)}"
+    ax.set(ylabel="test top-1 (%)", title=title, xlim=(-0.5, len(bits) - 0.5))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
-@needs("weights", "activations", "ranges", "bits", "top1")
+@needs("weights activations ranges bits top1")
 def plot_granularity_factorial(
     data: pd.DataFrame,
     *,
@@ -479,8 +428,6 @@ def plot_granularity_factorial(
         bits: default the lowest.
         ranges: default the first.
         epochs: default the fewest.
-        colorbar: draw it beside this map.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
     data = data if "epochs" in data else data.assign(epochs=0)
@@ -492,11 +439,11 @@ def plot_granularity_factorial(
     )
     grid = rows.pivot_table(index="weights", columns="activations", values="top1", sort=False)
     grid = grid.reindex(columns=list(dict.fromkeys(data.activations)))  # a column that no cell has stays empty
-    mesh = ax.imshow(grid, cmap="cividis", vmin=data.top1.min(), vmax=data.top1.max(), aspect="auto")
-    middle = (data.top1.min() + data.top1.max()) / 2
+    low, high = data.top1.min(), data.top1.max()
+    mesh = ax.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     for (y, x), value in np.ndenumerate(grid.to_numpy()):
-        ax.text(x, y, f"{value:.0f}" if value == value else "\u2013", ha="center", va="center", fontsize=6,
-                color="white" if value < middle else "black")  # fmt: skip
+        text, color = f"{value:.0f}" if value == value else "\u2013", "white" if value < (low + high) / 2 else "black"
+        ax.text(x, y, text, ha="center", va="center", fontsize=6, color=color)
     ax.set_xticks(range(grid.shape[1]), [_plain(v) for v in grid.columns], rotation=90, fontsize=6)
     ax.set_yticks(range(grid.shape[0]), [_plain(v) for v in grid.index], fontsize=6)
     trained = ", trained" if rows.epochs.iloc[0] else ""
@@ -506,48 +453,34 @@ def plot_granularity_factorial(
     return ax
 
 
-@needs("network", "scheme", "weight_bits", option="quantity")
-def plot_true_bits(data: pd.DataFrame, *, quantity: str = "bits_per_weight", legend: bool = True,
-                   ax: Axes | None = None) -> Axes:  # fmt: skip
+@needs("network scheme weight_bits", option="quantity")
+def plot_true_bits(
+    data: pd.DataFrame, *, quantity: str = "bits_per_weight", legend: bool = True, ax: Axes | None = None
+) -> Axes:
     """What a label such as W3A3 comes to: a point for every network and scheme.
 
     Args:
         data: columns network, scheme, weight_bits, bits_per_weight (scales and zero points counted in) and
             quantized_percent (share of the weights that take at most 2^bits values in a group of several).
         quantity: ``"bits_per_weight"`` or ``"quantized_percent"``.
-        legend: names the schemes.
-        ax: default the current Axes.
     """
-    one_of("quantity", quantity, ("bits_per_weight", "quantized_percent"))
+    one_of("quantity", quantity, TRUE_BITS_LABELS)
     ax = ax or plt.gca()
     networks = list(dict.fromkeys(data.network))
-    for i, (scheme, rows) in enumerate(data.groupby("scheme", sort=False)):
-        look = role(str(scheme))
-        y = (
-            rows.network.map({name: n for n, name in enumerate(networks)})
-            + (i - (data.scheme.nunique() - 1) / 2) * 0.15
-        )
+    groups = data.groupby("scheme", sort=False)
+    for (scheme, rows), offset in zip(groups, _dodge(len(groups), 0.15), strict=True):
+        look, y = role(str(scheme)), _positions(rows.network, networks) + offset
         ax.scatter(rows[quantity], y, color=look.color, marker=look.marker, s=20, label=look.label)
-    bits = quantity == "bits_per_weight"
-    ax.axvline(data.weight_bits.iloc[0] if bits else 100, color=_GREY, linestyle=":", zorder=0)
+    label = data.weight_bits.iloc[0] if quantity == "bits_per_weight" else 100
+    ax.axvline(label, color=_GREY, linestyle=":", zorder=0)
     ax.set_yticks(range(len(networks)), networks)
-    ax.set_ylim(len(networks) - 0.5, -0.5)
-    ax.set_xlabel("true bits per weight (dotted: the label)" if bits else "weights really quantized (%)")
+    ax.set(ylim=(len(networks) - 0.5, -0.5), xlabel=TRUE_BITS_LABELS[quantity])
     if legend:
         ax.legend()
     return ax
 
 
-TRAINING_LABELS = {
-    "generator_loss": "generator loss",
-    "student_loss": "student loss",
-    "bn_loss": "BatchNorm distance",
-    "teacher_top1": "teacher on synthetic\nimages (%)",
-    "test_top1": "student on test\nimages (%)",
-}
-
-
-@needs("epoch", "warmup", option="quantity")
+@needs("epoch warmup", option="quantity")
 def plot_training_curves(
     data: pd.DataFrame, *, quantity: str = "test_top1", legend: bool = True, ax: Axes | None = None
 ) -> Axes:
@@ -557,25 +490,22 @@ def plot_training_curves(
         data: histories of runs: epoch, warmup, and the quantities in ``TRAINING_LABELS``; scheme and seed tell several
             runs apart.
         quantity: column to draw.
-        legend: names the schemes.
-        ax: default the current Axes.
     """
     one_of("quantity", quantity, TRAINING_LABELS)
     ax = ax or plt.gca()
     data = data if {"scheme", "seed"} <= {*data} else data.assign(scheme="student", seed=0)
-    for (scheme, _), rows in data.groupby(["scheme", "seed"], sort=False):
+    warmup = data.warmup.astype(bool)
+    # the student's loss is measured in the warm-up too, but not yet trained on
+    shown = data[~warmup] if quantity == "student_loss" else data
+    for (scheme, seed), rows in shown.groupby(["scheme", "seed"], sort=False):
         look = role(str(scheme))
-        label = look.label if look.label not in ax.get_legend_handles_labels()[1] else None
-        if quantity == "student_loss":  # measured in the warm-up too, but not yet trained on
-            rows = rows[~rows.warmup.astype(bool)]
-        ax.plot(rows.epoch, rows[quantity], color=look.color, linestyle=look.dash, marker=look.marker, markersize=3,
-                linewidth=1, label=label)  # fmt: skip
-    warm = data.epoch[data.warmup.astype(bool)].max()
-    if warm == warm:
-        ax.axvspan(
-            data.epoch.min() - 0.5, warm + 0.5, color="#ececee", zorder=0, linewidth=0, label="warm-up: generator alone"
-        )
-    ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity], xlim=(data.epoch.min() - 0.5, data.epoch.max() + 0.5))
+        first = seed == data.seed[data.scheme == scheme].iloc[0]
+        ax.plot(rows.epoch, rows[quantity], label=look.label if first else None, **look.line)
+    start, end = data.epoch.min() - 0.5, data.epoch.max() + 0.5
+    if warmup.any():
+        until = data.epoch[warmup].max() + 0.5
+        ax.axvspan(start, until, color="#ececee", zorder=0, linewidth=0, label="warm-up: generator alone")
+    ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity], xlim=(start, end))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     ax.ticklabel_format(axis="y", useOffset=False)
     if legend:
@@ -583,38 +513,34 @@ def plot_training_curves(
     return ax
 
 
-@needs("label", "sample", "pixels", "size", "confidence")
+@needs("label sample pixels size confidence")
 def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Generated images, a column for every label and a row for every epoch (and sample), teacher's confidence below.
 
     Args:
         data: of ``measure_generated_images``; a column ``epoch`` stacks several snapshots, a column ``name`` names the
             labels.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
-    keys = (["epoch"] if "epoch" in data else []) + ["sample"]
+    keys = [key for key in ("epoch", "sample") if key in data]
     distinct(data, *keys, "label")
-    groups = [(key, rows.sort_values("label")) for key, rows in data.groupby(keys)]
+    groups = [rows.sort_values("label") for _, rows in data.groupby(keys)]
     size, classes = int(data["size"].iloc[0]), data.label.nunique()
     cell, line = round(size * 1.06), round(size * 1.36)  # a gap beside each image and a line of text below
     canvas = np.full((line * len(groups), cell * classes, 3), 255, np.uint8)
-    for y, (_, rows) in enumerate(groups):
+    words = []
+    for y, rows in enumerate(groups):
         for x, row in enumerate(rows.itertuples()):
             canvas[y * line : y * line + size, x * cell : x * cell + size] = decode_pixels(str(row.pixels), size)
-            ax.text(x * cell + size / 2, y * line + size * 1.2, f"{row.confidence:.0%}", ha="center", va="center",
-                    fontsize=6)  # fmt: skip
+            at = x * cell + size / 2, y * line + size * 1.2
+            ax.text(*at, f"{row.confidence:.0%}", ha="center", va="center", fontsize=6)
+        said = [f"epoch {rows['epoch'].iloc[0]}"] if "epoch" in data else []
+        if data["sample"].nunique() > 1:
+            said.append(f"sample {rows['sample'].iloc[0] + 1}")
+        words.append("\n".join(said))
     ax.imshow(canvas, interpolation="nearest")
-    labels = data.drop_duplicates("label").sort_values("label")["name" if "name" in data else "label"].astype(str)
+    labels = groups[0]["name" if "name" in data else "label"].astype(str)
     ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels, fontsize=6.5)
-    several = data["sample"].nunique() > 1
-    words = [
-        "\n".join(
-            ([f"epoch {key[0]}"] if "epoch" in data else [])
-            + ([f"sample {rows['sample'].iloc[0] + 1}"] if several else [])
-        )
-        for key, rows in groups
-    ]
     ax.set_yticks([y * line + size / 2 for y in range(len(groups))], words)
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.set(xlabel="below each image: the teacher's probability of the label that was asked for")
@@ -622,20 +548,9 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes
     return ax
 
 
-GAP_LABELS = {
-    "ks_distance": "Kolmogorov-Smirnov\ndistance",
-    "mean": "shift of the mean\n(standard deviations)",
-    "variance": "ratio of variances",
-}
-
-
-@needs("layer", "ks_distance", "mean_real", "mean_synthetic", "variance_real", "variance_synthetic")
+@needs("layer ks_distance mean_real mean_synthetic variance_real variance_synthetic")
 def plot_synthetic_gap(
-    data: pd.DataFrame,
-    *,
-    quantity: str = "ks_distance",
-    legend: bool = True,
-    ax: Axes | None = None,
+    data: pd.DataFrame, *, quantity: str = "ks_distance", legend: bool = True, ax: Axes | None = None
 ) -> Axes:
     """Distance of synthetic from real activations, per layer: every channel a point, a bar at each median.
 
@@ -643,30 +558,18 @@ def plot_synthetic_gap(
         data: of ``measure_synthetic_gap``; a column ``pair`` holds several comparisons, such as real against real,
             which shows how much of a distance is the sample.
         quantity: ``"ks_distance"``, ``"mean"`` or ``"variance"``.
-        legend: names the pairs.
-        ax: default the current Axes.
     """
     one_of("quantity", quantity, GAP_LABELS)
     ax = ax or plt.gca()
-    layers = list(dict.fromkeys(data.layer))
     data = data if "pair" in data else data.assign(pair="synthetic against real")
-    pairs = list(dict.fromkeys(data.pair))
-    live = data[(data.variance_real > 0) & (data.variance_synthetic > 0)]
     values = {
-        "ks_distance": live.ks_distance,
-        "mean": (live.mean_synthetic - live.mean_real).abs() / live.variance_real**0.5,
-        "variance": live.variance_synthetic / live.variance_real,
+        "ks_distance": data.ks_distance,
+        "mean": (data.mean_synthetic - data.mean_real).abs() / data.variance_real**0.5,
+        "variance": data.variance_synthetic / data.variance_real,
     }[quantity]
-    for i, pair in enumerate(pairs):
-        look, offset = role("synthetic" if i == 0 else "real"), (i - (len(pairs) - 1) / 2) * 0.36
-        chosen = values[live.pair == pair]
-        layer = live.layer[live.pair == pair]
-        x = layer.map({name: n for n, name in enumerate(layers)}) + offset
-        ax.scatter(x, chosen, s=7, color=look.color, marker=look.marker, alpha=0.5, linewidths=0, rasterized=True,
-                   label=pair)  # fmt: skip
-        median = chosen.groupby(layer).median().reindex(layers)
-        ax.hlines(median, np.arange(len(layers)) + offset - 0.15, np.arange(len(layers)) + offset + 0.15, color="black",
-                  linewidth=1.2)  # fmt: skip
+    live = (data.variance_real > 0) & (data.variance_synthetic > 0)
+    looks = {p: role("real" if i else "synthetic")._replace(label=p) for i, p in enumerate(dict.fromkeys(data.pair))}
+    _channel_points(ax, data, values.where(live), data.pair, looks)
     if quantity == "variance":
         ax.set_yscale("log")
         plain_log(ax.yaxis)
@@ -674,13 +577,12 @@ def plot_synthetic_gap(
     else:
         ax.set_ylim(0)
     ax.set_ylabel(GAP_LABELS[quantity])
-    _layer_ticks(ax, layers)
     if legend:
         ax.legend(markerscale=2, ncols=2)
     return ax
 
 
-@needs("dataset", "network", "scheme", "bits", "seed", "teacher_top1", "last_top1")
+@needs("dataset network scheme bits seed teacher_top1 last_top1")
 def results_table(data: pd.DataFrame) -> pd.DataFrame:
     """Published and measured accuracies side by side: one row per method and bit width, best first.
 
@@ -694,21 +596,18 @@ def results_table(data: pd.DataFrame) -> pd.DataFrame:
     """
     data = data if "source" in data else data.assign(source=np.nan)
     own = data[data.source.isna() & data.last_top1.notna()]
-    groups = own.groupby(["dataset", "network", "scheme", "bits"], sort=False)
-    measured = groups.agg(
+    measured = own.groupby(["dataset", "network", "scheme", "bits"], sort=False, as_index=False).agg(
         top1=("last_top1", "mean"),
         std=("last_top1", "std"),
         n=("seed", "nunique"),
         teacher_top1=("teacher_top1", "mean"),
     )
-    measured = measured.reset_index().assign(kind="measured", source="this repository")
+    measured = measured.assign(kind="measured", source="this repository")
     published = data[data.source.notna()].rename(columns={"last_top1": "top1"}).assign(kind="published")
     table = pd.concat([measured, published.reindex(columns=measured.columns)], ignore_index=True)
-    table = table.rename(columns={"scheme": "method"})
-    table["drop"] = table.teacher_top1 - table.top1
+    table = table.rename(columns={"scheme": "method"}).assign(drop=table.teacher_top1 - table.top1)
     table = table.sort_values(["bits", "drop", "top1"], ascending=[True, True, False], ignore_index=True)
-    order = ["bits", "method", "kind", "top1", "std", "n", "teacher_top1", "drop", "dataset", "network", "source"]
-    return table[order]
+    return table["bits method kind top1 std n teacher_top1 drop dataset network source".split()]
 
 
 def table_text(table: pd.DataFrame, form: str) -> str:
@@ -721,63 +620,43 @@ def table_text(table: pd.DataFrame, form: str) -> str:
     Raises:
         ValueError: unknown form.
     """
-    if form not in ("markdown", "latex"):
-        raise ValueError(f"unknown form {form!r}; known: markdown, latex")
-    heads = ["bits", "method", "kind", "top-1 (%)", "std", "n", "teacher (%)", "drop (points)", "source"]
-    columns = ["bits", "method", "kind", "top1", "std", "n", "teacher_top1", "drop", "source"]
-
-    def cell(value: Any, column: str) -> str:
-        if pd.isna(value):
-            return ""
-        if isinstance(value, float):
-            return f"{value:.0f}" if column == "n" else f"{value:.2f}"
-        return str(value)
-
-    rows = [[cell(v, c) for c, v in zip(columns, row, strict=True)] for row in table[columns].itertuples(index=False)]
-    if form == "markdown":
-        lines = [heads, ["---"] * len(heads), *rows]
-        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    escaped = [[re.sub(r"([%&_#$])", r"\\\1", word) for word in line] for line in [heads, *rows]]
-    body = [" & ".join(line) + r" \\" for line in escaped]
-    frame = [
-        r"\begin{tabular}{lllrrrrrl}",
-        r"\toprule",
-        body[0],
-        r"\midrule",
-        *body[1:],
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(frame) + "\n"
+    one_of("form", form, ("markdown", "latex"))
+    heads = {"bits": "bits", "method": "method", "kind": "kind", "top1": "top-1 (%)", "std": "std", "n": "n",
+             "teacher_top1": "teacher (%)", "drop": "drop (points)", "source": "source"}  # fmt: skip
+    shown = table.assign(n=table.n.astype("Int64"))[list(heads)].rename(columns=heads).astype(object)
+    shown = shown.map(lambda v: "" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else str(v))
+    if form == "latex":
+        return shown.to_latex(index=False, escape=True, column_format="lllrrrrrl")
+    lines = [[*heads.values()], ["---"] * len(heads), *shown.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-@needs("bits", "method", "kind", "top1", "std", "teacher_top1", "drop", "n")
+@needs("bits method kind top1 std teacher_top1 drop n")
 def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes | None = None) -> Axes:
     """Points lost against each method's own teacher, one line a method: measured filled, published open.
 
     Args:
         data: of ``results_table``. Rows whose teacher no source states cannot be placed and are counted below.
         bits: default the first.
-        ax: default the current Axes.
     """
     ax = ax or plt.gca()
-    every = _select(data, bits=bits or data.bits.iloc[0])
+    every = _select(data, bits=bits)
     rows = every[every["drop"].notna()].iloc[::-1].reset_index(drop=True)
+    names = []
     for y, row in enumerate(rows.to_dict("records")):
         own = row["kind"] == "measured"
         look = role(row["method"]) if own else Role(row["method"], "#6b6b70", "o")
+        names.append(f"{look.label}, n = {row['n']:.0f}" if own else look.label)
         spread = None if pd.isna(row["std"]) else row["std"]
-        ax.errorbar(row["drop"], y, xerr=spread, fmt=look.marker, color=look.color, markersize=4, capsize=2,
-                    markerfacecolor=look.color if own else "none", linewidth=1)  # fmt: skip
-    names = [f"{role(m).label}, n = {n:.0f}" if k == "measured" else m
-             for m, n, k in zip(rows.method, rows.n, rows.kind, strict=True)]  # fmt: skip
+        style: dict[str, Any] = dict(
+            color=look.color, markerfacecolor=look.color if own else "none", markersize=4, linewidth=1
+        )
+        ax.errorbar(row["drop"], y, xerr=spread, fmt=look.marker, capsize=2, **style)
     ax.set_yticks(range(len(rows)), names, fontsize=6)
     ax.axvline(0, color=_GREY, linestyle=":", linewidth=1)
     left = len(every) - len(rows)
-    ax.set(
-        xlabel="points lost",
-        title=str(every.bits.iloc[0]) + (f"\n{left} more in the table" if left else ""),
-    )
+    more = f"\n{left} more in the table" if left else ""
+    ax.set(xlabel="points lost", title=f"{every.bits.iloc[0]}{more}")
     return ax
 
 
@@ -787,8 +666,7 @@ def short_layer(name: str) -> str:
     if len(words) > 1 and words[-1] in ("conv", "0"):
         words.pop()
     words = ["skip" if w in ("identity_conv", "downsample") else w for w in words]
-    words = [re.sub(r"^(stage|unit|layer)(\d+)$", lambda m: m[1][0] + m[2], w) for w in words]
-    return ".".join(words)
+    return ".".join(re.sub(r"^(stage|unit|layer)(\d+)$", lambda m: m[1][0] + m[2], w) for w in words)
 
 
 def dataset_name(name: str) -> str:
@@ -796,61 +674,65 @@ def dataset_name(name: str) -> str:
     return "image folder" if name.startswith("folder:") else name
 
 
+@dataclass(frozen=True)
+class Panels:
+    """One plot as a grid of panels: a row for every combination of ``rows``, a column for every one of ``columns``.
+
+    Each is a keyword of the plot with its values; ``None`` stands for all values of that column in the frame.
+    """
+
+    plot: Callable[..., Axes]
+    rows: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
+
+    def grid(self, data: pd.DataFrame) -> list[list[Callable[..., Axes]]]:
+        """Rows of plots with their keywords set; the last of a row draws the color bar, if they have one."""
+        rows, columns = (
+            [dict(zip(keys, values, strict=True)) for values in itertools.product(
+                *(dict.fromkeys(data[k]) if given is None else given for k, given in keys.items()))]
+            for keys in (self.rows, self.columns)
+        )  # fmt: skip
+        bar = "colorbar" in signature(self.plot).parameters
+        ends = [{"colorbar": column is columns[-1]} if bar else {} for column in columns]
+        return [[partial(self.plot, **row, **c, **end) for c, end in zip(columns, ends, strict=True)] for row in rows]
+
+
 def save_figure(
-    name: str,
-    data: pd.DataFrame,
-    plot: Callable[..., Axes],
-    folder: Path,
-    width: float = 3.3,
-    height: float = 2.4,
-    panels: Callable[[pd.DataFrame], list[list[Callable[..., Axes]]]] | None = None,
+    name: str, data: pd.DataFrame, plot: Callable[..., Axes], folder: Path, size: tuple[float, float] = (3.3, 2.4)
 ) -> None:
     """CSV first, then a picture drawn from that CSV alone, as SVG and PNG without dates: the same bytes every time.
 
     Args:
         name: file name without its ending.
         data: the frame.
-        plot: draws a single panel.
+        plot: draws it.
         folder: made if missing; files of this name in it are replaced.
-        width: inches.
-        height: inches.
-        panels: from the frame, rows of plot functions, one for each panel; replaces ``plot``.
+        size: width and height in inches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / f"{name}.csv", data, float_format="%.6g")
-    draw_figure(name, plot, folder, width, height, panels)
+    draw_figure(name, folder, size, [Panels(plot)])
 
 
-def draw_figure(
-    name: str,
-    plot: Callable[..., Axes],
-    folder: Path,
-    width: float = 3.3,
-    height: float = 2.4,
-    panels: Callable[[pd.DataFrame], list[list[Callable[..., Axes]]]] | None = None,
-) -> None:
-    """Draw ``folder/name.csv`` as SVG and PNG; arguments as for ``save_figure``."""
+def draw_figure(name: str, folder: Path, size: tuple[float, float], panels: Sequence[Panels]) -> None:
+    """Draw ``folder/name.csv`` as SVG and PNG: the grids of ``panels``, which have equal columns, below each other."""
     data = pd.read_csv(folder / f"{name}.csv")
-    backend = matplotlib.get_backend()
-    with ExitStack() as stack:
-        stack.callback(plt.switch_backend, backend)
-        plt.switch_backend("agg")
-        stack.enter_context(plt.style.context(STYLE))
-        grid = panels(data) if panels else [[plot]]
-        figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=(width, height), squeeze=False)
-        for row, line in zip(grid, axes, strict=True):
-            for draw, ax in zip(row, line, strict=True):
-                draw(data, ax=ax)
+    grid = [row for part in panels for row in part.grid(data)]
+    with plt.style.context(STYLE):
+        figure = Figure(figsize=size)  # not one of pyplot's: it needs no screen, and nobody has to close it
+        axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
+        for draw, ax in zip(itertools.chain(*grid), axes.flat, strict=True):
+            draw(data, ax=ax)
         if axes.size > 1:
             _share_labels(figure, axes)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        plt.close(figure)
 
 
 def _select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """Rows with these values; ``None`` means the first that is left. Raises ValueError if there is none."""
     for column, value in values.items():
-        data = data[data[column] == value]
+        data = data[data[column] == (data[column].iloc[0] if value is None else value)]
         if data.empty:
             raise ValueError(f"the data hold no row with {column} = {value!r}")
     return data
@@ -860,21 +742,45 @@ def _shown(values: pd.Series, metric: str) -> np.ndarray:
     return np.minimum(values.to_numpy(), SQNR_CEILING) if metric == "sqnr_db" else values.to_numpy()
 
 
-def _looks(names: Sequence[str]) -> dict[str, Role]:
+def _positions(values: pd.Series, order: Sequence[Any]) -> np.ndarray:
+    """Place of every value in ``order``, as a coordinate."""
+    return pd.Index(order).get_indexer(pd.Index(values)).astype(float)
+
+
+def _dodge(count: int, width: float) -> np.ndarray:
+    """Offsets that put ``count`` things side by side around zero."""
+    return (np.arange(count) - (count - 1) / 2) * width
+
+
+def _channel_points(ax: Axes, data: pd.DataFrame, values: pd.Series, by: pd.Series, looks: dict[str, Role]) -> None:
+    """A point for every channel of every layer, the groups of ``by`` side by side, and a bar at each median."""
+    layers = list(dict.fromkeys(data.layer))
+    for (name, look), offset in zip(looks.items(), _dodge(len(looks), 0.36), strict=True):
+        chosen = values[(by == name) & values.notna()]
+        layer = data.layer[chosen.index]
+        style: dict[str, Any] = dict(s=7, alpha=0.5, linewidths=0, color=look.color, marker=look.marker)
+        ax.scatter(_positions(layer, layers) + offset, chosen, label=look.label, rasterized=True, **style)
+        center = np.arange(len(layers)) + offset
+        median = chosen.groupby(layer).median().reindex(layers)
+        ax.hlines(median, center - 0.15, center + 0.15, color="black", linewidth=1.2)
+    _layer_ticks(ax, layers)
+
+
+def _looks(names: pd.Series) -> dict[str, Role]:
     """Looks of methods and executions: that of the scheme they belong to, and of a free one for the others."""
     belongs = {"copy": "full precision", "release": "release", "pre-scaled": "release", "layerwise": "layerwise"}
     belongs |= {"layer-wise": "layerwise", "folded": "foldable", "channel loop": "per_channel", "textbook": "strict"}
     belongs |= {"accumulation-time, loop": "per_channel", "accumulation-time, grouped": "strict"}
-    found = {name: ROLES[belongs[name]] for name in names if name in belongs}
+    found = {name: ROLES[belongs[name]] for name in dict.fromkeys(names) if name in belongs}
     black = Role("", "#222222", "X", (0, (2, 1)))
     free = itertools.chain([black], itertools.cycle([r for r in ROLES.values() if r not in found.values()] or [black]))
-    return {name: found.get(name) or next(free) for name in names}
+    labels = {"copy": "copy of the same bytes"}
+    return {n: (found.get(n) or next(free))._replace(label=labels.get(n, n)) for n in dict.fromkeys(names)}
 
 
-def _medians(ax: Axes, x: Any, rows: pd.DataFrame, look: Role, label: str, *, line: bool) -> None:
+def _medians(ax: Axes, x: Any, rows: pd.DataFrame, look: Role) -> None:
     spread = [rows.median_ms - rows.q25_ms, rows.q75_ms - rows.median_ms]
-    ax.errorbar(x, rows.median_ms, yerr=spread, color=look.color, marker=look.marker, markersize=4, capsize=2,
-                linewidth=1, linestyle=look.dash if line else "none", label=label)  # fmt: skip
+    ax.errorbar(x, rows.median_ms, yerr=spread, capsize=2, label=look.label, **(look.line | {"markersize": 4}))
 
 
 def _plain(name: str) -> str:
@@ -900,32 +806,29 @@ def _layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
 
 def _share_labels(figure: Figure, axes: np.ndarray) -> None:
     """One legend above all panels, and no title, axis label or tick name that a neighboring panel repeats."""
-    found = {}
+    found: dict[str, Any] = {}
     for ax in axes.flat:
-        if (own := ax.get_legend()) is not None:
-            own.remove()
-        found.update({label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)})
+        if ax.get_legend() is not None:
+            ax.get_legend().remove()
+        handles, labels = ax.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
     if found:
-        figure.legend(
-            found.values(),
-            found.keys(),
-            loc="outside upper center",
-            ncols=min(len(found), 5 if sum(map(len, found)) < 80 else 3),
-        )
-    grid = {(r, c): ax for r, line in enumerate(axes) for c, ax in enumerate(line)}
-    said = {at: (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) for at, ax in grid.items()}
-    names = {at: (_named_ticks(ax.xaxis), _named_ticks(ax.yaxis)) for at, ax in grid.items()}
-    for (r, c), ax in grid.items():
-        title, xlabel, ylabel = said[r, c]
-        if r and title == said[r - 1, c][0]:
+        ncols = min(len(found), 5 if sum(map(len, found)) < 80 else 3)
+        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=ncols)
+    last_first = [*np.ndindex(axes.shape)][::-1]  # so that the neighbor above or to the left still says its own
+    for r, c in last_first:
+        ax, above, left = axes[r, c], axes[max(r - 1, 0), c], axes[r, max(c - 1, 0)]
+        if r and ax.get_title() == above.get_title():
             ax.set_title("")
-        if (r + 1, c) in said and xlabel == said[r + 1, c][1]:
-            ax.set_xlabel("")
-        if c and ylabel == said[r, c - 1][2]:
+        if c and ax.get_ylabel() == left.get_ylabel():
             ax.set_ylabel("")
-        if c and names[r, c][1] == names[r, c - 1][1] != []:
+        if c and _named_ticks(ax.yaxis) == _named_ticks(left.yaxis) != []:
             ax.tick_params(labelleft=False)
-        if (r + 1, c) in said and names[r, c][0] == names[r + 1, c][0] != []:
+    for r, c in np.ndindex(len(axes) - 1, axes.shape[1]):
+        ax, below = axes[r, c], axes[r + 1, c]
+        if ax.get_xlabel() == below.get_xlabel():
+            ax.set_xlabel("")
+        if _named_ticks(ax.xaxis) == _named_ticks(below.xaxis) != []:
             ax.tick_params(labelbottom=False)
 
 

@@ -106,9 +106,3 @@ def seed_after_the_generator(seed: int = 0) -> Trap:
 
     with torch.random.fork_rng():
         return Trap(*(torch.equal(start(before, 1), start(before, 2)) for before in (False, True)))
-
-
-TRAPS = (
-    single_number_kernels, compounding_correction, vanishing_epsilon, ties_above_the_range, best_epoch_on_test,
-    seed_after_the_generator,
-)  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,17 +18,17 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from granq import analysis, figures, models, qat
+from granq import analysis, auditing, factorial, figures, models, qat
+from granq.checks import one_of
 from granq.convert import SCHEMES, quantize_model
 from granq.data import DataSpec, ImageData, batches, describe_data, load_split, write_csv
-from granq.generator import LATENT, build_generator
+from granq.figures import Panels
+from granq.generator import Generator
 
-PRESETS = ("quick", "cifar10")
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 RESULTS = "results_cifar10.csv"
 
@@ -41,14 +41,14 @@ class Budget:
     bits: int  # of the single-width figures; digits lose nothing at 3
     accuracy_bits: tuple[int, ...]
     accuracy_seeds: int
-    run: dict[str, int]  # settings of a zero-shot run
+    run: dict[str, Any]  # settings of a zero-shot run
     snapshots: tuple[int, ...]  # epochs after which the generator draws
 
 
 BUDGETS = {
     "quick": Budget(
         images=256, bits=2, accuracy_bits=(2, 3), accuracy_seeds=2,
-        run=dict(epochs=3, iterations=20, warmup_epochs=1, batch_size=32), snapshots=(1, 2, 3),
+        run=dict(epochs=3, iterations=20, warmup_epochs=1, batch_size=32, student_lr=1e-3), snapshots=(1, 2, 3),
     ),
     "cifar10": Budget(
         images=1024, bits=3, accuracy_bits=(3, 4, 5), accuracy_seeds=3,
@@ -82,13 +82,12 @@ class Setting:
         data: str | None = None,
         network: str = "resnet20_cifar10",
         teacher: str | Path | None = None,
-        runs: tuple[Path, ...] = (),
+        runs: Sequence[Path] = (),
         out: Path = Path("figures"),
         device: str = "auto",
         seed: int = 0,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        one_of("preset", preset, BUDGETS)
         self.preset, self.budget, self.network, self.seed = preset, BUDGETS[preset], network, seed
         self.data = data or ("digits" if preset == "quick" else "cifar10")
         self.teacher_file, self.runs, self.out = Path(teacher) if teacher else None, runs, out
@@ -104,12 +103,12 @@ class Setting:
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec, float]:
+        spec = self._described
         if self.teacher_file is None and self.preset == "quick":
-            model, top1 = models.train_teacher(
-                self.network, self._described, epochs=12, batch_size=64, seed=self.seed, device=self.device
-            )
-            return model, self._described, top1
-        model, spec = models.load_teacher(self.network, self._described, self.teacher_file, self.device)
+            train = partial(models.train_teacher, self.network, spec, epochs=12, batch_size=64)
+            model, top1 = train(seed=self.seed, device=self.device)
+            return model, spec, top1
+        model, spec = models.load_teacher(self.network, spec, self.teacher_file, self.device)
         return model, spec, models.top1_on(model, load_split(spec, "test"), spec, self.device)
 
     @property
@@ -118,14 +117,14 @@ class Setting:
         return self._loaded[0]
 
     @property
-    def top1(self) -> float:
-        """Its accuracy on the test split in percent."""
-        return self._loaded[2]
-
-    @property
     def spec(self) -> DataSpec:
         """The data, with the normalization that belongs to the teacher."""
         return self._loaded[1]
+
+    @property
+    def top1(self) -> float:
+        """The teacher's accuracy on the test split in percent."""
+        return self._loaded[2]
 
     @cached_property
     def test(self) -> ImageData:
@@ -135,54 +134,42 @@ class Setting:
     @cached_property
     def class_names(self) -> list[str]:
         """Names of the labels, where the data have them, else their numbers."""
-        names = getattr(self.test, "classes", None)
-        if names is None and self.spec.name.startswith("folder:"):  # small images are kept without their class names
+        if self.spec.name.startswith("folder:"):  # small images are kept without their class names
             test = next(d for d in (Path(self.spec.root) / "test", Path(self.spec.root) / "val") if d.is_dir())
-            names = sorted(d.name for d in test.iterdir() if d.is_dir())
-        return [str(name) for name in names or range(self.spec.classes)]
+            return sorted(d.name for d in test.iterdir() if d.is_dir())
+        return [str(name) for name in getattr(self.test, "classes", range(self.spec.classes))]
 
     @property
     def images(self) -> int:
         """How many images ``real`` and ``synthetic`` give: the preset's number, at most half of the test split."""
         return min(self.budget.images, len(self.test) // 2)
 
-    def real(self, part: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
-        """Batches of real test images in an order drawn once; ``part`` 0 and 1 are disjoint samples of equal size."""
+    def sample(self, start: int, count: int, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of test images and labels: ``count`` from place ``start`` of an order drawn once from the seed."""
         order = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        count = self.images
-        subset = Subset(cast(Any, self.test), order[part * count : (part + 1) * count])
-        return (images for images, _ in batches(cast(Any, subset), self.spec, batch_size))
+        subset: Any = Subset(cast(Any, self.test), order[start : start + count])
+        return batches(subset, self.spec, batch_size)
+
+    def real(self, part: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
+        """Batches of real test images; ``part`` 0 and 1 are disjoint samples of equal size."""
+        return (images for images, _ in self.sample(part * self.images, self.images, batch_size))
 
     def synthetic(self, batch_size: int = 64) -> Iterator[Tensor]:
         """As many generated images as real ones, drawn as during the run: BatchNorm with the batch's statistics."""
-        network = self.zero_shot[0].train()
-        rng = torch.Generator().manual_seed(self.seed)
-
-        @torch.no_grad()
-        def draw(count: int) -> Tensor:
-            noise, labels = (
-                torch.randn(count, LATENT, generator=rng),
-                torch.randint(self.spec.classes, (count,), generator=rng),
-            )
-            return network(noise.to(self.device), labels.to(self.device))
-
-        count = self.images
-        return (draw(min(batch_size, count - start)) for start in range(0, count, batch_size))
+        return factorial.generated_batches(self.zero_shot[0], self.seed, self.images, batch_size)
 
     def config(self, **changes: Any) -> qat.QATConfig:
         """Settings of a zero-shot run in this preset."""
         bits = dict(weight_bits=self.budget.bits, act_bits=self.budget.bits)
-        rate = {"student_lr": 1e-3} if self.preset == "quick" else {}
-        values: dict[str, Any] = {**self.budget.run, **bits, **rate}
-        values |= dict(image_size=self.spec.image_size, seed=self.seed, device=self.device)
-        return qat.QATConfig(**(values | changes))
+        facts = dict(image_size=self.spec.image_size, seed=self.seed, device=self.device)
+        return qat.QATConfig(**(self.budget.run | bits | facts | changes))
 
     def evaluate(self, model: nn.Module) -> float:
         """Top-1 on the test split in percent."""
         return models.top1_on(model, self.test, self.spec, self.device)
 
     @cached_property
-    def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
+    def zero_shot(self) -> tuple[Generator, pd.DataFrame, pd.DataFrame]:
         """Generator, history and generated images over training, of the given runs or of a short one made here."""
         if self.runs:
             return self._read_runs()
@@ -197,20 +184,33 @@ class Setting:
         history = _history(pd.DataFrame(trainer.rows), trainer.config)
         return trainer.generator, history, pd.concat(frames, ignore_index=True)
 
-    def _read_runs(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
+    def _read_runs(self) -> tuple[Generator, pd.DataFrame, pd.DataFrame]:
         configs = [qat.QATConfig.from_dict(json.loads((r / "config.json").read_text())["config"]) for r in self.runs]
         history = [_history(pd.read_csv(r / "history.csv"), c) for r, c in zip(self.runs, configs, strict=True)]
-        state = torch.load(self.runs[0] / "checkpoint.pt", map_location=self.device, weights_only=True)
-        generator = build_generator(self.spec.classes, self.spec.image_size).to(self.device)
-        generator.load_state_dict(state["generator"])
-        generator.train()
+        generator = qat.load_generator(self.runs[0], self.device).train()
         drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, per_class=3, seed=self.seed)
-        return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=state["epoch"])
+        return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=history[0].epoch.max())
 
     @cached_property
     def accuracy(self) -> pd.DataFrame:
-        """Accuracies of schemes, widths and seeds, measured and published."""
-        return _accuracy(self)
+        """Rows of ``granq quantize`` for every scheme, width and seed, with the published results below them.
+
+        ``quick`` makes short runs; ``cifar10`` takes the rows of long ones from ``results_cifar10.csv`` in ``out``.
+        """
+        if self.preset == "cifar10":
+            measured = pd.read_csv(self.out / RESULTS)
+            # published rows say last_top1, which rows without training lack
+            table = pd.concat([measured, _published(measured)], ignore_index=True)
+            return table.assign(teacher_test_top1=measured.teacher_top1.mean())
+        rows = []
+        seeds = range(self.seed, self.seed + self.budget.accuracy_seeds)
+        for bits, scheme, seed in itertools.product(self.budget.accuracy_bits, SCHEMES, seeds):
+            config = self.config(scheme=scheme, weight_bits=bits, act_bits=bits, seed=seed)
+            result = qat.train(self.teacher, config, evaluate=self.evaluate)
+            values = dict(scheme=scheme, bits=f"W{bits}A{bits}", recipe=config.recipe, seed=seed)
+            values |= dict(ptq_top1=result.ptq_top1, last_top1=result.last_top1, best_top1=result.best_top1)
+            rows.append(self.facts() | {"teacher_top1": self.top1} | values | {"seconds": round(result.seconds, 1)})
+        return pd.DataFrame(rows)
 
     def layers(self, count: int) -> list[str]:
         """``count`` convolutions spread evenly over the depth, neither the first nor the last layer."""
@@ -235,25 +235,26 @@ def _history(rows: pd.DataFrame, config: qat.QATConfig) -> pd.DataFrame:
 
 def _commit() -> str:
     """The commit of the checkout this runs from, with ``+`` if the sources differ from it; empty outside of one."""
-    root = Path(__file__).parent
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=root, capture_output=True)
+        head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return head + ("+" if git(["git", "diff", "--quiet", "HEAD", "--", "."]).returncode == 1 else "")
     except OSError:  # no git here
         return ""
-    return head.stdout.strip() + ("+" if changed.returncode == 1 else "")
 
 
-# How each figure is measured
+def _published(measured: pd.DataFrame) -> pd.DataFrame:
+    """Published results for the same images, network and widths, in the columns of the measured rows."""
+    table = pd.read_csv(PUBLISHED)
+    keys = ["dataset", "network", "source"]
+    teachers = table[table.method == "full precision"].rename(columns={"top1_percent": "teacher_top1"})
+    table = table[(table.dataset == "CIFAR-10") & (table.network == "ResNet-20")]
+    table = table.assign(bits=[f"W{b}A{b}" for b in table.bits]).merge(teachers[[*keys, "teacher_top1"]], "left", keys)
+    table = table[table.bits.isin(measured.bits)].rename(columns={"method": "scheme", "top1_percent": "last_top1"})
+    return table[["dataset", "network", "scheme", "bits", "source", "last_top1", "std", "teacher_top1"]]
 
 
-def _granularity_maps(s: Setting) -> pd.DataFrame:
-    images = next(s.real(batch_size=16))
-    return analysis.measure_scale_maps(s.teacher, images, s.layers(1)[0], s.budget.bits)
-
-
-def _activation_distortion(s: Setting) -> pd.DataFrame:
-    return analysis.measure_activation_distortion(s.teacher, s.real(), s.layers(3))
+# How each figure is measured, where that takes more than one call
 
 
 def _channel_scales(s: Setting) -> pd.DataFrame:
@@ -263,86 +264,40 @@ def _channel_scales(s: Setting) -> pd.DataFrame:
 
 
 def _layer_error(s: Setting) -> pd.DataFrame:
-    frame = analysis.measure_layer_error(
-        s.teacher, s.real(), list(SCHEMES), s.budget.bits, calibration=list(itertools.islice(s.real(1), 2))
-    )
+    def measure(**options: Any) -> pd.DataFrame:
+        ranges = list(itertools.islice(s.real(1), 2))
+        return analysis.measure_layer_error(
+            s.teacher, s.real(), list(SCHEMES), s.budget.bits, calibration=ranges, **options
+        )
+
+    frame = measure()
     # the layer that hurts most, over all schemes, channel by channel
     worst = frame[frame["mode"] == "local"].groupby("layer").sqnr_db.mean().idxmin()
-    channels = analysis.measure_layer_error(
-        s.teacher, s.real(), list(SCHEMES), s.budget.bits, layers=[str(worst)], per_channel=True,
-        calibration=list(itertools.islice(s.real(1), 2)),
-    )  # fmt: skip
-    return pd.concat([frame, channels], ignore_index=True)
+    return pd.concat([frame, measure(layers=[str(worst)], per_channel=True)], ignore_index=True)
 
 
 def _synthetic_gap(s: Setting) -> pd.DataFrame:
     measure = partial(analysis.measure_synthetic_gap, s.teacher)
-    return pd.concat(
-        [
-            measure(s.synthetic(), s.real()).assign(pair="synthetic against real"),
-            measure(s.real(1), s.real()).assign(pair="real against other real"),
-        ],
-        ignore_index=True,
-    )
-
-
-def _accuracy(s: Setting) -> pd.DataFrame:
-    """Rows of ``granq quantize`` for every scheme, width and seed, with the published results below them.
-
-    ``quick`` makes short runs; ``cifar10`` takes the rows of long ones from ``results_cifar10.csv`` beside the figures.
-    """
-    if s.preset == "quick":
-        rows = []
-        for bits, scheme, k in itertools.product(s.budget.accuracy_bits, SCHEMES, range(s.budget.accuracy_seeds)):
-            config = s.config(scheme=scheme, weight_bits=bits, act_bits=bits, seed=s.seed + k)
-            result = qat.train(s.teacher, config, evaluate=s.evaluate)
-            values = dict(scheme=scheme, bits=f"W{bits}A{bits}", recipe=config.recipe, seed=config.seed)
-            values |= dict(ptq_top1=result.ptq_top1, last_top1=result.last_top1, best_top1=result.best_top1)
-            rows.append(s.facts() | {"teacher_top1": s.top1} | values | {"seconds": round(result.seconds, 1)})
-        return pd.DataFrame(rows)
-    measured = pd.read_csv(s.out / RESULTS)
-    measured = measured.reindex(columns=list(dict.fromkeys([*measured, "last_top1"])))  # rows without training only
-    top1 = measured.teacher_top1.mean()
-    return pd.concat([measured, _published(measured)], ignore_index=True).assign(teacher_test_top1=top1)
-
-
-def _published(measured: pd.DataFrame) -> pd.DataFrame:
-    """Published results for the same images, network and widths, in the columns of the measured rows."""
-    table = pd.read_csv(PUBLISHED)
-    teachers = table[table.method == "full precision"].set_index(["dataset", "network", "source"]).top1_percent
-    table = table[(table.dataset == "CIFAR-10") & (table.network == "ResNet-20")]
-    table = table.assign(bits=[f"W{b}A{b}" for b in table.bits])
-    table = table[table.bits.isin(measured.bits)]
-    own = [teachers.get((r.dataset, r.network, r.source)) for r in table.itertuples()]
-    return pd.DataFrame(
-        dict(dataset=table.dataset, network=table.network, scheme=table.method, bits=table.bits, source=table.source,
-             last_top1=table.top1_percent, std=table["std"], teacher_top1=own)
-    )  # fmt: skip
+    first = measure(s.synthetic(), s.real()).assign(pair="synthetic against real")
+    second = measure(s.real(1), s.real()).assign(pair="real against other real")
+    return pd.concat([first, second], ignore_index=True)
 
 
 def _granularity_factorial(s: Setting) -> pd.DataFrame:
-    from granq import factorial
-
-    quick = s.preset == "quick"
-    order = torch.randperm(len(s.test), generator=torch.Generator().manual_seed(s.seed)).tolist()
-    test = Subset(cast(Any, s.test), order[: s.budget.images])
-    return factorial.measure_granularity_factorial(
-        s.teacher,
-        list(batches(cast(Any, test), s.spec)),
-        factorial.factorial_cells((2, 3) if quick else (2, 3, 4, 5, 8)),
-        lambda seed: s.synthetic(),
-    )
+    cells = factorial.factorial_cells((2, 3) if s.preset == "quick" else (2, 3, 4, 5, 8))
+    test = list(s.sample(0, s.budget.images))
+    return factorial.measure_granularity_factorial(s.teacher, test, cells, lambda seed: s.synthetic())
 
 
 def _quantizer_latency(s: Setting) -> pd.DataFrame:
-    from granq import bench
+    from granq import bench  # torch.utils.benchmark is slow to import, and talks
 
     shapes = bench.SHAPES[:3] if s.preset == "quick" else bench.SHAPES  # those of ResNet-20 alone take seconds
     return bench.measure_latency_quantizer(shapes, s.budget.bits, device=s.device)
 
 
 def _scaling_latency(s: Setting) -> pd.DataFrame:
-    from granq import bench
+    from granq import bench  # torch.utils.benchmark is slow to import, and talks
 
     channels, images = ((8, 16, 32, 64), (1, 4, 16)) if s.preset == "quick" else ((8, 16, 32, 64, 128), (1, 4, 16, 64))
     return bench.measure_latency_scaling(channels, images, bits=s.budget.bits, device=s.device)
@@ -350,74 +305,17 @@ def _scaling_latency(s: Setting) -> pd.DataFrame:
 
 def _true_bits(s: Setting) -> pd.DataFrame:
     """Five networks without trained weights: what is quantized does not depend on them."""
-    from granq.auditing import audit, summarize_audit
-
     rows = []
     for name in ("resnet20_cifar10", "resnet18", "resnet50", "mobilenetv2_w1", "mobilenet_v2"):
-        size = 32 if "cifar" in name else 224
+        size, classes = (32, 10) if "cifar" in name else (224, 1000)
         torch.manual_seed(s.seed)
-        network = models.build_network(name, 10 if "cifar" in name else 1000)
+        network = models.build_network(name, classes)
         for scheme in SCHEMES:
-            frame = audit(quantize_model(network, scheme, 3, 3), torch.randn(1, 3, size, size))
-            facts = summarize_audit(frame)
+            frame = auditing.audit(quantize_model(network, scheme, 3, 3), torch.randn(1, 3, size, size))
+            facts = auditing.summarize_audit(frame)
             values = dict(bits_per_weight=facts["true_bits_per_weight"], quantized_percent=facts["weights_low_bit"])
             rows.append(dict(network=name, scheme=scheme, weight_bits=3) | values)
     return pd.DataFrame(rows)
-
-
-# How each figure is drawn: rows of panels, each a plot function with its keywords set
-
-Grid = list[list[Callable[..., Axes]]]
-
-
-def _map_panels(data: pd.DataFrame) -> Grid:
-    names = list(dict.fromkeys(data.granularity))
-    draw = figures.plot_granularity_maps
-    return [[partial(draw, granularity=name, colorbar=name == names[-1]) for name in names]]
-
-
-def _distortion_panels(data: pd.DataFrame) -> Grid:
-    rows = itertools.product(dict.fromkeys(data.layer), ("distribution", "error"))
-    draw = figures.plot_activation_distortion
-    return [[partial(draw, layer=n, bits=k, quantity=q) for k in sorted(set(data.bits))] for n, q in rows]
-
-
-def _error_panels(data: pd.DataFrame) -> Grid:
-    modes = analysis.MODES
-    grid: Grid = [
-        [partial(figures.plot_layer_error, metric=m, mode=mode)
-         for mode in modes]
-        for m in ("sqnr_db", "mse", "cosine_similarity")
-    ]  # fmt: skip
-    return [*grid, [partial(figures.plot_channel_error, mode=mode) for mode in modes]]
-
-
-def _curve_panels(data: pd.DataFrame) -> Grid:
-    names = list(figures.TRAINING_LABELS)
-    return [[partial(figures.plot_training_curves, quantity=name) for name in names]]
-
-
-def _table_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_results_table, bits=k) for k in sorted(set(data.bits))]]
-
-
-def _true_bits_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_true_bits, quantity=q) for q in ("bits_per_weight", "quantized_percent")]]
-
-
-def _factorial_panels(data: pd.DataFrame) -> Grid:
-    bits, draw = sorted(set(data.bits)), figures.plot_granularity_factorial
-    rows = itertools.product(sorted(set(data.epochs)), [r for r in ("dynamic", "static") if r in set(data.ranges)])
-    return [[partial(draw, bits=k, ranges=r, epochs=e, colorbar=k == bits[-1]) for k in bits] for e, r in rows]
-
-
-def _scaling_panels(data: pd.DataFrame) -> Grid:
-    draw = figures.plot_scaling_latency
-    return [[partial(draw, against=a, quantity=q) for q in figures.SCALING_LABELS] for a in ("channels", "batch")]
-
-
-def _gap_panels(data: pd.DataFrame) -> Grid:
-    return [[partial(figures.plot_synthetic_gap, quantity=q)] for q in figures.GAP_LABELS]
 
 
 @dataclass(frozen=True)
@@ -426,10 +324,9 @@ class Figure:
 
     question: str
     measure: Callable[[Setting], pd.DataFrame]
-    plot: Callable[..., Axes]
+    panels: Sequence[Panels]  #: below each other
     size: tuple[float, float]  #: width and height in inches
     alt: str
-    panels: Callable[[pd.DataFrame], Grid] | None = None
     teacher: bool = True  #: the measurement depends on the teacher, which its provenance then names
     command: str = ""  #: measures a CSV that names no preset
 
@@ -437,26 +334,30 @@ class Figure:
 FIGURES: dict[str, Figure] = {
     "granularity_maps": Figure(
         "What do the scales look like?",
-        _granularity_maps,
-        figures.plot_granularity_maps,
+        lambda s: analysis.measure_scale_maps(s.teacher, next(s.real(batch_size=16)), s.layers(1)[0], s.budget.bits),
+        [Panels(figures.plot_granularity_maps, columns={"granularity": None})],
         (6.8, 2.4),
         "Maps of images by channels, colored by quantization step, one map per granularity: one color for per tensor, "
         "vertical stripes for per channel, horizontal stripes for per image, single cells for GranQ.",
-        _map_panels,
     ),
     "activation_distortion": Figure(
         "What do few bits do to activations?",
-        _activation_distortion,
-        figures.plot_activation_distortion,
+        lambda s: analysis.measure_activation_distortion(s.teacher, s.real(), s.layers(3)),
+        [
+            Panels(
+                figures.plot_activation_distortion,
+                {"layer": None, "quantity": ("distribution", "error")},
+                {"bits": None},
+            )
+        ],
         (6.8, 9.0),
         "For three layers and 3, 4 and 5 bits: share of values above each activation, in full precision and under "
         "per-tensor, per-channel and GranQ scales, and below it the root mean square error by activation value.",
-        _distortion_panels,
     ),
     "channel_scales": Figure(
         "How far apart are the channels?",
         _channel_scales,
-        figures.plot_channel_scales,
+        [Panels(figures.plot_channel_scales)],
         (6.8, 3.2),
         "A logarithmic axis of quantization steps over all layers, one point per channel, synthetic images beside "
         "real ones, with a bar at each median.",
@@ -464,16 +365,20 @@ FIGURES: dict[str, Figure] = {
     "layer_error": Figure(
         "Which layer is guilty?",
         _layer_error,
-        figures.plot_layer_error,
+        [
+            Panels(
+                figures.plot_layer_error, {"metric": ("sqnr_db", "mse", "cosine_similarity")}, {"mode": analysis.MODES}
+            ),
+            Panels(figures.plot_channel_error, columns={"mode": analysis.MODES}),
+        ],
         (6.8, 7.2),
         "SQNR, mean square error and cosine similarity over the layers, one line per scheme, left with clean inputs "
         "and right with quantized inputs; the bottom row shows every channel of the worst layer.",
-        _error_panels,
     ),
     "accuracy_bits": Figure(
         "How much accuracy is left at each bit width?",
         lambda s: s.accuracy,
-        figures.plot_accuracy_bits,
+        [Panels(figures.plot_accuracy_bits)],
         (6.8, 2.8),
         "Test accuracy over bit widths, one column of points per scheme, open points before training and filled "
         "points after it, with the teacher as a dotted line and published results as dashes where there are any.",
@@ -481,17 +386,16 @@ FIGURES: dict[str, Figure] = {
     "true_bits": Figure(
         "How many bits is a 3-bit network?",
         _true_bits,
-        figures.plot_true_bits,
+        [Panels(figures.plot_true_bits, columns={"quantity": [*figures.TRUE_BITS_LABELS]})],
         (6.8, 2.6),
         "Five networks, one point per scheme: left the bits per weight with scales and zero points counted in and a "
         "dotted line at the label, right the share of weights that are really quantized.",
-        _true_bits_panels,
         teacher=False,
     ),
     "quantizer_latency": Figure(
         "What does it cost to quantize activations?",
         _quantizer_latency,
-        figures.plot_quantizer_latency,
+        [Panels(figures.plot_quantizer_latency)],
         (6.8, 2.8),
         "Logarithmic time of one fake quantization, forward and backward, over activation shapes: layer-wise, a loop "
         "over channels, the textbook chain and GranQ's vectorized step, above the time of copying the same bytes.",
@@ -501,38 +405,41 @@ FIGURES: dict[str, Figure] = {
     "scaling_latency": Figure(
         "What does it cost to apply the scales?",
         _scaling_latency,
-        figures.plot_scaling_latency,
+        [
+            Panels(
+                figures.plot_scaling_latency,
+                {"against": ("channels", "batch")},
+                {"quantity": [*figures.SCALING_LABELS]},
+            )
+        ],
         (6.8, 4.2),
         "Time, peak memory and number of scale multiplications of one quantized convolution against channels (top) and "
         "batch (bottom), both axes logarithmic, one line per execution: layer-wise, accumulation-time in a loop and "
         "grouped, pre-scaled, folded.",
-        _scaling_panels,
         teacher=False,
         command="granq bench scaling --out FOLDER",
     ),
     "granularity_factorial": Figure(
         "Which choice is worth how much?",
         _granularity_factorial,
-        figures.plot_granularity_factorial,
+        [Panels(figures.plot_granularity_factorial, {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None})],
         (6.8, 3.6),
         "Maps of test accuracy, weight granularities down and activation granularities across, one map per bit width, "
         "with dynamic ranges above and static ones below; every cell holds its percent, a dash where no range exists.",
-        _factorial_panels,
         command="granq factorial --network resnet20_cifar10 --run RUN --out FILE.csv",
     ),
     "training_curves": Figure(
         "How does a run go?",
         lambda s: s.zero_shot[1],
-        figures.plot_training_curves,
+        [Panels(figures.plot_training_curves, columns={"quantity": [*figures.TRAINING_LABELS]})],
         (6.8, 1.8),
         "Five small panels over epochs: generator loss, student loss, BatchNorm distance, the teacher's accuracy on "
         "synthetic images and the student's test accuracy, with the warm-up shaded.",
-        _curve_panels,
     ),
     "synthetic_images": Figure(
         "What does the generator draw?",
         lambda s: s.zero_shot[2].assign(name=s.zero_shot[2].label.map(dict(enumerate(s.class_names)))),
-        figures.plot_synthetic_images,
+        [Panels(figures.plot_synthetic_images)],
         (6.8, 3.2),
         "Generated images, one column per class and one row per epoch, each with the teacher's probability of the "
         "class that was asked for.",
@@ -540,20 +447,18 @@ FIGURES: dict[str, Figure] = {
     "synthetic_gap": Figure(
         "How far are synthetic images from real ones, seen from inside the network?",
         _synthetic_gap,
-        figures.plot_synthetic_gap,
+        [Panels(figures.plot_synthetic_gap, {"quantity": [*figures.GAP_LABELS]})],
         (6.8, 4.6),
         "Three rows over the layers: Kolmogorov-Smirnov distance, difference of means and ratio of variances, one "
         "point per channel, synthetic against real images beside real against other real images.",
-        _gap_panels,
     ),
     "results_table": Figure(
         "How do these results compare with published ones?",
         lambda s: figures.results_table(s.accuracy).assign(teacher_test_top1=s.accuracy.teacher_test_top1.iloc[0]),
-        figures.plot_results_table,
+        [Panels(figures.plot_results_table, columns={"bits": None})],
         (6.8, 3.6),
         "One panel per bit width, one line per method, the position is the number of points lost against the method's "
         "own teacher; measured methods filled with their spread, published ones open.",
-        _table_panels,
     ),
 }
 
@@ -572,14 +477,12 @@ def make_figures(names: Iterable[str], setting: Setting) -> list[str]:
     if setting.preset == "cifar10" and {"accuracy_bits", "results_table"} & set(names):
         if not (setting.out / RESULTS).is_file():
             raise ValueError(f"{setting.out / RESULTS} is missing: a row for each run of granq quantize --json")
+    setting.out.mkdir(parents=True, exist_ok=True)
     for name in tqdm(names, desc="figures", unit="figure"):
-        figure = FIGURES[name]
-        data = figure.measure(setting)
-        facts = {
-            k: v for k, v in setting.facts(figure.teacher and "teacher_test_top1" not in data).items() if k not in data
-        }
-        setting.out.mkdir(parents=True, exist_ok=True)
-        write_csv(setting.out / f"{name}.csv", data.assign(**facts), float_format="%.6g")
+        data = FIGURES[name].measure(setting)
+        facts = setting.facts(FIGURES[name].teacher and "teacher_test_top1" not in data)
+        data = data.assign(**{k: v for k, v in facts.items() if k not in data})
+        write_csv(setting.out / f"{name}.csv", data, float_format="%.6g")
         redraw_figures([name], setting.out)
     return names
 
@@ -596,8 +499,7 @@ def redraw_figures(names: Iterable[str], folder: Path) -> list[str]:
     if not names:
         raise ValueError(f"{folder} holds no CSV of a figure; granq figures measures them")
     for name in names:
-        figure = FIGURES[name]
-        figures.draw_figure(name, figure.plot, folder, *figure.size, figure.panels)
+        figures.draw_figure(name, folder, FIGURES[name].size, FIGURES[name].panels)
         if name == "results_table":
             table = pd.read_csv(folder / f"{name}.csv")
             (folder / f"{name}.md").write_text(figures.table_text(table, "markdown"))
@@ -611,37 +513,36 @@ GALLERY = ("<!-- gallery, written by granq figures -->", "<!-- end of gallery --
 
 def write_gallery(folder: Path) -> None:
     """Write every figure in ``folder`` into its README.md, between two marks; the text around them stays as it is."""
-    parts = []
-    for name, figure in FIGURES.items():
-        if not all((folder / f"{name}.{kind}").is_file() for kind in ("csv", "png")):
-            continue
-        table = pd.read_csv(folder / f"{name}.csv")
-        facts = table.iloc[0]
-        # what the CSV says of itself; frames of other commands may say less
-        texts = dict(dataset="{}", images="{} images", network="{}", teacher_test_top1="teacher {:.2f} %",
-                     seed="seed {}", device="{}", torch="torch {}", commit="commit {}", preset="preset {}")  # fmt: skip
-        if "seed" in table and table.seed.nunique() > 1:
-            del texts["seed"]  # several: the picture says how many
-        said = [text.format(facts[k]) for k, text in texts.items() if k in facts and not pd.isna(facts[k])]
-        command = f"granq figures {name}" + (f" --preset {facts.preset}" if "preset" in facts else "")
-        command = figure.command if figure.command and "preset" not in facts else command
-        command += (
-            " --teacher FILE --data folder:PATH" if facts.get("dataset") == figures.dataset_name("folder:") else ""
-        )
-        parts.append(
-            f"## {name}\n\n**{figure.question}**\n\n![{figure.alt}]({name}.png)\n\n{figure.alt}\n\n"
-            f"{', '.join(said)}. `{command}`; [CSV]({name}.csv), [SVG]({name}.svg).\n"
-        )
+    shown = [n for n in FIGURES if all((folder / f"{n}.{kind}").is_file() for kind in ("csv", "png"))]
+    middle = "\n".join([GALLERY[0], "", *(_gallery_entry(name, folder) for name in shown), GALLERY[1]])
     readme = folder / "README.md"
     text = readme.read_text() if readme.is_file() else "# Figures\n"
     start, _, rest = text.partition(GALLERY[0])
-    _, _, end = rest.partition(GALLERY[1])
-    middle = "\n".join([GALLERY[0], "", *parts, GALLERY[1]])
+    end = rest.partition(GALLERY[1])[2]
     readme.write_text(f"{start.rstrip()}\n\n{middle}{end.rstrip()}\n")
+
+
+def _gallery_entry(name: str, folder: Path) -> str:
+    figure, table = FIGURES[name], pd.read_csv(folder / f"{name}.csv")
+    facts = table.iloc[0]
+    # what the CSV says of itself; frames of other commands may say less
+    texts = dict(dataset="{}", images="{} images", network="{}", teacher_test_top1="teacher {:.2f} %",
+                 seed="seed {}", device="{}", torch="torch {}", commit="commit {}", preset="preset {}")  # fmt: skip
+    if "seed" in table and table.seed.nunique() > 1:
+        del texts["seed"]  # several: the picture says how many
+    said = [text.format(facts[k]) for k, text in texts.items() if k in facts and not pd.isna(facts[k])]
+    command = f"granq figures {name}" + (f" --preset {facts.preset}" if "preset" in facts else "")
+    command = figure.command if figure.command and "preset" not in facts else command
+    if facts.get("dataset") == figures.dataset_name("folder:"):
+        command += " --teacher FILE --data folder:PATH"
+    return (
+        f"## {name}\n\n**{figure.question}**\n\n![{figure.alt}]({name}.png)\n\n{figure.alt}\n\n"
+        f"{', '.join(said)}. `{command}`; [CSV]({name}.csv), [SVG]({name}.svg).\n"
+    )
 
 
 def _known(names: Iterable[str]) -> list[str]:
     names = list(names) or list(FIGURES)
-    if unknown := [name for name in names if name not in FIGURES]:
-        raise ValueError(f"unknown figure {unknown[0]!r}; known: {', '.join(FIGURES)}")
+    for name in names:
+        one_of("figure", name, FIGURES)
     return names

@@ -1,6 +1,7 @@
 """Explorers answer every value of every control from a precomputed frame: no network runs, no error shows."""
 
 import itertools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,33 @@ def latencies(column: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def controls_of(explorer: explore.widgets.Widget) -> dict[str, explore.widgets.Widget]:
+    """The controls of an explorer by their label."""
+    return {c.description: c for c in explorer.children[1].children if not isinstance(c, explore.widgets.Play)}
+
+
+def values_of(control: explore.widgets.Widget) -> list:
+    return [value for _, value in control.options]
+
+
+def measure_reaction(explorer: explore.widgets.Widget, moves: int = 60, seed: int = 0) -> pd.DataFrame:
+    """Milliseconds from a control's new value to the new picture and numbers, over random moves of random controls.
+
+    It is the kernel's share of a reaction, told in notebooks/README.md; moves that change nothing give no row.
+    """
+    rng, rows, shown = np.random.default_rng(seed), [], [0.0]
+    for output in explorer.children[2:4]:  # picture, numbers
+        output.observe(lambda _: shown.append(time.perf_counter()), "value")
+    every = [(label, c) for label, c in controls_of(explorer).items() if len(c.options) > 1]
+    for _ in range(moves):
+        label, control = every[rng.integers(len(every))]
+        others = [v for v in values_of(control) if v != control.value]
+        start, control.value = time.perf_counter(), others[rng.integers(len(others))]
+        if shown[-1] > start:
+            rows.append({"control": label, "reaction_ms": 1000 * (shown[-1] - start)})
+    return pd.DataFrame(rows)
+
+
 @pytest.fixture
 def explorers(tiny: nn.Module) -> dict[str, explore.widgets.Widget]:
     histograms = analysis.measure_channel_histograms(
@@ -59,18 +87,18 @@ def test_every_value_draws_without_a_network(name: str, explorers: dict, monkeyp
     _, _, picture, numbers, errors = explorer.children
     monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("a callback ran a network"))
     seen = {(picture.value, numbers.value)}
-    for control in explore.controls_of(explorer).values():
-        for value in explore._values(control):
+    for control in controls_of(explorer).values():
+        for value in values_of(control):
             control.value = value
             assert not errors.outputs, errors.outputs
             assert numbers.value.startswith("<table>") and "nan" not in numbers.value
             seen.add((picture.value, numbers.value))
-    assert len(seen) >= len(explore.controls_of(explorer))  # controls change what is shown
+    assert len(seen) >= len(controls_of(explorer))  # controls change what is shown
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_controls_are_labeled_and_wait_for_release(name: str, explorers: dict) -> None:
-    for label, control in explore.controls_of(explorers[name]).items():
+    for label, control in controls_of(explorers[name]).items():
         assert label and control.layout.width
         assert not getattr(control, "continuous_update", False)
 
@@ -78,8 +106,8 @@ def test_controls_are_labeled_and_wait_for_release(name: str, explorers: dict) -
 def test_picture_keeps_its_size(explorers: dict, tmp_path: Path) -> None:
     for explorer in explorers.values():
         picture = explorer.children[2]
-        for control in explore.controls_of(explorer).values():
-            control.value = explore._values(control)[-1]
+        for control in controls_of(explorer).values():
+            control.value = values_of(control)[-1]
             (tmp_path / "picture.png").write_bytes(picture.value)
             with Picture.open(tmp_path / "picture.png") as drawn:
                 assert tuple(f"{side}px" for side in drawn.size) == (picture.layout.width, picture.layout.height)
@@ -88,7 +116,7 @@ def test_picture_keeps_its_size(explorers: dict, tmp_path: Path) -> None:
 def test_numbers_are_those_of_the_frame(tiny: nn.Module) -> None:
     maps = analysis.measure_scale_maps(tiny, images(), "conv2", 3)
     explorer = explore.scale_explorer(maps)
-    controls = explore.controls_of(explorer)
+    controls = controls_of(explorer)
     controls["one scale"].value = "per_sample_channel"
     controls["image"].value = 1
     rows = maps[(maps.granularity == "per_sample_channel") & (maps.image == 1) & (maps.scale > 1e-7)]
@@ -97,9 +125,9 @@ def test_numbers_are_those_of_the_frame(tiny: nn.Module) -> None:
 
 
 def test_reaction_is_measured_move_by_move(explorers: dict) -> None:
-    frame = explore.measure_reaction(explorers["speed"], moves=12)
+    frame = measure_reaction(explorers["speed"], moves=12)
     assert 0 < len(frame) <= 12 and (frame.reaction_ms > 0).all()
-    assert set(frame.control) <= set(explore.controls_of(explorers["speed"]))
+    assert set(frame.control) <= set(controls_of(explorers["speed"]))
 
 
 def test_histograms_of_channels(tiny: nn.Module) -> None:
@@ -125,7 +153,7 @@ def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
     config = QATConfig(epochs=2, iterations=2, batch_size=4, warmup_epochs=1, image_size=8)
     train(tiny, config, evaluate=lambda _: 50.0, out=tmp_path / "run")
     play.value = 1  # as the browser does every two seconds
-    controls = explore.controls_of(monitor)
+    controls = controls_of(monitor)
     assert controls["up to epoch"].max == controls["up to epoch"].value == 2
     assert monitor.children[2].value != before and not monitor.children[4].outputs
     after = monitor.children[2].value

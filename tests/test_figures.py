@@ -79,8 +79,7 @@ def test_plots_are_pure(name: str, frames: dict[str, pd.DataFrame]) -> None:
     data, style, rng = frames[name], dict(mpl.rcParams), np.random.get_state()[1].copy()
     copy = data.copy(deep=True)
     figure, (ax, other) = plt.subplots(1, 2)
-    panels = registry.FIGURES[name].panels
-    for draw in itertools.chain(*panels(data)) if panels else [registry.FIGURES[name].plot]:
+    for draw in itertools.chain(*(row for panels in registry.FIGURES[name].panels for row in panels.grid(data))):
         ax.clear()
         assert draw(data, ax=ax) is ax
         assert ax.has_data() or ax.texts
@@ -132,6 +131,10 @@ def test_artists_hold_the_values(frames: dict[str, pd.DataFrame]) -> None:
     plt.figure()
     image = figures.plot_granularity_maps(frames["granularity_maps"], granularity="per_sample_channel").images[0]
     assert image.get_array().shape == (4, 4)
+    plt.figure()
+    drawn = frames["synthetic_images"]  # without epochs, as the demo and the explorers draw it
+    words = [t.get_text() for t in figures.plot_synthetic_images(drawn[drawn.epoch == 1].drop(columns="epoch")).texts]
+    assert words == [f"{c:.0%}" for c in drawn.confidence[drawn.epoch == 1]]
     plt.figure()
     ax = figures.plot_accuracy_bits(accuracy())
     points = np.concatenate([c.get_offsets()[:, 1] for c in ax.collections if len(c.get_offsets())])

@@ -39,8 +39,3 @@ def test_the_seed_comes_first():
     state = torch.get_rng_state()
     assert gallery.seed_after_the_generator() == (False, True)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_all_are_listed():
-    public = {f for n, f in vars(gallery).items() if callable(f) and getattr(f, "__module__", "") == gallery.__name__}
-    assert public - {gallery.Trap} == set(gallery.TRAPS)
