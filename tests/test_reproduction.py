@@ -28,10 +28,14 @@ SHORT = "--epochs 1 --warmup-epochs 0 --iterations 1 --batch-size 2 --device cpu
 SHOWN = 8  # images the stand-in teachers know
 
 
-def photographs(size: tuple[int, int]) -> list[Image.Image]:
-    """``SHOWN`` different smooth pictures (height, width)."""
+def photographs(height: int, width: int) -> list[Image.Image]:
+    """``SHOWN`` smooth pictures, each framed by another one where a center crop of 224 in 256 cuts."""
     noise = np.random.default_rng(0).integers(0, 255, (SHOWN, 4, 4, 3), dtype=np.uint8)
-    return [Image.fromarray(n).resize(size[::-1], Image.Resampling.BICUBIC) for n in noise]
+    pictures = [Image.fromarray(n).resize((width, height), Image.Resampling.BICUBIC) for n in noise]
+    frames = [picture.copy() for picture in pictures[1:] + pictures[:1]]
+    for frame, picture in zip(frames, pictures, strict=True):
+        frame.paste(picture.crop((w := width // 16, h := height // 16, width - w, height - h)), (w, h))
+    return frames
 
 
 def stand_in(network: str, classes: int, images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
@@ -57,7 +61,7 @@ def stand_in(network: str, classes: int, images: torch.Tensor, labels: torch.Ten
 
 def write_cifar(root: Path, classes: int, labels: torch.Tensor) -> torch.Tensor:
     """torchvision's files with ``SHOWN`` test images and an unreadable train split; the images as pytorchcv wants them."""
-    pixels = np.stack([np.asarray(image) for image in photographs((32, 32))])
+    pixels = np.stack([np.asarray(image) for image in photographs(32, 32)])
     test = {"data": pixels.transpose(0, 3, 1, 2).reshape(SHOWN, -1), "labels": labels.tolist()}
     if classes == 10:
         folder, names, meta = root / "cifar-10-batches-py", ["test_batch"], "batches.meta"
@@ -78,7 +82,7 @@ def write_cifar(root: Path, classes: int, labels: torch.Tensor) -> torch.Tensor:
 
 def write_imagenet(root: Path, labels: torch.Tensor) -> torch.Tensor:
     """1000 class folders with one JPEG each; returns the ones of ``labels`` as torchvision's own transform gives them."""
-    shown, files = dict(zip(labels.tolist(), photographs((375, 500)), strict=True)), []
+    shown, files = dict(zip(labels.tolist(), photographs(375, 500), strict=True)), []
     for label in range(1000):
         folder = root / "imagenet/val" / f"n{label * 7919:08d}"
         folder.mkdir(parents=True)
