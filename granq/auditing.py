@@ -80,7 +80,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
 
 
 def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
-    """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts, a ``summary`` sentence."""
+    """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts, a summary sentence."""
     quantized = frame.weight_sqnr_db < QUANTIZED_DB
     weights = 100 * frame.weight_share[quantized].sum()
     macs = 100 * frame.macs_share[frame.low_bit].sum()

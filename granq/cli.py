@@ -299,8 +299,9 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
     needed = ("dataset", "network", "teacher", "scheme", "bits", "recipe", "seed", "run_preset", "last_top1")
     if missing := [name for name in needed if name not in row]:
         raise ValueError(f"row {args.row} of {args.table} lacks {', '.join(missing)}; granq sweep writes them")
-    options = ["--data", args.data or row.get("data", row["dataset"]), "--network", row["network"], "--scheme", row["scheme"]]
-    options += ["--bits", ",".join(re.findall(r"\d+", row["bits"])), "--preset", row["run_preset"]]
+    bits = ",".join(re.findall(r"\d+", row["bits"]))
+    options = ["--data", args.data or row.get("data", row["dataset"]), "--network", row["network"]]
+    options += ["--scheme", row["scheme"], "--bits", bits, "--preset", row["run_preset"]]
     teacher = str(args.teacher or row["teacher"])
     options += ["--teacher", teacher] if teacher != "None" else []
     again = build_parser().parse_args(["quantize", *options, "--out", str(args.out), "--device", args.device])
@@ -314,7 +315,7 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
             setattr(again, field.name, read[type(field.default)](row[field.name]))
     result = _quantize(again)
     before = float(row["last_top1"])
-    return result | {"row_last_top1": before, "difference": result["last_top1"] - before}
+    return result and result | {"row_last_top1": before, "difference": result["last_top1"] - before}
 
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:

@@ -160,10 +160,8 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
 
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalized (images, labels) in the stored order; image files are decoded by as many processes as torch has threads."""
-    threads = torch.get_num_threads()
-    workers = threads if threads > 1 and hasattr(dataset, "loader") else 0
-    for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size, num_workers=workers):
+    """Normalized (images, labels) in the stored order."""
+    for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels
 
 

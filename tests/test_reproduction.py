@@ -60,7 +60,7 @@ def stand_in(network: str, classes: int, images: torch.Tensor, labels: torch.Ten
 
 
 def write_cifar(root: Path, classes: int, labels: torch.Tensor) -> torch.Tensor:
-    """torchvision's files with ``SHOWN`` test images and an unreadable train split; the images as pytorchcv wants them."""
+    """torchvision's files: ``SHOWN`` test images, an unreadable train split. Returns what pytorchcv's networks take."""
     pixels = np.stack([np.asarray(image) for image in photographs(32, 32)])
     test = {"data": pixels.transpose(0, 3, 1, 2).reshape(SHOWN, -1), "labels": labels.tolist()}
     if classes == 10:
@@ -81,7 +81,7 @@ def write_cifar(root: Path, classes: int, labels: torch.Tensor) -> torch.Tensor:
 
 
 def write_imagenet(root: Path, labels: torch.Tensor) -> torch.Tensor:
-    """1000 class folders with one JPEG each; returns the ones of ``labels`` as torchvision's own transform gives them."""
+    """1000 class folders with one JPEG each. Returns those of ``labels`` as torchvision's own transform gives them."""
     shown, files = dict(zip(labels.tolist(), photographs(375, 500), strict=True)), []
     for label in range(1000):
         folder = root / "imagenet/val" / f"n{label * 7919:08d}"
@@ -140,9 +140,9 @@ def test_page_names_every_setting_of_the_paper():
 
 
 def test_any_row_is_rerun_from_its_own_fields(folder, teacher, tmp_path, capsys):
-    options = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme foldable --bits 4,3 --recipe gdfq"
-    short = "--epochs 3 --warmup-epochs 1 --iterations 1 --batch-size 4 --image-size 16 --preset paper --json".split()
-    assert main(["quantize", *options.split(), *short, "--seed", "5", "--out", str(tmp_path / "first")]) == 0
+    options = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme foldable --bits 4,3"
+    options += " --recipe gdfq --seed 5 --preset paper --epochs 3 --warmup-epochs 1 --iterations 1 --batch-size 4"
+    assert main(["quantize", *options.split(), "--image-size", "16", "--json", "--out", str(tmp_path / "first")]) == 0
     first = json.loads(capsys.readouterr().out)
     write_csv(tmp_path / "own.csv", pd.DataFrame([first | {"seed": 9}, first]))
     kept = pd.read_csv(PAGE.parent.parent / "figures/results_cifar10.csv", nrows=0).columns
