@@ -80,7 +80,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
 
 
 def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
-    """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), bits, and a ``summary`` sentence."""
+    """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts, a summary sentence."""
     quantized = frame.weight_sqnr_db < QUANTIZED_DB
     weights = 100 * frame.weight_share[quantized].sum()
     macs = 100 * frame.macs_share[frame.low_bit].sum()
@@ -91,6 +91,8 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
         "macs_low_bit": float(macs),
         "weights_not_quantized": float(100 - weights),
         "true_bits_per_weight": float((frame.bits_per_weight * frame.weight_share).sum()),
+        "layers": len(frame),
+        "layers_input_quantized": int((frame.input_quantized != "").sum()),
         "summary": text,
     }
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ EXAMPLES = {
     "audit": "granq audit --network resnet50 --scheme release --bits 3,3",
     "bench": "granq bench quantizer --out runs/bench",
     "evaluate": "granq evaluate runs/first --data digits",
+    "rerun": "granq rerun figures/results_cifar10.csv 3 --data folder:PATH --out runs/again",
     "factorial": "granq factorial --data digits --network resnet20_cifar10 --teacher teacher.safetensors --bits 2,3 "
     "--out runs/factorial.csv",
     "figures": "granq figures channel_scales layer_error --preset quick --out figures/quick",
@@ -68,6 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--reestimate-batchnorm", action="store_true", help="undo the shift that quantization causes")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
+
+    sub = command("rerun", "Repeat a row of a results table from its own fields, and say how far the new accuracy is.")
+    sub.add_argument("table", type=Path, help="CSV of granq sweep, such as figures/results_cifar10.csv")
+    sub.add_argument("row", type=int, help="counted from 1 below the header")
+    sub.add_argument("--data", help="default: what the row says")
+    sub.add_argument("--teacher", type=Path, help="default: what the row says")
+    sub.add_argument("--generator", type=Path, help="run whose generator to start from; default: what the row says")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--resume", action="store_true", help="continue the run in --out")
 
     sub = command("sweep", "Plan many quantize runs in a folder, execute them, or continue where they stopped.")
     sub.add_argument("--out", type=Path, required=True, help="folder of the sweep; alone, it continues what is planned")
@@ -215,7 +228,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
-    from granq import convert, data, models, qat, runs
+    from granq import auditing, convert, data, models, qat, runs
 
     weight_bits, act_bits = parse_bits(args.bits)
     convert.get_scheme(args.scheme)
@@ -223,11 +236,8 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     if rank == 0:
         folder.check_free(args.resume)
     spec = data.describe_data(args.data, args.network, args.image_size)
-    names = ("epochs", "iterations", "batch_size", "warmup_epochs")
-    changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    changes |= {
-        n: getattr(args, n) for n in ("scheme", "recipe", "seed", "device", "deterministic", "reestimate_batchnorm")
-    }
+    given = {f.name: getattr(args, f.name, None) for f in fields(qat.QATConfig)}
+    changes = {name: value for name, value in given.items() if value is not None}
     device = qat.resolve_device(args.device)
     generator = qat.load_generator(args.generator, device) if args.generator else None
     if generator:
@@ -257,8 +267,46 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     row |= dict(teacher=str(args.teacher), generator=str(args.generator or ""), run_preset=args.preset)
     row["out"] = str(args.out)
     if rank == 0:
+        image = next(data.batches(test, spec, batch_size=1))[0].to(device)
+        row |= auditing.summarize_audit(auditing.audit(result.student, image))
+        del row["summary"]
         data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
+
+
+def _rerun(args: argparse.Namespace) -> dict[str, Any]:
+    import pandas as pd
+
+    from granq import qat
+
+    if not args.table.is_file():
+        raise ValueError(f"{args.table} does not exist; granq sweep writes such a table")
+    table = pd.read_csv(args.table, dtype=str, keep_default_na=False)
+    if not 1 <= args.row <= len(table):
+        raise ValueError(f"{args.table} has rows 1 to {len(table)}, got {args.row}")
+    row = {name: text for name, text in table.iloc[args.row - 1].items() if text}
+    needed = ("dataset", "network", "teacher", "scheme", "bits", "recipe", "seed", "run_preset", "last_top1")
+    if missing := [name for name in needed if name not in row]:
+        raise ValueError(f"row {args.row} of {args.table} lacks {', '.join(missing)}; granq sweep writes them")
+    bits = ",".join(re.findall(r"\d+", row["bits"]))
+    options = ["--data", args.data or row.get("data", row["dataset"]), "--network", row["network"]]
+    options += ["--scheme", row["scheme"], "--bits", bits, "--preset", row["run_preset"]]
+    teacher = str(args.teacher or row["teacher"])
+    options += ["--teacher", teacher] if teacher != "None" else []
+    generator = args.generator or row.get("generator")
+    options += ["--generator", str(generator)] if generator else []
+    again = build_parser().parse_args(["quantize", *options, "--out", str(args.out), "--device", args.device])
+    again.resume = args.resume
+    read: dict[type, Callable[[str], Any]] = {
+        str: str, float: float, int: lambda text: int(text.removesuffix(".0")), bool: "True".__eq__,
+        tuple: lambda text: tuple(map(int, re.findall(r"\d+", text))),
+    }  # fmt: skip
+    for field in fields(qat.QATConfig):
+        if field.name in row and field.name != "device":
+            setattr(again, field.name, read[type(field.default)](row[field.name]))
+    result = _quantize(again)
+    before = float(row["last_top1"])
+    return result and result | {"row_last_top1": before, "difference": result["last_top1"] - before}
 
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:
@@ -289,13 +337,13 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: Any, test_images: int) -> dict[str, Any]:
+    """What a results table keeps of a run: the accuracies, and every setting that ``granq rerun`` needs."""
     return {
         "dataset": dataset, "network": network, "scheme": config.scheme,
         "bits": f"W{config.weight_bits}A{config.act_bits}", "recipe": config.recipe, "seed": config.seed,
         "teacher_top1": teacher_top1, "ptq_top1": result.ptq_top1, "last_top1": result.last_top1,
         "best_top1": result.best_top1, "seconds": round(result.seconds, 1), "test_images": test_images,
-        **{name: getattr(config, name) for name in ("epochs", "iterations", "batch_size", "warmup_epochs")},
-        "student_lr": config.student_lr, "reestimate_batchnorm": config.reestimate_batchnorm,
+        **{k: v for k, v in asdict(config).items() if k not in ("scheme", "weight_bits", "act_bits", "device")},
     }  # fmt: skip
 
 

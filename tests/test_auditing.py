@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from granq import audit, build_network, quantize_model, summarize_audit
+from granq import SCHEMES, audit, build_network, quantize_model, summarize_audit
+from granq.auditing import QUANTIZED_DB
 from granq.cli import main
 
 COLUMNS = (
@@ -35,6 +37,32 @@ def test_release_leaves_pointwise_layers_alone(network, share):
         assert (frame.input_quantized[frame.type == "Linear"] == "").all()
     if share is not None:
         assert off == pytest.approx(share, abs=0.6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_kind_of_layer_of_mobilenet(scheme):
+    """Where each layer's input comes from, read off the architecture: image, ReLU6, linear bottleneck or pooling."""
+    network = torchvision.models.MobileNetV2(5, 0.25)
+    frame = audit(quantize_model(network, scheme, 4, 4), torch.randn(2, 3, 64, 64)).set_index("layer")
+    behind_relu = {"features.1.conv.0.0"}  # no expansion: it reads the ReLU6 of the stem
+    for name, block in network.features.named_children():
+        parts = [n for n, m in block.named_modules() if isinstance(m, nn.Conv2d)]
+        behind_relu |= {f"features.{name}.{part}" for part in parts[1:]}
+    expected = set(frame.index) if SCHEMES[scheme].places == "inputs" else behind_relu
+    assert set(frame.index[frame.input_quantized != ""]) == expected
+    depthwise, pointwise = frame.status == "depthwise", frame.weight_shape.str.endswith("x1x1")
+    assert depthwise.sum() == 17 and pointwise.sum() == 34
+    assert (frame.weight_sqnr_db[depthwise] < QUANTIZED_DB).all()
+    assert (frame.weight_sqnr_db[pointwise] < QUANTIZED_DB).all() == (scheme != "release")
+    # a depthwise filter is one kernel: its scale is the same number of bits under both granularities
+    assert (frame.scales[depthwise] == frame.weights[depthwise] / 9).all()
+
+
+def test_a_relu_module_used_twice_is_two_places():
+    frame = audited("torchvision:resnet18", "release", 64).set_index("layer").input_quantized
+    assert frame["layer1.0.conv1"] != frame["layer1.0.conv2"] != frame["layer1.1.conv1"] != ""
+    assert frame["layer2.0.conv1"] == frame["layer2.0.downsample.0"] != ""
+    assert set(frame.index[frame == ""]) == {"conv1", "fc"}
 
 
 @pytest.mark.parametrize("scheme", ["strict", "foldable"])

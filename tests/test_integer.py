@@ -2,6 +2,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torchvision
 from conftest import TinyNet
 from safetensors.torch import load_file
 from torch import nn
@@ -40,7 +41,15 @@ class Grouped(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("make", [TinyNet, Grouped, lambda: build_network("resnet20_cifar10", 10)])
+NETWORKS = [
+    TinyNet,
+    Grouped,
+    lambda: build_network("resnet20_cifar10", 10),
+    lambda: torchvision.models.MobileNetV2(3, 0.25),
+]
+
+
+@pytest.mark.parametrize("make", NETWORKS)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_integers_equal_the_fake_quantized_twin(make, bits):
     def draw():
