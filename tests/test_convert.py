@@ -15,7 +15,9 @@ from granq import (
     fake_quantize,
     freeze_ranges,
     quantize_model,
+    reestimate_batchnorm,
 )
+from granq.generator import batchnorm_inputs
 
 
 def resnet20(num_classes):
@@ -116,3 +118,28 @@ def test_bad_input(tiny):
         quantize_model(nn.ReLU(), "release", 3, 3)
     with pytest.raises(ValueError, match="cannot trace Branching"):
         quantize_model(Branching(), "strict", 3, 3)
+
+
+def test_reestimated_batchnorm_sits_to_its_input_as_the_teacher_s_does(tiny):
+    for norm in (tiny.bn1, tiny.bn2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    images = torch.randn(8, 3, 6, 6)
+
+    def distances(model):
+        """Of every BatchNorm: input mean minus running mean, input variance over running variance."""
+        with batchnorm_inputs(model) as seen, torch.no_grad():
+            model(images)
+        inputs = [(norm, *torch.var_mean(x, (0, 2, 3), correction=0)) for norm, x in seen]
+        return [torch.stack([mean - norm.running_mean, var / norm.running_var]) for norm, var, mean in inputs]
+
+    student = quantize_model(tiny, Scheme("per_out_channel", None), 2, 2)
+    before = distances(student)
+    reestimate_batchnorm(student, tiny, images)
+    expected, after = distances(tiny), distances(student)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert all((b - e).abs().max() > 0.01 for b, e in zip(before, expected, strict=True))
+    same = quantize_model(tiny, Scheme(None, None), 2, 2)
+    reestimate_batchnorm(same, tiny, images)
+    torch.testing.assert_close(same.bn2.running_var, tiny.bn2.running_var)
+    assert not torch.equal(student.bn1.running_mean, tiny.bn1.running_mean)  # the teacher's own were not touched

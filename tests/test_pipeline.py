@@ -1,6 +1,7 @@
 """Losses by hand, one step, reproducibility, and every command on tiny data."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from granq import QATConfig, describe_data, load_split, load_teacher, train
 from granq.cli import main
+from granq.convert import activation_places
 from granq.generator import (
     batchnorm_inputs,
     batchnorm_loss,
@@ -16,7 +18,7 @@ from granq.generator import (
     upsample_conv,
     upsample_conv_plain,
 )
-from granq.qat import Trainer, agreement_loss, disagreement_loss, entropy, margin_loss, student_loss
+from granq.qat import Trainer, agreement_loss, disagreement_loss, entropy, load_generator, margin_loss, student_loss
 
 T = torch.tensor([[2.0, 0, -1], [0.5, 0.5, 0]])
 S = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
@@ -178,3 +180,36 @@ def test_corrupt_teacher(folder, tmp_path, capsys):
     bad.write_bytes(b"garbage")
     assert main(quantize_args(folder, bad, tmp_path / "run")) == 2
     assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def tiny_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+
+
+def test_a_run_starts_from_the_generator_of_another(tmp_path):
+    network, measured = tiny_network(), []
+
+    def evaluate(student):
+        measured.append(student(torch.full((1, 3, 8, 8), 100.0)))  # far outside: it would move ranges that still move
+        return float(len(measured))
+
+    warm = replace(TINY, recipe="gdfq", epochs=2, warmup_epochs=2)
+    assert len(train(network, warm, out=tmp_path / "warm", evaluate=evaluate).history) == 2 and len(measured) == 1
+    generator = load_generator(tmp_path / "warm")
+    for scheme in ("layerwise", "release"):
+        config = replace(TINY, scheme=scheme, epochs=1, warmup_epochs=0, reestimate_batchnorm=scheme == "release")
+        result = train(network, config, generator=generator, evaluate=evaluate, out=tmp_path / scheme)
+        assert result.ptq_top1 == len(measured) - 1 and result.last_top1 == len(measured)
+        assert (result.student.get_submodule("1").running_mean - network[1].running_mean).abs().max() > 0 or (
+            scheme == "layerwise"
+        )
+        for place in activation_places(result.student).values():
+            assert not place.tracked or place.running_max.max() < 50
+    with pytest.raises(ValueError, match="no usable checkpoint"):  # another generator is another run
+        train(network, config, out=tmp_path / "release", resume=True)
+    with pytest.raises(ValueError, match="draws 3 classes at 8 pixels, but this run needs 3 classes at 16"):
+        wide = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 3)).eval()
+        train(wide, replace(config, image_size=16), generator=generator)
+    with pytest.raises(ValueError, match="holds no run"):
+        load_generator(tmp_path / "nothing")
