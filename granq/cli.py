@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--generator", type=Path, help="start from the generator of this run; --warmup-epochs is then 0")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
+    sub.add_argument("--bf16", action="store_true", help="the generator in bfloat16: a faster step, other images")
 
     sub = command("sweep", "Plan many quantize runs in a folder, execute them, or continue where they stopped.")
     sub.add_argument("--out", type=Path, required=True, help="folder of the sweep; alone, it continues what is planned")
@@ -103,8 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path)
     sub.add_argument("--data", required=True)
 
-    sub = command("bench", "Time quantizer, scaling, training step, evaluation and analysis against plain baselines.")
-    names = ("quantizer", "scaling", "step", "evaluation", "analysis", "all")
+    sub = command("bench", "Time the parts of the package against plain baselines and against a model of their cost.")
+    names = ("quantizer", "scaling", "step", "evaluation", "analysis", "cost", "import", "all")
     sub.add_argument("what", nargs="?", choices=names, default="all")
     sub.add_argument("--repetitions", type=int, default=30)
     sub.add_argument("--out", type=Path, help="folder for the CSV")
@@ -231,7 +232,7 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     spec = data.describe_data(args.data, args.network, args.image_size)
     names = ("epochs", "iterations", "batch_size", "warmup_epochs")
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    changes |= {n: getattr(args, n) for n in ("scheme", "recipe", "seed", "device", "deterministic")}
+    changes |= {n: getattr(args, n) for n in ("scheme", "recipe", "seed", "device", "deterministic", "bf16")}
     device = qat.resolve_device(args.device)
     generator = qat.load_generator(args.generator, device) if args.generator else None
     if generator:
@@ -374,7 +375,8 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
     device = qat.resolve_device(args.device)
     names = bench.BENCHMARKS if args.what == "all" else (args.what,)
-    paths = {name: args.out / f"{name}_latency.csv" for name in names} if args.out else {}
+    files = {name: "cost_model.csv" if name == "cost" else f"{name}_latency.csv" for name in names}
+    paths = {name: args.out / file for name, file in files.items()} if args.out else {}
     if found := [path for path in paths.values() if path.exists()]:
         raise ValueError(f"{found[0]} already exists; choose another --out")
     result: dict[str, Any] = {}
