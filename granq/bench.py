@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,18 +17,20 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from granq import qat, scaling
-from granq.convert import ActQuantizer, WeightQuantizer, calibrate, quantize_model
+from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, calibrate, quantize_model
 from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.qat import versions
 from granq.quantizer import choose_qparams, compile_quantizer, fake_quantize
 
 #: ``measure_latency_<name>``, in the order of ``granq bench all``
-BENCHMARKS = ("quantizer", "scaling", "step", "evaluation", "analysis")
+BENCHMARKS = ("quantizer", "scaling", "step", "evaluation", "analysis", "cost", "import")
 
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = (
@@ -71,6 +76,16 @@ class PlainGenerator(Generator):
         return self.linear(latent).view(-1, 128, self.size, self.size)
 
 
+def plain_batchnorm_loss(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
+    """``batchnorm_loss`` as it is written down: mean and variance of torch, and the gradient autograd finds."""
+    terms = [
+        F.mse_loss(x.mean((0, 2, 3)), norm.running_mean) + F.mse_loss(x.var((0, 2, 3), correction=0), norm.running_var)
+        for norm, x in inputs
+        if norm.running_mean is not None and norm.running_var is not None
+    ]
+    return torch.stack(terms).mean()
+
+
 class PlainTrainer(qat.Trainer):
     """The baseline of a training step: ``release`` as it is commonly written.
 
@@ -94,7 +109,7 @@ class PlainTrainer(qat.Trainer):
             t = self.teacher(images)
         s = self.student(images)
         loss = c.alpha_ds * qat.disagreement_loss(t, s, labels) + c.alpha_as * qat.agreement_loss(t, s, labels)
-        loss = loss + qat.margin_loss(t, s, c.lambda_l, c.lambda_u) + c.gamma * batchnorm_loss(norms)
+        loss = loss + qat.margin_loss(t, s, c.lambda_l, c.lambda_u) + c.gamma * plain_batchnorm_loss(norms)
         self._descend("generator", loss)
         loss_s = qat.student_loss(t.detach(), self.student(images.detach()), c.temperature)
         self._descend("student", loss_s)
@@ -257,10 +272,10 @@ def measure_latency_step(
         image_size: of the generated images.
         repetitions: of each step.
         device: cpu or cuda.
-        compiled: also with ``compile_quantizer``.
+        compiled: also with ``compile_quantizer``, and with it and ``QATConfig(bf16=True)``.
 
     Returns:
-        Columns method (plain, granq, granq compiled), batch, median_ms, q25_ms, q75_ms, speedup (plain over this,
+        Columns method (plain, granq, granq bf16, granq compiled, granq bf16 compiled), batch, median_ms, q25_ms, q75_ms, speedup (plain over this,
         median of the ratios within a repetition) with quartiles, repetitions, threads, torch, device.
     """
     from granq.models import build_network
@@ -273,16 +288,21 @@ def measure_latency_step(
             weight_bits=bits, act_bits=bits, batch_size=batch, image_size=image_size, device=device, seed=0
         )
         plain, ours = PlainTrainer(teacher, config), qat.Trainer(teacher, config)
+        half = qat.Trainer(teacher, replace(config, bf16=True))
 
-        def compiled_step(trainer: qat.Trainer = ours) -> None:
+        def compiled_step(trainer: qat.Trainer) -> None:
             compile_quantizer()
             try:
                 trainer.step(True)
             finally:
                 compile_quantizer(False)
 
-        runs: dict[str, Callable[[], object]] = {"plain": partial(plain.step, True), "granq": partial(ours.step, True)}
-        times = _alternate(runs | ({"granq compiled": compiled_step} if compiled else {}), repetitions)
+        trainers = {"plain": plain, "granq": ours, "granq bf16": half}
+        runs: dict[str, Callable[[], object]] = {name: partial(t.step, True) for name, t in trainers.items()}
+        if compiled:
+            runs["granq compiled"] = partial(compiled_step, ours)
+            runs["granq bf16 compiled"] = partial(compiled_step, half)
+        times = _alternate(runs, repetitions)
         for name in times:
             ratio = times.plain / times[name]
             row: dict[str, object] = {"method": name, "batch": batch, "bits": bits, "image_size": image_size}
@@ -391,6 +411,154 @@ def measure_latency_analysis(
     return pd.DataFrame(frames)
 
 
+def measure_latency_cost(
+    model: nn.Module | None = None, batch: int = 64, *, bits: int = 3, image_size: int = 32, repetitions: int = 30,
+    device: str = "cpu",
+) -> pd.DataFrame:  # fmt: skip
+    """Predicted beside measured time: every layer and quantizer of a ``release`` student, and a training step.
+
+    The prediction is a roofline: the longer of operations over the rate of a matrix product and of bytes over the rate
+    of a copy, both rates measured here. A layer reads input and weight and writes its output; a quantizer reads twice
+    and writes once; a part of the step moves inputs and outputs of its modules once in each of its passes: 3 of the
+    generator (forward, gradients of input and weight), 2 of the teacher, 4 of the student, whose weights stand still in
+    the generator's update. What the prediction leaves out (calls, layouts, caches) is the difference.
+
+    Args:
+        model: ResNet-20 for CIFAR-10 with random weights by default.
+        batch: images; the whole forward is also measured at a half and a quarter of them.
+        bits: of weights and activations.
+        image_size: side of the images, a multiple of 8; the whole forward is also measured at a half and the double.
+        repetitions: of each.
+        device: cpu or cuda.
+
+    Returns:
+        Columns part (forward, step), name, kind (Conv2d, Linear, ActQuantizer; network, step), batch, size, operations
+        (2 a product), bytes, predicted_ms, median_ms, q25_ms, q75_ms, predicted_share and measured_share (of all layers
+        and quantizers, or of the step's parts; NaN for totals), repetitions, threads, torch, device. The log-log slopes
+        of the totals are ``growth(frame[frame.kind == "network"], ("median_ms", "operations", "bytes"), ("batch",
+        "size"))``.
+    """
+    from granq.models import build_network
+
+    torch.manual_seed(0)
+    model = model or build_network("resnet20_cifar10", 10)
+    trainer = qat.Trainer(model, qat.QATConfig(weight_bits=bits, act_bits=bits, image_size=image_size, device=device))
+    generator, teacher, student = trainer.generator, trainer.teacher, trainer.student
+    square, large = torch.randn(1024, 1024, device=device), torch.randn(200, 64, 32, 32, device=device)
+    rates = _alternate({"product": lambda: square @ square, "copy": large.clone}, 10).median() / 1e3
+    speed, bandwidth = 2 * 1024**3 / rates["product"], 2 * _bytes(large) / rates["copy"]
+    runs: dict[str, Callable[[], object]] = {}
+    rows: list[dict[str, Any]] = []
+
+    def add(run: Callable[[], object], part: str, name: str, kind: str, n: int, size: int, moved: float) -> None:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        operations = counter.get_total_flops()
+        runs[f"{part} {name}"] = run
+        predicted = max(operations / speed, moved / bandwidth) * 1e3
+        values = dict(part=part, name=name, kind=kind, batch=n, size=size, operations=operations, bytes=moved)
+        rows.append(values | {"predicted_ms": predicted})
+
+    @torch.no_grad()
+    def forward(module: nn.Module, x: Tensor) -> object:
+        return module(x)
+
+    shapes = [(batch, image_size), (batch // 2, image_size), (batch // 4, image_size)]
+    for n, size in [*shapes, (batch, image_size // 2), (batch, 2 * image_size)]:
+        images = torch.randn(n, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        total = 0.0
+        for name, module, x, y in _calls(student, images):
+            if not isinstance(module, (*LAYERS, ActQuantizer)):
+                continue
+            moved = 3 * _bytes(x) if isinstance(module, ActQuantizer) else _bytes(x) + _bytes(module.weight) + _bytes(y)
+            total += moved
+            if (n, size) == shapes[0]:
+                add(partial(forward, module, x), "forward", name, type(module).__name__, n, size, moved)
+        add(partial(forward, student, images), "forward", f"{n} images, {size} x {size}", "network", n, size, total)
+
+    leaf = torch.randn(batch, 3, image_size, image_size, device=device)
+    leaf = leaf.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def generate() -> None:
+        images, _ = synthesize(generator, batch, device)
+        torch.autograd.grad(images, trainer.generator_params, leaf.detach())
+
+    def teach() -> None:
+        with batchnorm_inputs(teacher) as norms:
+            logits = teacher(leaf)
+        torch.autograd.grad(logits.sum() + batchnorm_loss(norms), leaf)
+
+    def study() -> None:
+        logits = student(leaf)
+        torch.autograd.grad(logits.sum(), leaf, retain_graph=True)
+        torch.autograd.grad(logits.sum(), trainer.student_params)
+
+    noise = (torch.randn(batch, 100, device=device), torch.zeros(batch, dtype=torch.long, device=device))
+    step = 0.0
+    for name, run, passes, network, inputs in (
+        ("generator", generate, 3, generator, noise),
+        ("teacher", teach, 2, teacher, (leaf,)),
+        ("student", study, 4, student, (leaf,)),
+    ):
+        moved = passes * float(sum(_bytes(x) + _bytes(y) for _, _, x, y in _calls(network, *inputs)))
+        add(run, "step", name, "part", batch, image_size, moved)
+        step += moved
+    trainer.config = replace(trainer.config, batch_size=batch)
+    add(partial(trainer.step, True), "step", "whole step", "step", batch, image_size, step)
+    times = _alternate(runs, repetitions)
+    frame = pd.DataFrame([r | _quartiles(times[f"{r['part']} {r['name']}"]) for r in rows])
+    parts = frame[~frame.kind.isin(["network", "step"])]
+    for share, column in (("predicted_share", "predicted_ms"), ("measured_share", "median_ms")):
+        frame[share] = parts[column] / parts.groupby("part")[column].transform("sum")
+    facts = {"repetitions": repetitions, "threads": torch.get_num_threads()}
+    return frame.assign(**facts, **_only(versions(device), "torch", "device"))
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+@torch.no_grad()
+def _calls(network: nn.Module, *inputs: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
+    """Name, module, input and output of every call of a module without children (parametrizations are none)."""
+    seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: seen.append((name, m, args[0], out.detach())))
+        for name, module in network.named_modules()
+        if (isinstance(module, LAYERS) or not list(module.children())) and not isinstance(module, WeightQuantizer)
+    ]
+    network(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+IMPORTS = {
+    "python": ["-c", "pass"],
+    "import torch": ["-c", "import torch"],
+    "import granq": ["-c", "import granq"],
+    "import torch, use granq": ["-c", "import torch, granq; granq.quantize_model, granq.train"],
+    "granq --help": ["-m", "granq.cli", "--help"],
+}
+
+
+def measure_latency_import(*, repetitions: int = 30, device: str = "cpu") -> pd.DataFrame:
+    """Whole processes that import, taking turns.
+
+    Returns:
+        Columns command, median_ms, q25_ms, q75_ms, more_than_torch_ms (median of the differences to ``import torch``
+        within a repetition), repetitions, torch, device.
+    """
+    runs = {
+        name: partial(subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        for name, arguments in IMPORTS.items()
+    }
+    times = _alternate(runs, repetitions)
+    more = times.sub(times["import torch"], axis=0).median()
+    rows = [{"command": n} | _quartiles(times[n]) | {"more_than_torch_ms": more[n]} for n in IMPORTS]
+    return pd.DataFrame(rows).assign(repetitions=repetitions, **_only(versions(device), "torch", "device"))
+
+
 def _quartiles(times: pd.Series) -> dict[str, float]:
     return {name: float(times.quantile(q)) for name, q in (("median_ms", 0.5), ("q25_ms", 0.25), ("q75_ms", 0.75))}
 
@@ -429,23 +597,28 @@ def _only(facts: Mapping[str, str], *names: str) -> dict[str, str]:
 
 
 def growth(
-    frame: pd.DataFrame, quantities: Sequence[str] = ("median_ms", "bytes", "scale_multiplications")
+    frame: pd.DataFrame,
+    quantities: Sequence[str] = ("median_ms", "bytes", "scale_multiplications"),
+    axes: tuple[str, str] = ("channels", "batch"),
 ) -> pd.DataFrame:
     """How cost grows: slopes of log quantity over log channels and log batch; 1 is linear, 2 quadratic.
 
     Args:
-        frame: of ``measure_latency_scaling``; along each of the two, the other is at its most frequent value.
+        frame: of ``measure_latency_scaling``; along each of the two axes, the other is at its most frequent value. Of
+            ``measure_latency_cost`` the rows of kind ``network``, whose axes are batch and size.
         quantities: columns; one that is 0 somewhere has no slope.
+        axes: columns.
 
     Returns:
-        Columns execution, against (channels, batch), points, and a slope for each quantity.
+        Columns execution (or kind), against (one of the axes), points, and a slope for each quantity.
     """
     rows = []
-    for against, other in (("channels", "batch"), ("batch", "channels")):
+    subject = "execution" if "execution" in frame else "kind"
+    for against, other in (axes, axes[::-1]):
         part = frame[frame[other] == frame[other].mode().iloc[0]]
-        for execution, line in part.groupby("execution", sort=False):
+        for execution, line in part.groupby(subject, sort=False):
             line = line.drop_duplicates(against)
-            row: dict[str, object] = {"execution": execution, "against": against, "points": len(line)}
+            row: dict[str, object] = {subject: execution, "against": against, "points": len(line)}
             for name in quantities:
                 positive = len(line) > 1 and (line[name] > 0).all()
                 row[name] = np.polyfit(np.log(line[against]), np.log(line[name]), 1)[0] if positive else math.nan

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--reestimate-batchnorm", action="store_true", help="undo the shift that quantization causes")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
+    sub.add_argument("--bf16", action="store_true", help="the generator in bfloat16: a faster step, other images")
 
     sub = command("rerun", "Repeat a row of a results table from its own fields, and say how far the new accuracy is.")
     sub.add_argument("table", type=Path, help="CSV of granq sweep, such as figures/results_cifar10.csv")
@@ -113,8 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path)
     sub.add_argument("--data", required=True)
 
-    sub = command("bench", "Time quantizer, scaling, training step, evaluation and analysis against plain baselines.")
-    names = ("quantizer", "scaling", "step", "evaluation", "analysis", "all")
+    sub = command("bench", "Time the parts of the package against plain baselines and against a model of their cost.")
+    names = ("quantizer", "scaling", "step", "evaluation", "analysis", "cost", "import", "all")
     sub.add_argument("what", nargs="?", choices=names, default="all")
     sub.add_argument("--repetitions", type=int, default=30)
     sub.add_argument("--out", type=Path, help="folder for the CSV")
@@ -405,7 +406,8 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
     device = qat.resolve_device(args.device)
     names = bench.BENCHMARKS if args.what == "all" else (args.what,)
-    paths = {name: args.out / f"{name}_latency.csv" for name in names} if args.out else {}
+    files = {name: "cost_model.csv" if name == "cost" else f"{name}_latency.csv" for name in names}
+    paths = {name: args.out / file for name, file in files.items()} if args.out else {}
     if found := [path for path in paths.values() if path.exists()]:
         raise ValueError(f"{found[0]} already exists; choose another --out")
     result: dict[str, Any] = {}

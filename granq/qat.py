@@ -70,6 +70,7 @@ class QATConfig:
     seed: int = 0
     device: str = "auto"
     deterministic: bool = False  # on CUDA; on the CPU every run is
+    bf16: bool = False  # the generator computes under bfloat16 autocast: faster, other images
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -258,7 +259,7 @@ class Trainer:
     def step(self, train_student: bool) -> dict[str, Tensor]:
         """One iteration; returns detached losses and the teacher's accuracy on the images in percent."""
         c = self.config
-        images, labels = synthesize(self.generator, c.batch_size, self.device)
+        images, labels = synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
         with batchnorm_inputs(self.teacher) as norms:
             t = self.teacher(images)
         with torch.set_grad_enabled(train_student or c.recipe == "adadfq"):

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 import torch
@@ -11,11 +14,14 @@ from granq.bench import (
     channel_loop,
     growth,
     measure_latency_analysis,
+    measure_latency_cost,
     measure_latency_scaling,
     measure_latency_step,
+    plain_batchnorm_loss,
     profile_step,
     textbook_chain,
 )
+from granq.generator import batchnorm_loss, build_generator, synthesize
 from granq.qat import Trainer
 
 
@@ -45,11 +51,42 @@ def test_plain_and_fast_steps_agree_on_the_first_losses():
 
 def test_step_evaluation_and_analysis_rows(tiny):
     frame = measure_latency_step(tiny, (4,), image_size=8, repetitions=2, compiled=False)
-    assert list(frame.method) == ["plain", "granq"] and frame.speedup[0] == 1 and (frame.median_ms > 0).all()
+    assert (
+        list(frame.method) == ["plain", "granq", "granq bf16"] and frame.speedup[0] == 1 and (frame.median_ms > 0).all()
+    )
     rows = profile_step(tiny, 4)
     assert abs(rows.share.sum() - 1) < 1e-6 and rows.operator.iloc[-1] == "others"
     frame = measure_latency_analysis("resnet20_cifar10", 2, batch=2, image_size=32, repetitions=1)
     assert list(frame.method) == ["forwards", "layer_error"] and frame.ratio_to_forwards[0] == 1
+
+
+def test_cost_of_known_layers(tiny):
+    """conv1 of tiny by hand, shares that add up, and operations linear in images and quadratic in the side."""
+    frame = measure_latency_cost(tiny, 8, image_size=16, repetitions=1)
+    conv = next(m for m in tiny.modules() if isinstance(m, nn.Conv2d))
+    row = frame[frame.kind == "Conv2d"].iloc[0]
+    outputs = 8 * conv.out_channels * 16 * 16 // conv.stride[0] ** 2
+    assert row.operations == 2 * outputs * conv.weight[0].numel()
+    assert row.bytes == 4 * (8 * 3 * 16 * 16 + conv.weight.numel() + outputs)
+    assert frame.groupby("part")[["predicted_share", "measured_share"]].sum().to_numpy() == pytest.approx(1)
+    assert list(frame[frame.part == "step"].name) == ["generator", "teacher", "student", "whole step"]
+    slopes = growth(frame[frame.kind == "network"], ("operations",), ("batch", "size")).set_index("against")
+    assert slopes.operations["batch"] == pytest.approx(1) and slopes.operations["size"] == pytest.approx(2, abs=0.05)
+
+
+def test_help_and_import_load_no_torch():
+    for code in ("import granq", "from granq.cli import build_parser; build_parser().format_help()"):
+        check = f"{code}; import sys; assert not {{'torch', 'pandas', 'matplotlib'}} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_bf16_changes_the_images_little_and_leaves_float32(tiny):
+    generator, images = build_generator(4, 8), {}
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        images[bf16] = synthesize(generator, 16, bf16=bf16)[0]
+    assert images[True].dtype == torch.float32 and not torch.equal(images[True], images[False])
+    assert (images[True] - images[False]).abs().mean() < 0.05  # they have a standard deviation of one
 
 
 def test_growth_of_known_powers():
@@ -93,3 +130,14 @@ def test_peak_memory_is_that_of_the_largest_moment():
         return torch.empty(1000, 250)
 
     assert abs(_peak_mb(two_at_once_then_one) - 2) < 0.01
+
+
+def test_batchnorm_loss_and_its_gradient_are_those_of_the_plain_formula():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5).eval()
+    norm.running_mean.normal_()
+    gradients = []
+    for loss in (batchnorm_loss, plain_batchnorm_loss):
+        x = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+        gradients.append(torch.autograd.grad(loss([(norm.double(), x)]), x)[0])
+    torch.testing.assert_close(*gradients)
