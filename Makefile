@@ -1,5 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks browser figures lab
+# every bound NAME>=VERSION of pyproject.toml as NAME==VERSION
+BOUNDS = grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/'
+# one room each; no notebooks, no timings. New versions of others deprecate what old ones do: these warnings are not ours
+LOWEST := $(addprefix tests/test_,quantizer.py convert.py scaling.py integer.py pipeline.py figures.py explore.py \
+	factorial.py runs.py sweep.py)
+
+.PHONY: help demo test lowest lint notebooks browser figures lab
 
 PYTHON ?= python3
 OUT ?= runs/demo
@@ -20,6 +26,13 @@ demo: $(STAMP) ## Run the demo (OUT=folder, default runs/demo)
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q
+
+lowest: ## Run half of the tests with exactly the lower bounds of pyproject.toml, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	$(BOUNDS) > .venv-lowest/bounds.txt
+	.venv-lowest/bin/pip install -q -e '.[dev]' -c .venv-lowest/bounds.txt
+	.venv-lowest/bin/python -m pytest -q -W ignore::DeprecationWarning -W ignore::FutureWarning \
+		-W "ignore:Attempt to set:UserWarning" $(LOWEST)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def test_every_requirement_has_a_lower_bound() -> None:
     assert all(">=" in requirement for requirement in others), others
 
 
+def test_every_lower_bound_becomes_an_exact_version() -> None:
+    made = subprocess.run(["make", "-f", "-", "bounds"], cwd=ROOT, capture_output=True, text=True, check=True,
+                          input="include Makefile\nbounds:\n\t@$(BOUNDS)\n").stdout.split()  # fmt: skip
+    metadata = project()
+    requirements = metadata["dependencies"] + sum(metadata["optional-dependencies"].values(), [])
+    exact = {r.replace(">=", "==") for r in requirements if not r.startswith("granq[")}
+    assert exact <= set(made) and not any(">" in r for r in made)
+
+
 def test_environment_defers_to_pyproject() -> None:
     metadata = project()
     assert environment_entries() == [f"python{metadata['requires-python']}", "pip", "pip:", "-e .[dev]"]
@@ -62,7 +72,8 @@ def test_build_files_install_no_named_dependency(name: str) -> None:
     metadata = project()
     text = read(name)
     installs = re.findall(r"(?:pip3?|conda|mamba|uv)\s+(?:pip\s+)?install\s+(.*)", text)
-    assert installs == (["-q -e '.[dev]'"] if name == "Makefile" else [])
+    ours = "-q -e '.[dev]'"
+    assert installs == ([ours, ours + " -c .venv-lowest/bounds.txt"] if name == "Makefile" else [])
     for requirement in metadata["dependencies"] + metadata["optional-dependencies"]["dev"]:
         dependency = re.escape(requirement_name(requirement))
         assert not re.search(rf"(?<![\w-]){dependency}\s*(\[.*\])?\s*[=<>~!]=", text), requirement
@@ -71,7 +82,7 @@ def test_build_files_install_no_named_dependency(name: str) -> None:
 def test_ci_runs_make_test() -> None:
     lines = read(".ci/run").splitlines()
     assert "set -euo pipefail" in lines
-    assert "make test" in lines
+    assert "make test" in lines and "make lowest" in lines
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
