@@ -90,8 +90,10 @@ SQNR_CEILING = 60.0  # decibels; beyond it (1x1 kernels with their own scale rea
 
 
 def role(name: str) -> Role:
-    """Look of a scheme or image source; an unknown name is drawn black."""
-    return ROLES.get(name, Role(name, "#222222", "X"))
+    """Look of a scheme or image source; "strict + BatchNorm" has the color of strict, an unknown name is black."""
+    if (base := name.partition(" + ")[0]) in ROLES:
+        return ROLES[name] if name in ROLES else ROLES[base]._replace(label=name, marker="X")
+    return Role(name, "#222222", "X")
 
 
 def granularity_role(name: str) -> Role:
@@ -383,7 +385,8 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     published = data[data.source.notna()] if "source" in data else data[:0]
     measured = data.drop(published.index)
     bits = sorted(measured.bits.unique())
-    schemes = [s for s in ROLES if s in set(measured.scheme)] + sorted(set(measured.scheme) - ROLES.keys())
+    order = {name: i for i, name in enumerate(ROLES)}
+    schemes = sorted(set(measured.scheme), key=lambda s: (order.get(s.partition(" + ")[0], len(order)), s))
     width = 0.8 / (len(schemes) + (len(published) > 0))
     for i, scheme in enumerate(schemes):
         look = role(scheme)

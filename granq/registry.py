@@ -199,6 +199,10 @@ class Setting:
         """
         if self.preset == "cifar10":
             measured = pd.read_csv(self.out / RESULTS)
+            # a run that differs in more than its scheme is a method of its own
+            corrected = measured.reestimate_batchnorm.map({True: " + BatchNorm"}).fillna("")
+            recipe = measured.recipe.where(measured.recipe != "adadfq", "").map(lambda r: f" + {r}" if r else "")
+            measured["scheme"] += corrected + recipe
             # published rows say last_top1, which rows without training lack
             table = pd.concat([measured, _published(measured)], ignore_index=True)
             return table.assign(teacher_test_top1=measured.teacher_top1.mean())
