@@ -553,7 +553,7 @@ def _histograms(x: Tensor, channels: Tensor, bits: int, granularity: str) -> pd.
 
 
 def _energy(x: Tensor) -> Tensor:
-    """Sum of squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, float64 between images."""
+    """Sum of squares of every channel, (N, C, H, W) or (..., F) -> (C,); float32 in an image, float64 between."""
     if x.dim() != 4:
         return x.flatten(0, -2).double().square().sum(0)
     rows = x.flatten(2)
