@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -275,8 +275,9 @@ def measure_latency_step(
         compiled: also with ``compile_quantizer``, and with it and ``QATConfig(bf16=True)``.
 
     Returns:
-        Columns method (plain, granq, granq bf16, granq compiled, granq bf16 compiled), batch, median_ms, q25_ms, q75_ms, speedup (plain over this,
-        median of the ratios within a repetition) with quartiles, repetitions, threads, torch, device.
+        Columns method (plain, granq, granq bf16, and the latter two compiled), batch, bits, image_size, median_ms,
+        q25_ms, q75_ms, speedup (plain over this, median of the ratios within a repetition) with quartiles,
+        repetitions, threads, torch, device.
     """
     from granq.models import build_network
 
@@ -485,26 +486,26 @@ def measure_latency_cost(
 
     def teach() -> None:
         with batchnorm_inputs(teacher) as norms:
-            logits = teacher(leaf)
+            logits = teacher(leaf.clone())  # the counter's hooks refuse a leaf
         torch.autograd.grad(logits.sum() + batchnorm_loss(norms), leaf)
 
     def study() -> None:
-        logits = student(leaf)
+        logits = student(leaf.clone())
         torch.autograd.grad(logits.sum(), leaf, retain_graph=True)
         torch.autograd.grad(logits.sum(), trainer.student_params)
 
     noise = (torch.randn(batch, 100, device=device), torch.zeros(batch, dtype=torch.long, device=device))
-    step = 0.0
+    whole = 0.0
     for name, run, passes, network, inputs in (
         ("generator", generate, 3, generator, noise),
         ("teacher", teach, 2, teacher, (leaf,)),
         ("student", study, 4, student, (leaf,)),
     ):
-        moved = passes * float(sum(_bytes(x) + _bytes(y) for _, _, x, y in _calls(network, *inputs)))
-        add(run, "step", name, "part", batch, image_size, moved)
-        step += moved
+        touched = passes * float(sum(_bytes(x) + _bytes(y) for _, _, x, y in _calls(network, *inputs)))
+        add(run, "step", name, "part", batch, image_size, touched)
+        whole += touched
     trainer.config = replace(trainer.config, batch_size=batch)
-    add(partial(trainer.step, True), "step", "whole step", "step", batch, image_size, step)
+    add(partial(trainer.step, True), "step", "whole step", "step", batch, image_size, whole)
     times = _alternate(runs, repetitions)
     frame = pd.DataFrame([r | _quartiles(times[f"{r['part']} {r['name']}"]) for r in rows])
     parts = frame[~frame.kind.isin(["network", "step"])]
