@@ -58,5 +58,6 @@ else
 	$(BIN)/granq figures --from-csv --out figures
 endif
 
+# without the user's configuration, which may have switched the token off
 lab: $(STAMP) ## Open JupyterLab on 127.0.0.1, with a token, at the first notebook
-	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks/00_start_here.ipynb
+	JUPYTER_NO_CONFIG=1 $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/00_start_here.ipynb

@@ -4,6 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +92,29 @@ def test_ci_runs_make_test() -> None:
 def test_licence_is_mit() -> None:
     assert read("LICENSE").startswith("MIT License\n")
     assert project()["license"] == "MIT"
+
+
+def test_lab_keeps_its_token_whatever_the_user_configured(tmp_path: Path) -> None:
+    (tmp_path / "jupyter_server_config.py").write_text("c.IdentityProvider.token = ''\nc.ServerApp.ip = '0.0.0.0'\n")
+    (line,) = [line.strip() for line in read("Makefile").splitlines() if "jupyter lab" in line]
+    command = line.replace("$(BIN)/jupyter", f"exec {sys.executable} -m jupyter") + " --no-browser --allow-root --port=0"
+    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path)}
+    with subprocess.Popen(command, shell=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as lab:
+        try:
+            assert lab.stderr
+            shown = next(line for line in lab.stderr if "/lab" in line and "http://" in line)
+            address = re.search(r"http://127\.0\.0\.1:\d+(?=/lab\S*token=\w{48})", shown)
+            assert address, shown
+            answer = None
+            for _ in range(60):  # it says so shortly before it listens
+                try:
+                    answer = urllib.request.urlopen(f"{address[0]}/api/contents", timeout=30).status
+                except urllib.error.HTTPError as error:
+                    answer = error.code
+                except OSError:
+                    time.sleep(0.5)
+                    continue
+                break
+            assert answer == 403
+        finally:
+            lab.kill()
