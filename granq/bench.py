@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
 from granq import qat, scaling
@@ -452,9 +453,9 @@ def measure_latency_cost(
     rows: list[dict[str, Any]] = []
 
     def add(run: Callable[[], object], part: str, name: str, kind: str, n: int, size: int, moved: float) -> None:
-        with FlopCounterMode(display=False) as counter:
+        with _Operations() as counter:
             run()
-        operations = counter.get_total_flops()
+        operations = counter.total
         runs[f"{part} {name}"] = run
         predicted = max(operations / speed, moved / bandwidth) * 1e3
         values = dict(part=part, name=name, kind=kind, batch=n, size=size, operations=operations, bytes=moved)
@@ -486,11 +487,11 @@ def measure_latency_cost(
 
     def teach() -> None:
         with batchnorm_inputs(teacher) as norms:
-            logits = teacher(leaf.clone())  # the counter's hooks refuse a leaf
+            logits = teacher(leaf)
         torch.autograd.grad(logits.sum() + batchnorm_loss(norms), leaf)
 
     def study() -> None:
-        logits = student(leaf.clone())
+        logits = student(leaf)
         torch.autograd.grad(logits.sum(), leaf, retain_graph=True)
         torch.autograd.grad(logits.sum(), trainer.student_params)
 
@@ -513,6 +514,19 @@ def measure_latency_cost(
         frame[share] = parts[column] / parts.groupby("part")[column].transform("sum")
     facts = {"repetitions": repetitions, "threads": torch.get_num_threads()}
     return frame.assign(**facts, **_only(versions(device), "torch", "device"))
+
+
+class _Operations(TorchDispatchMode):
+    """Counts by torch's formulas; its ``FlopCounterMode`` refuses ``autograd.grad`` where a module takes a leaf."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        return out
 
 
 def _bytes(x: Tensor) -> int:
