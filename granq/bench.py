@@ -420,10 +420,10 @@ def measure_latency_cost(
     """Predicted beside measured time: every layer and quantizer of a ``release`` student, and a training step.
 
     The prediction is a roofline: the longer of operations over the rate of a matrix product and of bytes over the rate
-    of a copy, both rates measured here. A layer reads input and weight and writes its output; a quantizer reads twice
-    and writes once; a part of the step moves inputs and outputs of its modules once in each of its passes: 3 of the
-    generator (forward, gradients of input and weight), 2 of the teacher, 4 of the student, whose weights stand still in
-    the generator's update. What the prediction leaves out (calls, layouts, caches) is the difference.
+    of a copy, both rates measured here. A layer reads input and weight and writes its output; a quantizer (that of the
+    weight counts to its layer) reads twice and writes once. A part of the step moves inputs and outputs of its modules
+    once in each of its passes: 3 of the generator (forward, gradients of input and weight), 2 of the teacher, 4 of the
+    student. What the prediction leaves out (calls, layouts, caches) is the difference.
 
     Args:
         model: ResNet-20 for CIFAR-10 with random weights by default.
@@ -472,10 +472,20 @@ def measure_latency_cost(
         for name, module, x, y in _calls(student, images):
             if not isinstance(module, (*LAYERS, ActQuantizer)):
                 continue
-            moved = 3 * _bytes(x) if isinstance(module, ActQuantizer) else _bytes(x) + _bytes(module.weight) + _bytes(y)
+            moved = (
+                3 * _bytes(x) if isinstance(module, ActQuantizer) else _bytes(x) + 4 * _bytes(module.weight) + _bytes(y)
+            )
             total += moved
             if (n, size) == shapes[0]:
-                add(partial(forward, module, x), "forward", name, type(module).__name__, n, size, moved)
+                add(
+                    partial(forward, module, x),
+                    "forward",
+                    name,
+                    type(module).__name__.removeprefix("Parametrized"),
+                    n,
+                    size,
+                    moved,
+                )
         add(partial(forward, student, images), "forward", f"{n} images, {size} x {size}", "network", n, size, total)
 
     leaf = torch.randn(batch, 3, image_size, image_size, device=device)
