@@ -68,8 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", default="adadfq")
     sub.add_argument("--seed", type=int, default=0)
     _add_budget(sub)
-    sub.add_argument("--generator", type=Path, help="start from the generator of this run; --warmup-epochs is then 0")
-    sub.add_argument("--reestimate-batchnorm", action="store_true", help="undo the shift that quantization causes")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
     sub.add_argument("--bf16", action="store_true", help="the generator in bfloat16: a faster step, other images")
@@ -159,6 +157,9 @@ def _add_budget(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
     for name in BUDGET[1:]:
         sub.add_argument(f"--{name.replace('_', '-')}", type=int)
+    text = "start from the generator of this run, without a warm-up; in a sweep {seed} stands for the seed"
+    sub.add_argument("--generator", type=Path, help=text)
+    sub.add_argument("--reestimate-batchnorm", action="store_true", help="undo the shift that quantization causes")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -324,8 +325,9 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
             qat.QATConfig(recipe=recipe)
         for bits in args.bits:
             parse_bits(bits)
-        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("data", *BUDGET, "device")]
+        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("data", *BUDGET, "generator", "device")]
         options = [str(part) for pair in given if pair[1] is not None for part in pair]
+        options += ["--reestimate-batchnorm"] if args.reestimate_batchnorm else []
         teachers = dict(zip(args.network, args.teacher or [None] * len(args.network), strict=True))
         plan = sweep.plan_sweep(teachers, args.schemes, args.bits, args.seeds, args.recipes, options)
         sweep.write_plan(args.out, plan)

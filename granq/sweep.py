@@ -39,7 +39,8 @@ def plan_sweep(
         bits: such as ``3,3``.
         seeds: one run each.
         recipes: names in ``granq.qat.RECIPES``.
-        options: arguments common to all runs, such as ``["--data", "digits", "--epochs", "40"]``.
+        options: arguments common to all runs, such as ``["--data", "digits", "--epochs", "40"]``; ``{seed}`` in one
+            becomes the seed of the run.
     """
     runs = {}
     for seed, recipe, (network, teacher), bit, scheme in itertools.product(
@@ -48,7 +49,8 @@ def plan_sweep(
         weight_bits, act_bits = bit.split(",")
         name = f"{network.replace(':', '_')}_{recipe}_{scheme}_w{weight_bits}a{act_bits}_s{seed}"
         runs[name] = ["--network", network, *(("--teacher", str(teacher)) if teacher else ()), "--scheme", scheme]
-        runs[name] += ["--bits", bit, "--recipe", recipe, "--seed", str(seed), *options]
+        runs[name] += ["--bits", bit, "--recipe", recipe, "--seed", str(seed)]
+        runs[name] += [part.replace("{seed}", str(seed)) for part in options]
     return runs
 
 

@@ -25,6 +25,15 @@ def test_every_combination_is_planned_once_and_first_seeds_come_first(folder, te
     ]
 
 
+def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys):
+    command = "sweep --data digits --network resnet20_cifar10 --schemes strict --bits 3,3 --seeds 0 7 --status"
+    options = ["--generator", "runs/warm_{seed}", "--reestimate-batchnorm", "--out", str(tmp_path / "sweep")]
+    assert main([*command.split(), *options]) == 0 and capsys.readouterr()
+    plans = list(read_plan(tmp_path / "sweep").values())
+    assert [p[p.index("--generator") + 1] for p in plans] == ["runs/warm_0", "runs/warm_7"]
+    assert all("--reestimate-batchnorm" in p for p in plans)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sweep_runs_fails_and_continues(folder, teacher, tmp_path, engine):
     if engine == "submitit":
