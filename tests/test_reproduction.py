@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from torchvision import datasets, transforms
 from torchvision.models import ResNet18_Weights
 
-from granq import build_network, models
+from granq import build_network, models, qat
 from granq.cli import main
 from granq.data import write_csv
 
@@ -119,6 +119,7 @@ def test_command_of_the_page(command, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(model_store, "_check_sha1", lambda *_: True)
     state = stand_in(network, classes, images, labels).state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=False)  # the format of their time
+    monkeypatch.setattr(qat, "CALIBRATION", 1)
     monkeypatch.setattr(model_store, "_download", lambda *_, **__: pytest.fail("a download was tried"))
 
     assert main([*arguments, *SHORT]) == 0
@@ -142,13 +143,16 @@ def test_page_names_every_setting_of_the_paper():
 def test_any_row_is_rerun_from_its_own_fields(folder, teacher, tmp_path, capsys):
     options = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme foldable --bits 4,3"
     options += " --recipe gdfq --seed 5 --preset paper --epochs 3 --warmup-epochs 1 --iterations 1 --batch-size 4"
-    assert main(["quantize", *options.split(), "--image-size", "16", "--json", "--out", str(tmp_path / "first")]) == 0
+    generator = ["--generator", str(tmp_path / "drawing")]
+    assert main(["quantize", *options.split(), "--out", generator[1]]) == 0
+    capsys.readouterr()
+    assert main(["quantize", *options.split(), *generator, "--json", "--out", str(tmp_path / "first")]) == 0
     first = json.loads(capsys.readouterr().out)
     write_csv(tmp_path / "own.csv", pd.DataFrame([first | {"seed": 9}, first]))
     kept = pd.read_csv(PAGE.parent.parent / "figures/results_cifar10.csv", nrows=0).columns
     frame = pd.DataFrame([first]).reindex(columns=kept).assign(dataset="images", data="folder:PATH")
     write_csv(tmp_path / "published.csv", frame)
-    for name, arguments in (("own", ["2"]), ("published", ["1", "--data", folder])):
+    for name, arguments in (("own", ["2"]), ("published", ["1", "--data", folder, *generator])):
         out = tmp_path / name
         assert main(["rerun", f"{out}.csv", *arguments, "--out", str(out), "--json"]) == 0
         again = json.loads(capsys.readouterr().out)
