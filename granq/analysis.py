@@ -9,6 +9,7 @@ Ranges of activations are dynamic, taken anew from every batch, unless a scheme 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, product
@@ -21,10 +22,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from granq.checks import check_batches, check_images, forward, takes_model
+from granq.checks import check_batches, check_images, forward, typed
 from granq.convert import LAYERS, ActQuantizer, calibrate, frozen_ranges, quantize_model
 from granq.data import DataSpec
-from granq.generator import LATENT
+from granq.generator import LATENT, Generator
 from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
 
 Batch = Tensor | Sequence[Tensor]
@@ -33,7 +34,7 @@ MODES = ("local", "accumulated")
 BINS = 64
 
 
-@takes_model
+@typed
 def layer_names(model: nn.Module) -> list[str]:
     """Names of the Conv2d and Linear layers of ``model``, in the order of definition."""
     return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
@@ -53,14 +54,17 @@ def layer_calls(
         yield
 
 
+@typed
 def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Signal to quantization noise ratio in decibels over ``dims``, in float64; exact values give infinity."""
+    if reference.shape != value.shape:
+        raise ValueError(f"reference and value must have one shape, got {tuple(reference.shape)}, {tuple(value.shape)}")
     signal, noise = reference.double().square().sum(dims), (reference - value).double().square().sum(dims)
     return 10 * torch.log10(signal / noise)
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_scale_maps(
     model: nn.Module,
     images: Tensor,
@@ -99,7 +103,7 @@ def measure_scale_maps(
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_activation_distortion(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -139,6 +143,8 @@ def measure_activation_distortion(
 
     with layer_calls(model, _checked(model, layers), visit):
         count = _run(model, batches, "activation distortion")
+    if not sums:
+        raise ValueError("nothing to measure: name bits and granularities")
     frames = []
     for (name, k, granularity), (full, quantized, error, signal) in sums.items():
         low, high = edges[name]
@@ -155,7 +161,7 @@ def measure_activation_distortion(
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_channel_histograms(
     model: nn.Module,
     images: Mapping[str, Tensor],
@@ -184,6 +190,8 @@ def measure_channel_histograms(
     Raises:
         ValueError: a layer whose input is not (N, C, H, W), or that the model does not have.
     """
+    if not bits or not granularities or channels < 1:
+        raise ValueError("nothing to measure: name bits, granularities and channels")
     if not isinstance(images, Mapping) or not images:
         raise TypeError('images must be batches by source, such as {"real": images}')
     seen: dict[tuple[str, str], Tensor] = {}
@@ -209,7 +217,7 @@ def measure_channel_histograms(
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_channel_scales(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -262,7 +270,7 @@ def measure_channel_scales(
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_layer_error(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -376,7 +384,7 @@ def measure_layer_error(
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_synthetic_gap(
     model: nn.Module, synthetic_batches: Iterable[Batch], real_batches: Iterable[Batch]
 ) -> pd.DataFrame:
@@ -423,9 +431,9 @@ def measure_synthetic_gap(
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_generated_images(
-    generator: nn.Module, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
+    generator: Generator, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
 ) -> pd.DataFrame:
     """Images drawn for every label, and what the teacher thinks of them.
 
@@ -451,7 +459,7 @@ def measure_generated_images(
         images = generator(noise.to(device), labels.to(device))
     finally:
         generator.load_state_dict(state)
-    probability = teacher(images).softmax(1).cpu()
+    probability = forward(teacher, images).softmax(1).cpu()
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
     pixels = ((images.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return pd.DataFrame(
@@ -466,8 +474,11 @@ def measure_generated_images(
     )
 
 
+@typed
 def decode_pixels(pixels: str, size: int) -> np.ndarray:
     """The image of a row of ``measure_generated_images``: uint8 (size, size, 3)."""
+    if not re.fullmatch(f"([0-9a-f]{{2}}){{{max(size, 0) ** 2 * 3}}}", pixels):
+        raise ValueError(f"these are not the pixels of an image of {size} x {size}")
     return np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(size, size, 3)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from granq.analysis import sqnr_db
-from granq.checks import forward, takes_model
+from granq.checks import forward, needs, typed
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, activation_places, frozen_ranges
 from granq.quantizer import min_max
 
@@ -25,7 +25,7 @@ _KEEP_GRID_METHODS = {"flatten", "view", "reshape", "permute", "squeeze", "conti
 _SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
 
 
-@takes_model
+@typed
 def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     """One row per convolution and linear layer of ``model``, none skipped.
 
@@ -79,6 +79,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     return frame
 
 
+@needs("weight_sqnr_db weight_share macs_share low_bit weight_bits bits_per_weight")
 def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts, a summary sentence."""
     quantized = frame.weight_sqnr_db < QUANTIZED_DB

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
 from granq import qat, scaling
+from granq.checks import typed
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, calibrate, quantize_model
 from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.qat import versions
@@ -142,6 +143,7 @@ METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
+@typed
 def measure_latency_quantizer(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     bits: int = 3,
@@ -187,6 +189,7 @@ def measure_latency_quantizer(
     return pd.DataFrame(frames)
 
 
+@typed
 def measure_latency_scaling(
     channels: Sequence[int] = (8, 16, 32, 64, 128),
     batches: Sequence[int] = (1, 4, 16, 64),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -91,15 +93,31 @@ def needs(columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable
     return decorate
 
 
-def takes_model(function: Callable[P, R]) -> Callable[P, R]:
-    """The first argument is a network. Raises TypeError if it is not."""
-    first = next(iter(signature(function).parameters))
+def typed(function: Callable[P, R]) -> Callable[P, R]:
+    """Every argument is of the type its annotation names. Raises TypeError if one is not."""
+    form = signature(function)
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = args[0] if args else kwargs.get(first)
-        if not isinstance(given, nn.Module):
-            raise TypeError(f"{function.__name__}: {first} must be a torch.nn.Module, got {type(given).__name__}")
+        hints = get_type_hints(function)
+        for name, value in form.bind(*args, **kwargs).arguments.items():
+            if not _fits(value, hints[name]):
+                wanted = getattr(hints[name], "__qualname__", hints[name])
+                raise TypeError(f"{function.__name__}: {name} must be {wanted}, got {type(value).__name__}")
         return function(*args, **kwargs)
 
     return checked
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if hint is Any or kind is Callable:
+        return True
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind is Sequence or (kind is tuple and inner[1:] == (...,)):
+        series = isinstance(value, kind) and not isinstance(value, str | bytes)
+        return series and all(_fits(v, inner[0]) for v in value)
+    return isinstance(value, kind)

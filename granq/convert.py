@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.checks import check_batches, forward, takes_model
+from granq.checks import check_batches, forward, typed
 from granq.distributed import joint_range, joint_var_mean
 from granq.quantizer import QParams, _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 
@@ -196,7 +196,7 @@ class ActQuantizer(nn.Module):
         return f"bits={self.bits}, granularity={self.granularity}, ranges={ranges}, clamp={self.clamp}"
 
 
-@takes_model
+@typed
 def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int) -> fx.GraphModule:
     """A fake-quantized copy of ``model``; the model itself is not touched.
 
@@ -255,13 +255,13 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
     return quantized.eval()
 
 
-@takes_model
+@typed
 def activation_places(model: nn.Module) -> dict[str, ActQuantizer]:
     """The quantized activation places of a quantized model by name."""
     return {n.removeprefix("act_quant."): m for n, m in model.named_modules() if isinstance(m, ActQuantizer)}
 
 
-@takes_model
+@typed
 def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
     """Stop (or resume) the tracking of activation ranges."""
     for quantizer in activation_places(model).values():
@@ -279,6 +279,7 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
+@typed
 def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
     """Move the student's BatchNorm statistics by as much as quantization moved those of ``images``.
 
@@ -293,6 +294,8 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
         images: one batch (N, 3, H, W), such as generated ones; a few hundred.
     """
     norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
+    if missing := norms.keys() - dict(student.named_modules()).keys():
+        raise ValueError(f"student is no copy of teacher: it has no module {sorted(missing)[0]!r}")
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # variance and mean in the teacher
 
     def follow(name: str, norm: nn.BatchNorm2d, x: Tensor) -> None:
@@ -308,7 +311,7 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
             own = cast(nn.BatchNorm2d, student.get_submodule(name))
             hooks.callback(watch.remove)
             hooks.callback(own.register_forward_pre_hook(lambda m, x, n=name: follow(n, m, x[0])).remove)
-        teacher(images)
+        forward(teacher, images)
         student(images)
 
 

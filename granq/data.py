@@ -10,11 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from granq.checks import one_of, typed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +31,7 @@ _IN_MEMORY_SIZE = 64  # pixels; larger images are streamed from disk
 _MAX_PIXELS = 50_000_000  # of one image file: a few kB of PNG can claim more than fits into memory
 
 
+@runtime_checkable
 class ImageData(Protocol):
     """A sized dataset of (uint8 image (3, size, size), label)."""
 
@@ -93,8 +96,10 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
+@typed
 def load_split(spec: DataSpec, split: str) -> ImageData:
     """Dataset of (uint8 image (3, size, size), label) for ``split`` 'train' or 'test'; downloads where it can."""
+    one_of("split", split, ("train", "test"))
     if spec.name == "digits":
         return _digits(split, spec.image_size)
     from torchvision import datasets

@@ -384,6 +384,8 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     published = data[data.source.notna()] if "source" in data else data[:0]
     measured = data.drop(published.index)
+    if measured.seed.isna().any():
+        raise ValueError("plot_accuracy_bits: a row without a seed is a published result and needs its source")
     bits = sorted(measured.bits.unique())
     order = {name: i for i, name in enumerate(ROLES)}
     schemes = sorted(set(measured.scheme), key=lambda s: (order.get(s.partition(" + ")[0], len(order)), s))

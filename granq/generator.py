@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from granq.checks import typed
 from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part
 
 LATENT = 100
@@ -102,11 +103,15 @@ class ConditionalGenerator(Generator):
         return self.norm3(torch.tanh(self.conv3(x)))
 
 
+@typed
 def build_generator(classes: int, image_size: int) -> Generator:
     """The generator the paper uses at this size: ``Generator`` up to 64 pixels, ``ConditionalGenerator`` above."""
+    if classes < 1 or image_size < 4 or image_size % 4:
+        raise ValueError(f"needs classes and a multiple of 4 pixels, got {classes} classes and {image_size} pixels")
     return (Generator if image_size <= 64 else ConditionalGenerator)(classes, image_size)
 
 
+@typed
 def synthesize(generator: Generator, count: int, device: str = "cpu", *, bf16: bool = False) -> tuple[Tensor, Tensor]:
     """Draw ``count`` images with random labels from the global random state: (count, 3, s, s) in float32, (count,).
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.checks import takes_model
+from granq.checks import forward, typed
 from granq.convert import LAYERS, ActQuantizer, activation_places, frozen_ranges
 
 
@@ -132,7 +132,7 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return gain, shift + (norm.bias.detach().double() if norm.affine else 0)
 
 
-@takes_model
+@typed
 def integer_model(student: fx.GraphModule) -> fx.GraphModule:
     """The integer twin of a calibrated student whose scheme folds: same graph, integer layers.
 
@@ -187,7 +187,7 @@ def _attribute(root: nn.Module, path: str) -> Any:
 
 
 @torch.no_grad()
-@takes_model
+@typed
 def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.DataFrame:
     """Every layer of a foldable student in integers, on the inputs the fake-quantized student itself sees.
 
@@ -231,7 +231,7 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
     ]
     try:
         with frozen_ranges(student):
-            logits = student(images)
+            logits = forward(student, images)
     finally:
         for hook in hooks:
             hook.remove()

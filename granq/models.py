@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from granq.checks import typed
 from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize, save_atomically
 from granq.runs import read_checkpoint, write_checkpoint
 
@@ -118,6 +119,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 @torch.inference_mode()
+@typed
 def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
     """Top-1 accuracy in percent over a dataset of uint8 images."""
     right = total = 0

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from granq.checks import one_of, takes_model
+from granq.checks import one_of, typed
 from granq.convert import (
     Scheme,
     calibrate,
@@ -366,7 +366,7 @@ class Trainer:
         freeze_ranges(self.student, self.epoch >= self.config.warmup_epochs)
 
 
-@takes_model
+@typed
 def train(
     teacher: nn.Module,
     config: QATConfig,

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from granq import analysis, auditing, factorial, figures, models, qat
-from granq.checks import one_of
+from granq.checks import one_of, typed
 from granq.convert import SCHEMES, quantize_model
 from granq.data import DataSpec, ImageData, batches, describe_data, load_split, write_csv
 from granq.figures import Panels
@@ -467,7 +467,8 @@ FIGURES: dict[str, Figure] = {
 }
 
 
-def make_figures(names: Iterable[str], setting: Setting) -> list[str]:
+@typed
+def make_figures(names: Sequence[str], setting: Setting) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``setting.out``, and the gallery in its README.
 
     Raises:
@@ -491,7 +492,8 @@ def make_figures(names: Iterable[str], setting: Setting) -> list[str]:
     return names
 
 
-def redraw_figures(names: Iterable[str], folder: Path) -> list[str]:
+@typed
+def redraw_figures(names: Sequence[str], folder: Path) -> list[str]:
     """Draw figures again from the CSV files in ``folder``, all that are there if ``names`` is empty; returns the names.
 
     Raises:

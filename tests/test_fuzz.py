@@ -5,6 +5,7 @@
 
 import io
 import os
+import re
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -102,6 +103,59 @@ def test_measurements(model, batches, third):
             answers(measure, nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), *args)
 
 
+PLOTS = {
+    name: pd.read_csv(path)
+    for name in granq.__all__
+    if name.startswith("plot_") and (path := FIGURES / f"{name.removeprefix('plot_')}.csv").exists()
+}
+
+
+def good_arguments() -> dict[str, tuple]:
+    """Function -> arguments it accepts, for those that no other test here calls."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)).eval()
+    x, generator = torch.randn(2, 3, 8, 8), granq.build_generator(3, 8)
+    spec = granq.DataSpec("any", 3, 8, (0.5,) * 3, (0.5,) * 3)
+    foldable = granq.quantize_model(model, "foldable", 3, 3)
+    granq.calibrate(foldable, [x])
+    return {
+        "activation_places": (model,), "build_generator": (3, 8), "calibrate": (foldable, [x]),
+        "decode_pixels": ("00" * 12, 2), "freeze_ranges": (foldable, True), "integer_model": (foldable,),
+        "layer_names": (model,), "load_split": (granq.describe_data("digits"), "test"),
+        "measure_activation_distortion": (model, [x], ["0"], [3]), "measure_generated_images": (generator, model, spec),
+        "measure_channel_histograms": (model, {"real": x}, ["0"], [3]), "measure_integer_agreement": (foldable, x),
+        "measure_latency_quantizer": ([(1, 2, 4, 4)], 0), "measure_latency_scaling": ([0], [1]),
+        "redraw_figures": (["nothing"], Path("nowhere")), "reestimate_batchnorm": (foldable, model, x),
+        "synthesize": (generator, 2), "make_figures": (["nothing"], 5), "results_table": (PLOTS["plot_accuracy_bits"],),
+        "sqnr_db": (x, x, (0,)), "top1_on": (model, [], spec),
+        "summarize_audit": (granq.audit(model, x),),
+        "train": (model, granq.QATConfig(epochs=1, warmup_epochs=1, iterations=1, batch_size=2, image_size=8)),
+    }  # fmt: skip
+
+
+GOOD = good_arguments()
+
+
+@fuzz
+@given(st.sampled_from([*GOOD]), st.data())
+def test_one_wrong_argument(name, draw):
+    arguments = list(GOOD[name])
+    wrong = junk | tensors() | st.just(pd.DataFrame({"x": [1.0]})) | st.just(nn.ReLU())
+    arguments[draw.draw(st.integers(0, len(arguments) - 1))] = draw.draw(wrong)
+    if "latency" not in name or not isinstance(arguments[0], list):  # a time is an answer, and long
+        answers(getattr(granq, name), *arguments)
+
+
+#: what others return, a switch, and what trains or writes: each has tests of its own
+ELSEWHERE = {"Result", "Scheme", "Setting", "QParams", "compile_quantizer", "digits_teacher", "train_teacher"}
+ELSEWHERE |= {"export_onnx", "save_integers", "save_teacher", "save_figure"}
+
+
+def test_every_public_name_is_tried():
+    source = Path(__file__).read_text()
+    assert not [n for n in granq.__all__ if not n.startswith("plot_") and not re.search(rf"\b{n}\b", source)]
+    assert ELSEWHERE <= {*granq.__all__}
+
+
 @fuzz
 @given(st.dictionaries(st.sampled_from([*granq.QATConfig.__dataclass_fields__]), junk, max_size=4) | junk)
 def test_settings(values):
@@ -126,13 +180,6 @@ def test_files(tmp_path, content, name):
     (tmp_path / "config.json").write_bytes(content)
     answers(RunFolder(tmp_path).load)
     answers(RunFolder(tmp_path).read_config)
-
-
-PLOTS = {
-    name: pd.read_csv(path)
-    for name in granq.__all__
-    if name.startswith("plot_") and (path := FIGURES / f"{name.removeprefix('plot_')}.csv").exists()
-}
 
 
 @fuzz
