@@ -211,7 +211,7 @@ class Result:
     """A finished run. ``best_top1`` is the best epoch *on the test split*, a selection; ``last_top1`` is not."""
 
     student: nn.Module
-    generator: nn.Module
+    generator: Generator
     history: pd.DataFrame
     ptq_top1: float
     last_top1: float
