@@ -165,7 +165,9 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
 
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalized (images, labels) in the stored order."""
+    """Normalized (images, labels) in the stored order. Raises TypeError if ``dataset`` cannot hold (image, label)."""
+    if isinstance(dataset, Tensor | str | bytes):
+        raise TypeError(f"dataset must hold (image, label) pairs, as load_split gives, got {type(dataset).__name__}")
     for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels
 

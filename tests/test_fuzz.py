@@ -187,6 +187,7 @@ def test_files(tmp_path, content, name):
 def test_plots(name, draw):
     import matplotlib.pyplot as plt
 
+    plt.close("all")  # what a case that stopped early left behind
     plot = getattr(granq, name)
     answers(plot, draw.draw(junk | st.just(pd.DataFrame()) | st.just(pd.DataFrame({"x": [1.0]}))))
     if name in PLOTS:
