@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from granq.checks import one_of, typed
 
@@ -166,7 +166,7 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized (images, labels) in the stored order. Raises TypeError if ``dataset`` cannot hold (image, label)."""
-    if isinstance(dataset, Tensor | str | bytes):
+    if not isinstance(dataset, Dataset | Sequence) or isinstance(dataset, str | bytes):
         raise TypeError(f"dataset must hold (image, label) pairs, as load_split gives, got {type(dataset).__name__}")
     for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels
