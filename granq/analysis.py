@@ -460,6 +460,10 @@ def measure_generated_images(
     finally:
         generator.load_state_dict(state)
     probability = forward(teacher, images).softmax(1).cpu()
+    if probability.shape != (len(labels), spec.classes):
+        raise ValueError(
+            f"the teacher must give {spec.classes} logits for each image, not {tuple(probability.shape[1:])}"
+        )
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
     pixels = ((images.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return pd.DataFrame(

@@ -166,7 +166,9 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized (images, labels) in the stored order. Raises TypeError if ``dataset`` cannot hold (image, label)."""
-    if not isinstance(dataset, Dataset | Sequence) or isinstance(dataset, str | bytes):
+    fits = isinstance(dataset, Dataset | Sequence) and not isinstance(dataset, str | bytes)
+    first = dataset[0] if fits and len(dataset) else (None, None)
+    if not fits or not isinstance(first, tuple) or len(first) != 2:
         raise TypeError(f"dataset must hold (image, label) pairs, as load_split gives, got {type(dataset).__name__}")
     for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels
