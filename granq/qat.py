@@ -323,8 +323,9 @@ class Trainer:
         """The student as its training finds it: ranges frozen, accuracy measured."""
         c = self.config
 
+        @torch.no_grad()
         def draw(count: int) -> list[Tensor]:
-            return [synthesize(self.generator, c.batch_size, self.device)[0].detach() for _ in range(count)]
+            return [synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)[0] for _ in range(count)]
 
         if not c.warmup_epochs:  # nothing was drawn yet that could have set the ranges
             calibrate(self.student, draw(CALIBRATION))
