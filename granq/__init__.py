@@ -27,7 +27,8 @@ _PUBLIC = {
     "measure_synthetic_gap sqnr_db",
     "auditing": "audit summarize_audit",
     "bench": "measure_latency_quantizer measure_latency_scaling",
-    "convert": "SCHEMES Scheme activation_places calibrate freeze_ranges quantize_model reestimate_batchnorm",
+    "convert": "SCHEMES Scheme activation_places calibrate freeze_ranges learn_steps quantize_model "
+    "reestimate_batchnorm",
     "data": "DataSpec batches describe_data load_split",
     "figures": "plot_accuracy_bits plot_activation_distortion plot_channel_histogram plot_channel_error "
     "plot_channel_scales plot_granularity_factorial plot_granularity_maps plot_layer_error "

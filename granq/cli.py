@@ -65,12 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--scheme", required=True)
     sub.add_argument("--bits", required=True, help="weights,activations such as 3,3")
     sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--recipe", default="adadfq")
+    sub.add_argument("--recipe", default="adadfq", help="adadfq, gdfq, or layers (follow the teacher in each)")
     sub.add_argument("--seed", type=int, default=0)
     _add_budget(sub)
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
-    sub.add_argument("--bf16", action="store_true", help="the generator in bfloat16: a faster step, other images")
 
     sub = command("rerun", "Repeat a row of a results table from its own fields, and say how far the new accuracy is.")
     sub.add_argument("table", type=Path, help="CSV of granq sweep, such as figures/results_cifar10.csv")
@@ -151,15 +150,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 BUDGET = ("preset", "epochs", "iterations", "batch_size", "warmup_epochs", "image_size")
+RATES = {
+    "student_lr": "peak learning rate of the student",
+    "range_quantile": "share of the values inside static ranges, such as 0.99; default 1, the extremes",
+}
+SWITCHES = {
+    "reestimate_batchnorm": "undo the shift that quantization causes",
+    "learned_steps": "train quantization steps too (LSQ)",
+    "bf16": "the generator in bfloat16: a faster step, other images",
+}
 
 
 def _add_budget(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
     for name in BUDGET[1:]:
         sub.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name, text in RATES.items():
+        sub.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
     text = "start from the generator of this run, without a warm-up; in a sweep {seed} stands for the seed"
     sub.add_argument("--generator", type=Path, help=text)
-    sub.add_argument("--reestimate-batchnorm", action="store_true", help="undo the shift that quantization causes")
+    for name, text in SWITCHES.items():
+        sub.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,9 +258,11 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
     changes |= dict(weight_bits=weight_bits, act_bits=act_bits, image_size=spec.image_size)
     if args.preset == "paper":
+        if args.recipe == "layers":
+            raise ValueError("--preset paper is for recipes adadfq and gdfq; layers takes --epochs, --iterations")
         config = qat.QATConfig.paper(args.data, args.network, weight_bits, **changes)
     else:
-        config = qat.QATConfig(**changes)
+        config = (qat.QATConfig.layers if args.recipe == "layers" else qat.QATConfig)(**changes)
     if rank == 0 and folder.config.is_file():
         saved = qat.QATConfig.from_dict(folder.read_config()["config"])
         if saved != config:
@@ -325,9 +338,11 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
             qat.QATConfig(recipe=recipe)
         for bits in args.bits:
             parse_bits(bits)
-        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("data", *BUDGET, "generator", "device")]
+        names = ("data", *BUDGET, *RATES, "generator", "device")
+        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in names]
         options = [str(part) for pair in given if pair[1] is not None for part in pair]
-        options += ["--reestimate-batchnorm"] if args.reestimate_batchnorm else []
+        switches = {n: getattr(args, n) for n in SWITCHES if getattr(args, n) is not None}
+        options += [f"--{'' if on else 'no-'}{n.replace('_', '-')}" for n, on in switches.items()]
         teachers = dict(zip(args.network, args.teacher or [None] * len(args.network), strict=True))
         plan = sweep.plan_sweep(teachers, args.schemes, args.bits, args.seeds, args.recipes, options)
         sweep.write_plan(args.out, plan)

@@ -19,8 +19,16 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from granq.checks import check_batches, forward, typed
-from granq.distributed import joint_range, joint_var_mean
-from granq.quantizer import QParams, _check_bits, fake_quantize, fake_quantize_with, min_max, qparams_from_range
+from granq.distributed import gather, joint_range, joint_var_mean
+from granq.quantizer import (
+    QParams,
+    _check_bits,
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_with,
+    min_max,
+    qparams_from_range,
+)
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -79,7 +87,38 @@ def get_scheme(scheme: str | Scheme) -> Scheme:
     return SCHEMES[scheme]
 
 
-class WeightQuantizer(nn.Module):
+class LearnedSteps(nn.Module):
+    """Quantization parameters whose steps are learned, as logarithms: a gradient step then changes them by a share.
+
+    Zero points stay, so the range grows and shrinks around zero.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, scale_inv: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.log_step = nn.Parameter(-scale_inv.detach().log())
+        self.register_buffer("zero_point", zero_point.clone())
+
+    def forward(self) -> QParams:
+        return QParams(torch.exp(-self.log_step), self.zero_point)
+
+
+class Quantizer(nn.Module):
+    """What quantizers of weights and activations share: steps that may be learned (``learn_steps``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned: LearnedSteps | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}learned.log_step")
+        if saved is not None:  # a student whose steps were learned
+            self.learned = LearnedSteps(saved.exp(), torch.empty_like(saved)).to(saved.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class WeightQuantizer(Quantizer):
     """Parametrization of a layer's weight: (O, I, kh, kw) or (O, I) -> the same, fake-quantized.
 
     With ``source``, the quantizer of the layer's input, the weight is quantized in units of its steps: the integers
@@ -95,6 +134,9 @@ class WeightQuantizer(nn.Module):
         self._source = (source,)  # in a tuple, so that the input's quantizer does not become our submodule
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.learned is not None:
+            step = self.input_step(weight).detach()
+            return fake_quantize_learned(weight * step, self.learned(), self.bits) / step
         if self.source is None:
             return fake_quantize(weight, self.bits, self.granularity, self.clamp, promote=self.promote)
         step = self.input_step(weight)
@@ -107,6 +149,8 @@ class WeightQuantizer(nn.Module):
 
     def folded_qparams(self, weight: Tensor) -> QParams:
         """Parameters of ``weight * input_step``; ranges hold zero, so that ``q + z`` fits k bits and a sign."""
+        if self.learned is not None:
+            return self.learned()
         low, high = min_max(weight * self.input_step(weight), self.granularity)
         return qparams_from_range(low.clamp_max(0), high.clamp_min(0), self.bits, promote=self.promote)
 
@@ -126,7 +170,7 @@ class WeightQuantizer(nn.Module):
         return f"bits={self.bits}, granularity={self.granularity}, clamp={self.clamp}{folded}"
 
 
-class ActQuantizer(nn.Module):
+class ActQuantizer(Quantizer):
     """Fake quantization of one activation place, (N, C, H, W) or (..., F) rows in front of a Linear.
 
     With ``tracked`` ranges every forward updates the moving average until ``freeze_ranges``; the first batch sets it.
@@ -145,6 +189,7 @@ class ActQuantizer(nn.Module):
         self.include_zero = scheme.fold  # zero padding then has an exact code
         self.rows = rows
         self.frozen = False
+        self.quantile = 1.0  # calibrate
         tracked = scheme.tracked
         if tracked:
             self.register_buffer("running_min", torch.empty(0))  # shaped by the first batch
@@ -156,6 +201,8 @@ class ActQuantizer(nn.Module):
         return self._quantize(x)
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if self.learned is not None:
+            return fake_quantize_learned(x, self.learned(), self.bits)
         if not self.tracked:
             return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=self.promote)
         if not self.frozen:
@@ -168,7 +215,9 @@ class ActQuantizer(nn.Module):
         return self.tracked and bool(self.running_min.numel())
 
     def qparams(self) -> QParams:
-        """Parameters of the tracked ranges. Raises RuntimeError before the first batch."""
+        """Learned parameters, or those of the tracked ranges. Raises RuntimeError before the first batch."""
+        if self.learned is not None:
+            return self.learned()
         if not self.seen:
             raise RuntimeError("ranges were frozen before a batch was seen: run granq.calibrate first")
         low, high = self.running_min, self.running_max
@@ -177,12 +226,24 @@ class ActQuantizer(nn.Module):
         return qparams_from_range(low, high, self.bits, promote=self.promote)
 
     def _observe(self, x: Tensor) -> None:
-        low, high = joint_range(*min_max(x, self.granularity))
+        low, high = joint_range(*self._range(x))
         if not self.running_min.numel():
             self.running_min, self.running_max = low.clone(), high.clone()
         else:
             self.running_min = self.running_min.lerp(low, 1 - self.MOMENTUM)
             self.running_max = self.running_max.lerp(high, 1 - self.MOMENTUM)
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.quantile == 1:
+            return min_max(x, self.granularity)
+        # of the positive values and of the negative ones: behind a ReLU most are zero, and say nothing of the range
+        x = gather(x)
+        rows = x.transpose(0, 1).flatten(1) if self.granularity == "per_channel" else x.reshape(1, -1)
+        rows, shape = rows.sort(1).values, (1, -1, *(1,) * (x.dim() - 2))
+        above, below = ((1 - self.quantile) * side.sum(1, True) for side in (rows > 0, rows < 0))
+        low = rows.gather(1, below.long()).view(shape)
+        high = rows.gather(1, rows.shape[1] - 1 - above.long()).view(shape)
+        return low, high
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("running_min", "running_max") if self.tracked else ():
@@ -269,13 +330,56 @@ def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Track activation ranges over batches of images, then freeze them. Nothing to do for dynamic schemes."""
+def calibrate(model: nn.Module, images: Iterable[Tensor], quantile: float = 1.0) -> None:
+    """Track activation ranges over batches of images, then freeze them. Nothing to do for dynamic schemes.
+
+    Args:
+        model: of ``quantize_model``.
+        images: batches (N, 3, H, W).
+        quantile: above 0.5 to 1. Below 1 a range ends where this share of a batch's positive values is below it (and of
+            its negative ones above it), instead of at the extremes; what is outside is clamped.
+    """
     check_batches(images)
+    if not 0.5 < quantile <= 1:
+        raise ValueError(f"quantile must be above 0.5 and at most 1, got {quantile}")
+    places = activation_places(model).values()
     freeze_ranges(model, False)
+    for place in places:
+        place.quantile = quantile
+        if quantile < 1 and place.tracked:  # what was tracked before were extremes
+            place.running_min = place.running_max = place.running_min.new_empty(0)
     for batch in images:
         forward(model, batch)
+    for place in places:
+        place.quantile = 1.0
     freeze_ranges(model)
+
+
+@torch.no_grad()
+@typed
+def learn_steps(model: nn.Module) -> list[nn.Parameter]:
+    """Make the steps of weights and of static activation ranges parameters of ``model``, from what they are now on.
+
+    Learned step size quantization (Esser et al., ICLR 2020), with the gradient of ``quantizer.fake_quantize_learned``.
+    Dynamic ranges stay those of each image.
+
+    Returns:
+        The logarithms of the steps: for an optimizer with a rate of their own.
+
+    Raises:
+        ValueError: the scheme does not clamp its codes (``release``), so its steps bound nothing.
+        RuntimeError: static ranges were not calibrated yet.
+    """
+    learned = []
+    for layer in [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]:
+        weights = cast(Any, layer.parametrizations).weight
+        learned.append((weights[0], weights[0].folded_qparams(weights.original)))
+    learned += [(place, place.qparams()) for place in activation_places(model).values() if place.tracked]
+    if not learned or not all(quantizer.clamp for quantizer, _ in learned):
+        raise ValueError("steps are learned where codes are clamped to their range, which this scheme does not do")
+    for quantizer, qparams in learned:
+        quantizer.learned = LearnedSteps(*qparams)
+    return [quantizer.learned.log_step for quantizer, _ in learned]
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from granq.checks import typed
 from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part
 
 LATENT = 100
+T = TypeVar("T")
 
 
 def upsample_conv_plain(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -129,9 +131,22 @@ def synthesize(generator: Generator, count: int, device: str = "cpu", *, bf16: b
 @contextmanager
 def batchnorm_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Tensor]]]:
     """Collect the input of every BatchNorm2d of ``model`` during one forward."""
-    seen: list[tuple[nn.BatchNorm2d, Tensor]] = []
+    with _watched(model, lambda norm, args, output: (norm, args[0])) as seen:
+        yield seen
+
+
+@contextmanager
+def batchnorm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the output of every BatchNorm2d of ``model`` during one forward: what ``layer_loss`` compares."""
+    with _watched(model, lambda norm, args, output: output) as seen:
+        yield seen
+
+
+@contextmanager
+def _watched(model: nn.Module, keep: Callable[[Any, Any, Tensor], T]) -> Iterator[list[T]]:
+    seen: list[T] = []
     hooks = [
-        m.register_forward_hook(lambda module, args, _: seen.append((module, args[0])))
+        m.register_forward_hook(lambda *call: seen.append(keep(*call)))
         for m in model.modules()
         if isinstance(m, nn.BatchNorm2d)
     ]

@@ -60,7 +60,10 @@ def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top
     """Write a teacher as safetensors with its provenance (network, data, normalization, accuracy) in the header."""
     from safetensors.torch import save_file
 
-    info = {"network": network, "top1": top1, "torch": torch.__version__, **asdict(spec)}
+    # where a folder lay on this machine is nobody's business
+    facts = asdict(spec) | {"name": spec.name.split(":")[0]}
+    del facts["root"]
+    info = {"network": network, "top1": top1, "torch": torch.__version__, **facts}
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     save_file(state, str(path), metadata={"granq": json.dumps(info)})
 

@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,20 +27,31 @@ from tqdm.auto import tqdm
 
 from granq.checks import one_of, typed
 from granq.convert import (
+    LearnedSteps,
     Scheme,
     calibrate,
     freeze_ranges,
     frozen_ranges,
     get_scheme,
+    learn_steps,
     quantize_model,
     reestimate_batchnorm,
 )
-from granq.distributed import average_gradients, from_first, gather, world
-from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.distributed import average_gradients, from_first, gather, joint_var_mean, world
+from granq.generator import (
+    Generator,
+    batchnorm_inputs,
+    batchnorm_loss,
+    batchnorm_outputs,
+    build_generator,
+    synthesize,
+)
 from granq.runs import RunFolder, fingerprint
 
-RECIPES = ("adadfq", "gdfq")
+RECIPES = ("adadfq", "gdfq", "layers")
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
+STEP_RATE = 10  # learned steps: their logarithms move by shares, weights by absolute amounts
+SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # of recipe layers: weight and temperature of the soft labels
 CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
 
 
@@ -59,7 +70,9 @@ class QATConfig:
     student_lr: float = 1e-4
     generator_lr: float = 1e-3
     milestones: tuple[int, ...] = ()
+    range_quantile: float = 1.0  # of static ranges, set anew before the student trains if below 1; convert.calibrate
     reestimate_batchnorm: bool = False  # before the student trains; see convert.reestimate_batchnorm
+    learned_steps: bool = False  # quantization steps are trained too; convert.learn_steps
     temperature: float = 20.0
     alpha_ds: float = 0.2
     alpha_as: float = 0.1
@@ -96,6 +109,10 @@ class QATConfig:
         for name in ("student_lr", "generator_lr", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0.5 < self.range_quantile <= 1:
+            raise ValueError(f"range_quantile must be above 0.5 and at most 1, got {self.range_quantile}")
+        if self.learned_steps and not get_scheme(self.scheme).clamp:
+            raise ValueError(f"learned_steps needs a scheme that clamps its codes, which {self.scheme} does not")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         if not 0 <= self.warmup_epochs <= self.epochs:
@@ -127,6 +144,14 @@ class QATConfig:
             else:
                 chosen |= dict(warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3)
         return cls(**(common | chosen | changes))
+
+    @classmethod
+    def layers(cls, **changes: Any) -> QATConfig:
+        """Recipe ``layers`` with what belongs to it where the scheme allows (``docs/moonshot.md`` has what each buys)."""
+        scheme = get_scheme(changes.get("scheme", cls.scheme))
+        chosen: dict[str, Any] = {"recipe": "layers", "student_lr": 1e-3, "reestimate_batchnorm": True}
+        chosen |= {"learned_steps": scheme.clamp, "range_quantile": 0.99 if scheme.tracked else 1.0}
+        return cls(**(chosen | changes))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QATConfig:
@@ -171,6 +196,18 @@ def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tenso
     """CE(s, y) + KL(teacher || student) (GDFQ, Xu et al. 2020)."""
     kl = F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")
     return F.cross_entropy(student, labels) + kl
+
+
+def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ)."""
+    terms = [F.mse_loss(s, t) / joint_var_mean(t)[0].mean() for t, s in zip(teacher, student, strict=True)]
+    return torch.stack(terms).mean()
+
+
+def soft_label_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(s / T)) (Hinton et al. 2015)."""
+    t, s = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
+    return temperature**2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
 
 
 def diversity(images: Tensor) -> Tensor:
@@ -243,22 +280,32 @@ class Trainer:
                 )
             self.generator.load_state_dict(generator.state_dict())
         self.generator.to(self.device).to(memory_format=torch.channels_last)
-        self.student_params = list(self.student.parameters())
         self.generator_params = list(self.generator.parameters())
-        self.optimizers = {
-            "student": torch.optim.SGD(
-                self.student_params, config.student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4
-            ),
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
             "generator": torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999)),
         }
+        self._optimize_student()
         self.epoch = 0
         self.rows: list[dict[str, float]] = []
         self.ptq_top1 = math.nan
         self.seconds = 0.0
 
+    def _optimize_student(self, steps: Sequence[nn.Parameter] = ()) -> None:
+        """The student's optimizer; learned ``steps`` move by shares of themselves, hence at a higher rate."""
+        c, own = self.config, {id(p) for p in steps}
+        weights = [p for p in self.student.parameters() if id(p) not in own]
+        self.student_params = weights + list(steps)
+        groups = [{"params": p, "lr": c.student_lr * rate} for p, rate in ((weights, 1), (list(steps), STEP_RATE)) if p]
+        if c.recipe == "layers":
+            self.optimizers["student"] = torch.optim.Adam(groups)
+        else:
+            self.optimizers["student"] = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
     def step(self, train_student: bool) -> dict[str, Tensor]:
         """One iteration; returns detached losses and the teacher's accuracy on the images in percent."""
         c = self.config
+        if c.recipe == "layers" and train_student:
+            return self._match_layers()
         images, labels = synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
         with batchnorm_inputs(self.teacher) as norms:
             t = self.teacher(images)
@@ -276,14 +323,29 @@ class Trainer:
         self._update("generator", self.generator_params, loss_g, retain_graph=train_student)
         if train_student:
             self._update("student", self.student_params, loss_s)
-        hits = (t.argmax(1) == labels).float().mean() * 100
-        return {
-            "generator_loss": loss_g.detach(),
-            "student_loss": loss_s.detach(),
-            "bn_loss": bn.detach(),
-            "teacher_top1": hits,
-            "diversity": diversity(images.detach()),
-        }
+        losses = {"generator_loss": loss_g.detach(), "student_loss": loss_s.detach()}
+        return losses | self._seen(images, t.detach(), labels, bn)
+
+    def _match_layers(self) -> dict[str, Tensor]:
+        """One iteration of recipe ``layers``: the generator stays, the student follows the teacher layer by layer."""
+        c = self.config
+        with torch.no_grad():
+            images, labels = synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
+            with batchnorm_inputs(self.teacher) as norms, batchnorm_outputs(self.teacher) as wanted:
+                t = self.teacher(images)
+        with batchnorm_outputs(self.student) as got:
+            s = self.student(images)
+        loss = layer_loss(wanted, got) + SOFT_LABELS * soft_label_loss(t, s, SOFT_TEMPERATURE)
+        self._update("student", self.student_params, loss)
+        with torch.no_grad():
+            joint = gather(loss.detach()[None]).mean()  # of equal parts
+            return {"student_loss": joint} | self._seen(images, gather(t), gather(labels), batchnorm_loss(norms))
+
+    @staticmethod
+    def _seen(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor) -> dict[str, Tensor]:
+        """What a history says of the images: teacher's accuracy on them in percent, distance to the statistics."""
+        hits = (teacher.argmax(1) == labels).float().mean() * 100
+        return {"bn_loss": bn.detach(), "teacher_top1": hits, "diversity": diversity(images.detach())}
 
     def _update(self, name: str, params: list[nn.Parameter], loss: Tensor, retain_graph: bool = False) -> None:
         # autograd.grad computes what leads to these parameters and fills no other .grad
@@ -300,15 +362,13 @@ class Trainer:
         self.generator.train()
         if not c.warmup_epochs and self.epoch == 0:
             self._begin_training(evaluate)
-        decay = 0.1 ** sum(self.epoch >= milestone for milestone in c.milestones)
-        for name, lr in (("student", c.student_lr), ("generator", c.generator_lr)):
-            self.optimizers[name].param_groups[0]["lr"] = lr * decay
         sums: dict[str, Tensor] = {}
-        for _ in range(c.iterations):
+        for iteration in range(c.iterations):
+            self._set_rates(iteration)
             for key, value in self.step(training).items():
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value
         row = {"epoch": self.epoch + 1, "warmup": not training} | {k: v.item() / c.iterations for k, v in sums.items()}
-        if not math.isfinite(row["generator_loss"]) or not math.isfinite(row["student_loss"]):
+        if not all(math.isfinite(row.get(loss, 0.0)) for loss in ("generator_loss", "student_loss")):
             raise FloatingPointError(f"a loss is not finite in epoch {self.epoch + 1}; lower the learning rates")
         self.epoch += 1
         row["test_top1"] = self._measure(evaluate) if training else math.nan
@@ -319,6 +379,17 @@ class Trainer:
         self.rows.append(row)
         return row
 
+    def _set_rates(self, iteration: int) -> None:
+        """Learning rates decay tenfold at the milestones; in recipe ``layers`` also as a cosine (SGDR, 2017)."""
+        c = self.config
+        decay = 0.1 ** sum(self.epoch >= milestone for milestone in c.milestones)
+        if c.recipe == "layers":
+            done = (self.epoch + iteration / c.iterations - c.warmup_epochs) / (c.epochs - c.warmup_epochs or 1)
+            decay *= (1 + math.cos(math.pi * max(done, 0))) / 2
+        for name, lr in (("student", c.student_lr), ("generator", c.generator_lr)):
+            for group, factor in zip(self.optimizers[name].param_groups, (1, STEP_RATE), strict=False):
+                group["lr"] = lr * decay * factor
+
     def _begin_training(self, evaluate: Callable[[nn.Module], float] | None) -> None:
         """The student as its training finds it: ranges frozen, accuracy measured."""
         c = self.config
@@ -327,11 +398,13 @@ class Trainer:
         def draw(count: int) -> list[Tensor]:
             return [synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)[0] for _ in range(count)]
 
-        if not c.warmup_epochs:  # nothing was drawn yet that could have set the ranges
-            calibrate(self.student, draw(CALIBRATION))
+        if not c.warmup_epochs or c.range_quantile < 1:  # ranges of other values than a warm-up tracks, or of none yet
+            calibrate(self.student, draw(CALIBRATION), c.range_quantile)
         freeze_ranges(self.student)
         if c.reestimate_batchnorm:
             reestimate_batchnorm(self.student, self.teacher, torch.cat(draw(REESTIMATION)))
+        if c.learned_steps:
+            self._optimize_student(learn_steps(self.student))
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Callable[[nn.Module], float] | None) -> float:
@@ -355,7 +428,8 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
+        self.student.load_state_dict(state["student"])  # with learned steps, if there were
+        self._optimize_student([m.log_step for m in self.student.modules() if isinstance(m, LearnedSteps)])
         self.generator.load_state_dict(state["generator"])
         for k in self.optimizers:
             self.optimizers[k].load_state_dict(state[f"{k}_optimizer"])

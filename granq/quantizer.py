@@ -218,6 +218,32 @@ class _StraightThrough(torch.autograd.Function):
         return grad_outputs[0], None, None, None, None
 
 
+def fake_quantize_learned(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+    """``fake_quantize_with``, clamped, with a gradient for the scale as well: learned step size quantization.
+
+    The gradient is one inside the range and zero where ``x`` was clamped; that of the step ``1 / s`` is the rounding
+    error in steps inside the range, and the code itself outside (Esser et al., ICLR 2020, equation 3).
+    """
+    return _LearnedStep.apply(x, *qparams, bits)
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        levels = _float_codes(x, scale_inv, zero_point, bits, clamp=True).add_(zero_point)
+        ctx.save_for_backward(x, levels, scale_inv)
+        return (levels / scale_inv).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, levels, scale_inv) = grad_outputs, ctx.saved_tensors
+        error = levels - x * scale_inv  # in steps; more than half a step (and the rounding of floats): clamped
+        inside = error.abs() <= 0.501
+        # d value / d step, and step = 1 / s
+        slope = torch.where(inside, error, levels) * grad
+        return grad * inside, slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None
+
+
 class _Fused(torch.autograd.Function):
     """``_StraightThrough`` around the compiled function, which finds the ranges as well."""
 

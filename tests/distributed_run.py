@@ -1,6 +1,10 @@
-"""One small run in float64 for tests/test_distributed.py, alone or by torchrun: ``distributed_run.py SCHEME OUT``."""
+"""One small run in float64 for tests/test_distributed.py, alone or by torchrun: ``distributed_run.py SCHEME OUT``.
+
+Scheme ``layers`` is ``foldable`` with that recipe.
+"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +21,10 @@ network = nn.Sequential(
     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
 ).eval()  # fmt: skip
 config = QATConfig(
-    scheme=sys.argv[1], epochs=4, warmup_epochs=2, iterations=5, batch_size=8, image_size=8, student_lr=0.01,
-    device="cpu",
+    scheme=sys.argv[1].replace("layers", "foldable"), epochs=4, warmup_epochs=2, iterations=5, batch_size=8,
+    image_size=8, student_lr=0.01, device="cpu",
 )  # fmt: skip
+if sys.argv[1] == "layers":
+    config = replace(config, recipe="layers", range_quantile=0.9, learned_steps=True, reestimate_batchnorm=True)
 with process_group("cpu"):
     train(network, config, evaluate=lambda _: torch.rand(()).item(), out=Path(sys.argv[2]))  # by the first process only

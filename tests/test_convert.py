@@ -14,6 +14,7 @@ from granq import (
     calibrate,
     fake_quantize,
     freeze_ranges,
+    learn_steps,
     quantize_model,
     reestimate_batchnorm,
 )
@@ -143,3 +144,45 @@ def test_reestimated_batchnorm_sits_to_its_input_as_the_teacher_s_does(tiny):
     reestimate_batchnorm(same, tiny, images)
     torch.testing.assert_close(same.bn2.running_var, tiny.bn2.running_var)
     assert not torch.equal(student.bn1.running_mean, tiny.bn1.running_mean)  # the teacher's own were not touched
+
+
+@pytest.mark.parametrize("scheme", ["foldable", "layerwise"])
+def test_quantile_ranges_leave_out_the_stated_share(tiny, scheme):
+    student = quantize_model(tiny, scheme, 3, 3)
+    calibrate(student, [100 * torch.randn(64, 3, 8, 8)])  # forgotten again
+    images = torch.randn(64, 3, 8, 8)
+    seen = {}
+    for name, place in activation_places(student).items():
+        place.register_forward_pre_hook(lambda place, args, name=name: seen.setdefault(name, args[0]))
+    calibrate(student, [images], quantile=0.9)
+    for name, place in activation_places(student).items():
+        x = seen[name].transpose(0, 1).flatten(1)  # (C, values)
+        high, low = (limit.flatten()[:, None] for limit in (place.running_max, place.running_min))
+        x = x if len(high) > 1 else x.reshape(1, -1)
+        positive, negative = (x > 0).sum(1), (x < 0).sum(1)
+        for outside, share in (((x > high).sum(1), positive * 0.1), ((x < low).sum(1), negative * 0.1)):
+            assert ((outside - share).abs() <= 1 + 0.1 * share).all()  # many values are equal behind a quantized layer
+    with pytest.raises(ValueError, match="above 0.5"):
+        calibrate(student, [images], quantile=0.5)
+
+
+def test_learned_steps_start_as_they_are_and_are_saved(tiny):
+    images = torch.randn(4, 3, 8, 8)
+    student = quantize_model(tiny, "foldable", 3, 3)
+    with pytest.raises(RuntimeError, match="calibrate first"):
+        learn_steps(student)
+    calibrate(student, [images])
+    before = student(images)
+    steps = learn_steps(student)
+    torch.testing.assert_close(student(images), before)
+    assert {p.requires_grad for p in steps} == {True} and len(steps) == 4 + 3  # two layers share an input
+    with torch.no_grad():
+        for p in steps:
+            p.add_(0.3)
+    twin = quantize_model(tiny, "foldable", 3, 3)
+    twin.load_state_dict(student.state_dict())
+    freeze_ranges(twin)
+    assert torch.equal(twin(images), student(images)) and not torch.equal(student(images), before)
+    with pytest.raises(ValueError, match="clamped"):
+        learn_steps(quantize_model(tiny, "release", 3, 3))
+    assert learn_steps(quantize_model(tiny, "strict", 3, 3))  # of the weights; activation ranges are each image's

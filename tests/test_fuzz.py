@@ -4,6 +4,7 @@
 """
 
 import io
+import json
 import os
 import re
 import traceback
@@ -120,7 +121,7 @@ def good_arguments() -> dict[str, tuple]:
     return {
         "activation_places": (model,), "build_generator": (3, 8), "calibrate": (foldable, [x]),
         "decode_pixels": ("00" * 12, 2), "freeze_ranges": (foldable, True), "integer_model": (foldable,),
-        "layer_names": (model,), "load_split": (granq.describe_data("digits"), "test"),
+        "layer_names": (model,), "learn_steps": (foldable,), "load_split": (granq.describe_data("digits"), "test"),
         "measure_activation_distortion": (model, [x], ["0"], [3]), "measure_generated_images": (generator, model, spec),
         "measure_channel_histograms": (model, {"real": x}, ["0"], [3]), "measure_integer_agreement": (foldable, x),
         "measure_latency_quantizer": ([(1, 2, 4, 4)], 0), "measure_latency_scaling": ([0], [1]),
@@ -204,13 +205,15 @@ COMMANDS = {
         "--data": "FOLDER", "--network": "resnet20_cifar10", "--teacher": "TEACHER", "--scheme": "strict",
         "--bits": "3,3", "--epochs": "1", "--warmup-epochs": "1", "--iterations": "1", "--batch-size": "2",
         "--seed": "0", "--recipe": "adadfq", "--preset": "quick", "--image-size": "32", "--device": "cpu",
+        "--student-lr": "0.001", "--range-quantile": "0.99", "--learned-steps": None,
     },
     "audit": {"--network": "resnet20_cifar10", "--scheme": "release", "--bits": "3,3", "--image-size": "32",
               "--classes": "10", "--fail-under": "10", "--teacher": "TEACHER"},
     "sweep": {"--data": "digits", "--network": "resnet20_cifar10", "--schemes": "strict", "--bits": "3,3",
               "--seeds": "0", "--status": None},
-    "evaluate": {"RUN": "nowhere", "--data": "digits"},
-    "export": {"RUN": "nowhere", "--data": "digits"},
+    "evaluate": {"RUN": "FINISHED", "--data": "FOLDER"},
+    "export": {"RUN": "FINISHED", "--data": "FOLDER"},
+    "rerun": {"TABLE": "ROWS", "ROW": "1", "--data": "FOLDER", "--teacher": "TEACHER", "--device": "cpu"},
     "figures": {"NAME": "nothing", "--preset": "quick", "--seed": "0"},
     "factorial": {"--data": "FOLDER", "--network": "resnet20_cifar10", "--teacher": "/nowhere", "--bits": "2",
                   "--images": "2"},
@@ -222,9 +225,21 @@ KEPT = {"NAME", "--status", "--repetitions"}
 words = st.sampled_from(["", "-1", "0", "1", "2", "nan", "inf", "3,3", "9,9", "3", "a,b", "..", "/", "digits", "\0"])
 
 
+@pytest.fixture(scope="module")
+def files(folder, teacher, tmp_path_factory) -> dict[str, str]:
+    """What stands for the capital words: a finished run among them, and a table with its row."""
+    out = tmp_path_factory.mktemp("finished")
+    arguments = f"quantize --data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme foldable --bits 3,3"
+    arguments += " --epochs 1 --warmup-epochs 0 --iterations 1 --batch-size 2 --recipe layers --learned-steps"
+    assert cli.main([*arguments.split(), "--device", "cpu", "--out", str(out / "run")]) == 0
+    row = json.loads((out / "run/result.json").read_text())
+    pd.DataFrame([row]).to_csv(out / "rows.csv", index=False)
+    return {"FOLDER": folder, "TEACHER": str(teacher), "FINISHED": str(out / "run"), "ROWS": str(out / "rows.csv")}
+
+
 @fuzz
 @given(st.sampled_from([*COMMANDS]), st.data())
-def test_commands(folder, teacher, tmp_path_factory, name, draw):
+def test_commands(files, tmp_path_factory, name, draw):
     given = dict(COMMANDS[name])
     for option in draw.draw(st.lists(st.sampled_from(sorted(given.keys() - KEPT)), min_size=1, max_size=2)):
         given[option] = draw.draw(words | text)
@@ -234,7 +249,7 @@ def test_commands(folder, teacher, tmp_path_factory, name, draw):
     arguments = [name, "--out", str(out)] if name != "evaluate" else [name]
     for option, value in given.items():
         arguments += [option] if option.startswith("-") else []
-        arguments += [{"FOLDER": folder, "TEACHER": str(teacher)}.get(value, value)] if value is not None else []
+        arguments += [files.get(value, value)] if value is not None else []
     said, shown = io.StringIO(), io.StringIO()
     with redirect_stderr(said), redirect_stdout(shown):
         try:
@@ -247,7 +262,7 @@ def test_commands(folder, teacher, tmp_path_factory, name, draw):
         lines = [line for line in said.getvalue().splitlines() if "torch/utils/cpp_extension" not in line]
         assert len(lines) == 1 and lines[0].startswith("granq: "), said.getvalue()
         assert not out.exists(), arguments  # bad input is refused before anything is written
-    if code == 0 and name in ("quantize", "evaluate"):
+    if code == 0 and name in ("quantize", "evaluate", "rerun"):
         assert "top1" in shown.getvalue()
 
 

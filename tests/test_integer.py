@@ -13,6 +13,7 @@ from granq import (
     calibrate,
     export_onnx,
     integer_model,
+    learn_steps,
     measure_integer_agreement,
     quantize_model,
     save_integers,
@@ -50,13 +51,17 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize("make", NETWORKS)
-@pytest.mark.parametrize("bits", [2, 3, 8])
-def test_integers_equal_the_fake_quantized_twin(make, bits):
+@pytest.mark.parametrize(("bits", "learned"), [(2, False), (3, False), (8, False), (3, True)])
+def test_integers_equal_the_fake_quantized_twin(make, bits, learned):
     def draw():
         return torch.randn(4, 3, 32, 32) * torch.tensor([0.1, 1, 5]).view(1, 3, 1, 1)
 
     student = quantize_model(with_statistics(make()), "foldable", bits, bits)
     calibrate(student, [draw() for _ in range(2)])
+    if learned:
+        with torch.no_grad():
+            for step in learn_steps(student):
+                step.add_(torch.randn_like(step) / 5)
     frame = measure_integer_agreement(student, draw())
     layers = frame[frame.layer != "network"]
     assert len(layers) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in student.modules())

@@ -1,5 +1,6 @@
 """Losses by hand, one step, reproducibility, and every command on tiny data."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from granq import QATConfig, describe_data, load_split, load_teacher, train
 from granq.cli import main
-from granq.convert import activation_places
+from granq.convert import LearnedSteps, activation_places
 from granq.generator import (
     batchnorm_inputs,
     batchnorm_loss,
@@ -105,7 +106,28 @@ def test_same_seed_same_bits(tiny, scheme, tmp_path):
     assert not torch.equal(first.student.fc.weight, other.student.fc.weight)
 
 
-def test_resume_equals_an_uninterrupted_run(tiny, tmp_path):
+LAYERS = replace(
+    TINY, scheme="foldable", recipe="layers", range_quantile=0.99, reestimate_batchnorm=True, learned_steps=True
+)
+
+
+def test_recipe_layers_follows_the_teacher_and_leaves_the_generator(tiny):
+    config = replace(LAYERS, warmup_epochs=1, epochs=4, iterations=20, student_lr=3e-3)
+    trainer = Trainer(tiny, config)
+    trainer.run_epoch(None)
+    drawn = copy.deepcopy(list(trainer.generator.parameters()))
+    steps = [m.log_step.detach().clone() for m in trainer.student.modules() if isinstance(m, LearnedSteps)]
+    losses = [trainer.run_epoch(None)["student_loss"] for _ in range(3)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(map(torch.equal, drawn, trainer.generator.parameters()))
+    moved = [m.log_step for m in trainer.student.modules() if isinstance(m, LearnedSteps)]
+    assert len(moved) == 7 and not any(map(torch.equal, steps, moved))  # four layers, two of which share their input
+    rates = [group["lr"] for group in trainer.optimizers["student"].param_groups]
+    assert 0 < rates[0] < 1e-4 and rates[1] == 10 * rates[0]  # the end of the cosine
+
+
+@pytest.mark.parametrize("config", [TINY, LAYERS], ids=["adadfq", "layers"])
+def test_resume_equals_an_uninterrupted_run(tiny, tmp_path, config):
     class Stop(Exception):
         pass
 
@@ -115,10 +137,10 @@ def test_resume_equals_an_uninterrupted_run(tiny, tmp_path):
             raise Stop
         return 0.0
 
-    whole = train(tiny, TINY, evaluate=lambda _: 0.0)
+    whole = train(tiny, config, evaluate=lambda _: 0.0)
     with pytest.raises(Stop):
-        train(tiny, TINY, evaluate=stop_at_second, out=tmp_path)
-    resumed = train(tiny, TINY, evaluate=lambda _: 0.0, out=tmp_path, resume=True)
+        train(tiny, config, evaluate=stop_at_second, out=tmp_path)
+    resumed = train(tiny, config, evaluate=lambda _: 0.0, out=tmp_path, resume=True)
     assert whole.history.equals(resumed.history)
     for a, b in zip(whole.student.state_dict().values(), resumed.student.state_dict().values(), strict=True):
         assert torch.equal(a, b)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granq import GRANULARITIES, choose_qparams, compile_quantizer, dequantize, fake_quantize, quantize, quantizer
+from granq.quantizer import QParams, fake_quantize_learned, fake_quantize_with
 
 X = torch.tensor([[0, 0.5, 1, 2], [0, 0.1, 0.2, 0.3]]).reshape(1, 2, 2, 2)
 SHAPES = {
@@ -71,6 +72,24 @@ def test_matches_a_plain_loop(granularity, clamp):
             code = round(s * value - z)
             code = max(-4, min(3, code)) if clamp else code
             assert got == pytest.approx((code + z) / s, abs=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_sample_channel"])
+def test_learned_steps_have_the_gradient_of_lsq(granularity):
+    """Equation 3 of Esser et al. (2020), value by value; the forward is the clamped quantizer."""
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    inner = choose_qparams(x.detach() / 2, 3, granularity)  # half the range: values are clamped on both sides
+    step = inner.scale.requires_grad_()
+    out = fake_quantize_learned(x, QParams(1 / step, inner.zero_point), 3)
+    torch.testing.assert_close(out, fake_quantize_with(x, inner, 3))
+    grad = torch.randn_like(out)
+    grad_x, grad_step = torch.autograd.grad(out, (x, step), grad)
+    ratio, low = x / step, inner.zero_point - 4
+    below, above = ratio < low - 0.5, ratio > low + 7.5
+    assert below.any() and above.any()
+    torch.testing.assert_close(grad_x, grad.masked_fill(below | above, 0))
+    slope = torch.where(below, low, torch.where(above, low + 7, ratio.round() - ratio))
+    torch.testing.assert_close(grad_step, (slope * grad).sum_to_size(step.shape))
 
 
 def test_matches_torch_fake_quantize_per_channel():
