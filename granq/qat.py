@@ -147,7 +147,7 @@ class QATConfig:
 
     @classmethod
     def layers(cls, **changes: Any) -> QATConfig:
-        """Recipe ``layers`` with what belongs to it where the scheme allows (``docs/moonshot.md`` has what each buys)."""
+        """Recipe ``layers`` with what belongs to it where the scheme allows; what each buys: ``docs/moonshot.md``."""
         scheme = get_scheme(changes.get("scheme", cls.scheme))
         chosen: dict[str, Any] = {"recipe": "layers", "student_lr": 1e-3, "reestimate_batchnorm": True}
         chosen |= {"learned_steps": scheme.clamp, "range_quantile": 0.99 if scheme.tracked else 1.0}
