@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from granq import qat, scaling
 from granq.checks import typed
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, calibrate, quantize_model
-from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
+from granq.generator import LATENT, Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.qat import versions
 from granq.quantizer import choose_qparams, compile_quantizer, fake_quantize
 
@@ -449,57 +449,80 @@ def measure_latency_cost(
     if model is None:
         model = build_network("resnet20_cifar10", 10)
         model.get_submodule("features").final_pool = nn.AdaptiveAvgPool2d(1)  # the same at 32 pixels; takes any size
-    trainer = qat.Trainer(model, qat.QATConfig(weight_bits=bits, act_bits=bits, image_size=image_size, device=device))
-    generator, teacher, student = trainer.generator, trainer.teacher, trainer.student
-    square, large = torch.randn(1024, 1024, device=device), torch.randn(2, 200, 64, 32, 32, device=device)
-    rates = (
-        _alternate({"product": lambda: square @ square, "copy": lambda: large[0].copy_(large[1])}, 10).median() / 1e3
+    config = qat.QATConfig(
+        weight_bits=bits, act_bits=bits, batch_size=batch, image_size=image_size, device=device, seed=0
     )
-    speed, bandwidth = 2 * 1024**3 / rates["product"], _bytes(large) / rates["copy"]
-    runs: dict[str, Callable[[], object]] = {}
-    rows: list[dict[str, Any]] = []
-
-    def add(run: Callable[[], object], part: str, name: str, kind: str, n: int, size: int, moved: float) -> None:
+    trainer = qat.Trainer(model, config)
+    parts = _forward_parts(trainer.student, batch, image_size, device) + _step_parts(trainer)
+    speed, bandwidth = _machine_rates(device)
+    times = _alternate({f"{p.facts['part']} {p.facts['name']}": p.run for p in parts}, repetitions)
+    rows = []
+    for part in parts:
         with _Operations() as counter:
-            run()
-        operations = counter.total
-        runs[f"{part} {name}"] = run
-        predicted = max(operations / speed, moved / bandwidth) * 1e3
-        values = dict(part=part, name=name, kind=kind, batch=n, size=size, operations=operations, bytes=moved)
-        rows.append(values | {"predicted_ms": predicted})
+            part.run()
+        predicted = max(counter.total / speed, part.facts["bytes"] / bandwidth) * 1e3
+        measured = _quartiles(times[f"{part.facts['part']} {part.facts['name']}"])
+        rows.append(part.facts | {"operations": counter.total, "predicted_ms": predicted} | measured)
+    order = ["part", "name", "kind", "batch", "size", "operations", "bytes"]
+    frame = pd.DataFrame(rows).set_index(order).reset_index()
+    single = frame[~frame.kind.isin(["network", "step"])]
+    for share, column in (("predicted_share", "predicted_ms"), ("measured_share", "median_ms")):
+        frame[share] = single[column] / single.groupby("part")[column].transform("sum")
+    facts = {"repetitions": repetitions, "threads": torch.get_num_threads()}
+    return frame.assign(**facts, **_only(versions(device), "torch", "device"))
+
+
+class _Part(NamedTuple):
+    """Something ``measure_latency_cost`` times, and what its row says of it before."""
+
+    facts: dict[str, Any]
+    run: Callable[[], object]
+
+
+def _machine_rates(device: str) -> tuple[float, float]:
+    """Operations a second of a matrix product, bytes a second of a copy."""
+    square, large = torch.randn(1024, 1024, device=device), torch.randn(2, 200, 64, 32, 32, device=device)
+    times = _alternate({"product": lambda: square @ square, "copy": lambda: large[0].copy_(large[1])}, 10).median()
+    return 2 * 1024**3 / times["product"] * 1e3, _bytes(large) / times["copy"] * 1e3
+
+
+def _forward_parts(student: nn.Module, batch: int, image_size: int, device: str) -> list[_Part]:
+    """Every layer and quantizer at full batch and size; the whole forward also at other batches and sizes."""
 
     @torch.no_grad()
     def forward(module: nn.Module, x: Tensor) -> object:
         return module(x)
 
+    parts = []
     shapes = [(batch, image_size), (batch // 2, image_size), (batch // 4, image_size)]
     for n, size in [*shapes, (batch, image_size // 2), (batch, 2 * image_size)]:
         images = torch.randn(n, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        total = 0.0
+        common, total = {"part": "forward", "batch": n, "size": size}, 0.0
         for name, module, x, y in _calls(student, images):
-            if not isinstance(module, (*LAYERS, ActQuantizer)):
+            if isinstance(module, ActQuantizer):
+                moved = 3.0 * _bytes(x)
+            elif isinstance(module, LAYERS):
+                moved = _bytes(x) + 4.0 * _bytes(module.weight) + _bytes(y)
+            else:
                 continue
-            moved = (
-                3 * _bytes(x) if isinstance(module, ActQuantizer) else _bytes(x) + 4 * _bytes(module.weight) + _bytes(y)
-            )
             total += moved
             if (n, size) == shapes[0]:
-                add(
-                    partial(forward, module, x),
-                    "forward",
-                    name,
-                    type(module).__name__.removeprefix("Parametrized"),
-                    n,
-                    size,
-                    moved,
-                )
-        add(partial(forward, student, images), "forward", f"{n} images, {size} x {size}", "network", n, size, total)
+                kind = type(module).__name__.removeprefix("Parametrized")
+                parts.append(_Part(common | {"name": name, "kind": kind, "bytes": moved}, partial(forward, module, x)))
+        whole = {"name": f"{n} images, {size} x {size}", "kind": "network", "bytes": total}
+        parts.append(_Part(common | whole, partial(forward, student, images)))
+    return parts
 
-    leaf = torch.randn(batch, 3, image_size, image_size, device=device)
+
+def _step_parts(trainer: qat.Trainer) -> list[_Part]:
+    """Generator, teacher and student as a training step runs them, and the whole step."""
+    c, device = trainer.config, trainer.device
+    generator, teacher, student = trainer.generator, trainer.teacher, trainer.student
+    leaf = torch.randn(c.batch_size, 3, c.image_size, c.image_size, device=device)
     leaf = leaf.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def generate() -> None:
-        images, _ = synthesize(generator, batch, device)
+        images, _ = synthesize(generator, c.batch_size, device)
         torch.autograd.grad(images, trainer.generator_params, leaf.detach())
 
     def teach() -> None:
@@ -512,25 +535,20 @@ def measure_latency_cost(
         torch.autograd.grad(logits.sum(), leaf, retain_graph=True)
         torch.autograd.grad(logits.sum(), trainer.student_params)
 
-    noise = (torch.randn(batch, 100, device=device), torch.zeros(batch, dtype=torch.long, device=device))
-    whole = 0.0
+    noise = torch.randn(c.batch_size, LATENT, device=device)
+    labels = torch.zeros(c.batch_size, dtype=torch.long, device=device)
+    common = {"part": "step", "batch": c.batch_size, "size": c.image_size}
+    parts, whole = [], 0.0
     for name, run, passes, network, inputs in (
-        ("generator", generate, 3, generator, noise),
+        ("generator", generate, 3, generator, (noise, labels)),
         ("teacher", teach, 2, teacher, (leaf,)),
         ("student", study, 4, student, (leaf,)),
     ):
         touched = passes * float(sum(_bytes(x) + _bytes(y) for _, _, x, y in _calls(network, *inputs)))
-        add(run, "step", name, "part", batch, image_size, touched)
+        parts.append(_Part(common | {"name": name, "kind": "part", "bytes": touched}, run))
         whole += touched
-    trainer.config = replace(trainer.config, batch_size=batch)
-    add(partial(trainer.step, True), "step", "whole step", "step", batch, image_size, whole)
-    times = _alternate(runs, repetitions)
-    frame = pd.DataFrame([r | _quartiles(times[f"{r['part']} {r['name']}"]) for r in rows])
-    parts = frame[~frame.kind.isin(["network", "step"])]
-    for share, column in (("predicted_share", "predicted_ms"), ("measured_share", "median_ms")):
-        frame[share] = parts[column] / parts.groupby("part")[column].transform("sum")
-    facts = {"repetitions": repetitions, "threads": torch.get_num_threads()}
-    return frame.assign(**facts, **_only(versions(device), "torch", "device"))
+    step = common | {"name": "whole step", "kind": "step", "bytes": whole}
+    return [*parts, _Part(step, partial(trainer.step, True))]
 
 
 class _Operations(TorchDispatchMode):
