@@ -165,6 +165,7 @@ def _add_budget(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
     for name in BUDGET[1:]:
         sub.add_argument(f"--{name.replace('_', '-')}", type=int)
+    sub.add_argument("--refined-images", type=int, help="recipe layers: train on so many refined images, 0 for none")
     for name, text in RATES.items():
         sub.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
     text = "start from the generator of this run, without a warm-up; in a sweep {seed} stands for the seed"
@@ -338,7 +339,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
             qat.QATConfig(recipe=recipe)
         for bits in args.bits:
             parse_bits(bits)
-        names = ("data", *BUDGET, *RATES, "generator", "device")
+        names = ("data", *BUDGET, "refined_images", *RATES, "generator", "device")
         given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in names]
         options = [str(part) for pair in given if pair[1] is not None for part in pair]
         switches = {n: getattr(args, n) for n in SWITCHES if getattr(args, n) is not None}

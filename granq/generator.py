@@ -14,6 +14,7 @@ from granq.checks import typed
 from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part
 
 LATENT = 100
+REFINED_LABELS = 0.1  # weight of the labels in refine
 T = TypeVar("T")
 
 
@@ -126,6 +127,31 @@ def synthesize(generator: Generator, count: int, device: str = "cpu", *, bf16: b
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         images = generator(noise, labels)
     return (images.float() if bf16 else images), labels
+
+
+@typed
+def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 15, lr: float = 0.03) -> Tensor:
+    """Move the pixels of generated images toward the teacher's BatchNorm statistics, and toward their labels.
+
+    A generator matches the statistics on average; pixels are free to match them in this batch, and after a
+    few steps of Adam nearly do (the distilled data of ZeroQ, Cai et al., CVPR 2020, and DeepInversion, Yin et al., CVPR 2020).
+
+    Args:
+        teacher: network with BatchNorm2d layers, in eval mode.
+        images: (N, 3, H, W), not changed. Under torchrun this process's part of the joint batch.
+        labels: (N,).
+        steps: of Adam.
+        lr: in units of the images.
+    """
+    pixels = images.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr)
+    for _ in range(steps):
+        with batchnorm_inputs(teacher) as norms:
+            logits = teacher(pixels)
+        loss = batchnorm_loss(norms) + REFINED_LABELS * F.cross_entropy(logits, labels)
+        (pixels.grad,) = torch.autograd.grad(loss, pixels)
+        optimizer.step()
+    return pixels.detach()
 
 
 @contextmanager

@@ -37,13 +37,14 @@ from granq.convert import (
     quantize_model,
     reestimate_batchnorm,
 )
-from granq.distributed import average_gradients, from_first, gather, joint_var_mean, world
+from granq.distributed import average_gradients, from_first, gather, joint_var_mean, own_part, world
 from granq.generator import (
     Generator,
     batchnorm_inputs,
     batchnorm_loss,
     batchnorm_outputs,
     build_generator,
+    refine,
     synthesize,
 )
 from granq.runs import RunFolder, fingerprint
@@ -72,6 +73,7 @@ class QATConfig:
     milestones: tuple[int, ...] = ()
     range_quantile: float = 1.0  # of static ranges, set anew before the student trains if below 1; convert.calibrate
     reestimate_batchnorm: bool = False  # before the student trains; see convert.reestimate_batchnorm
+    refined_images: int = 0  # recipe layers trains on this many, made once (generator.refine); 0: on new ones each time
     learned_steps: bool = False  # quantization steps are trained too; convert.learn_steps
     temperature: float = 20.0
     alpha_ds: float = 0.2
@@ -111,6 +113,12 @@ class QATConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0.5 < self.range_quantile <= 1:
             raise ValueError(f"range_quantile must be above 0.5 and at most 1, got {self.range_quantile}")
+        if self.refined_images < 0 or self.refined_images % self.batch_size:
+            raise ValueError(
+                f"refined_images must be a multiple of the batch size {self.batch_size}, got {self.refined_images}"
+            )
+        if self.refined_images and self.recipe != "layers":
+            raise ValueError("refined_images is for recipe layers: in the others the generator trains on")
         if self.learned_steps and not get_scheme(self.scheme).clamp:
             raise ValueError(f"learned_steps needs a scheme that clamps its codes, which {self.scheme} does not")
         if not 0 <= self.seed < 2**63:
@@ -150,6 +158,7 @@ class QATConfig:
         """Recipe ``layers`` with what belongs to it where the scheme allows; what each buys: ``docs/moonshot.md``."""
         scheme = get_scheme(changes.get("scheme", cls.scheme))
         chosen: dict[str, Any] = {"recipe": "layers", "student_lr": 1e-3, "reestimate_batchnorm": True}
+        chosen["refined_images"] = 32 * changes.get("batch_size", cls.batch_size)
         chosen |= {"learned_steps": scheme.clamp, "range_quantile": 0.99 if scheme.tracked else 1.0}
         return cls(**(chosen | changes))
 
@@ -285,6 +294,8 @@ class Trainer:
             "generator": torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999)),
         }
         self._optimize_student()
+        self.refined: Tensor | None = None  # images, and their labels
+        self.refined_labels = torch.empty(0, dtype=torch.long, device=self.device)
         self.epoch = 0
         self.rows: list[dict[str, float]] = []
         self.ptq_top1 = math.nan
@@ -328,9 +339,8 @@ class Trainer:
 
     def _match_layers(self) -> dict[str, Tensor]:
         """One iteration of recipe ``layers``: the generator stays, the student follows the teacher layer by layer."""
-        c = self.config
         with torch.no_grad():
-            images, labels = synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
+            images, labels = self._draw()
             with batchnorm_inputs(self.teacher) as norms, batchnorm_outputs(self.teacher) as wanted:
                 t = self.teacher(images)
         with batchnorm_outputs(self.student) as got:
@@ -340,6 +350,29 @@ class Trainer:
         with torch.no_grad():
             joint = gather(loss.detach()[None]).mean()  # of equal parts
             return {"student_loss": joint} | self._seen(images, gather(t), gather(labels), batchnorm_loss(norms))
+
+    @torch.no_grad()
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """A batch of images for the student alone, with labels: refined ones, or new ones of the generator."""
+        c = self.config
+        if self.refined is None:
+            return synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
+        chosen = own_part(torch.randint(0, len(self.refined), (c.batch_size,)))
+        return self.refined[chosen], self.refined_labels[chosen]
+
+    def _refine_images(self) -> None:
+        """Images to train on; the same in a run that was resumed, for they depend on seed and generator only."""
+        c, generator = self.config, copy.deepcopy(self.generator)  # drawing moves the running statistics of its norms
+        cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(c.seed)
+            batches = []
+            for _ in range(c.refined_images // c.batch_size):
+                with torch.no_grad():
+                    images, labels = synthesize(generator, c.batch_size, self.device, bf16=c.bf16)
+                batches.append((gather(refine(self.teacher, images, labels)), gather(labels)))
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        self.refined, self.refined_labels = images.contiguous(memory_format=torch.channels_last), labels
 
     @staticmethod
     def _seen(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor) -> dict[str, Tensor]:
@@ -394,10 +427,11 @@ class Trainer:
         """The student as its training finds it: ranges frozen, accuracy measured."""
         c = self.config
 
-        @torch.no_grad()
         def draw(count: int) -> list[Tensor]:
-            return [synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)[0] for _ in range(count)]
+            return [self._draw()[0] for _ in range(count)]
 
+        if c.refined_images:
+            self._refine_images()
         if not c.warmup_epochs or c.range_quantile < 1:  # ranges of other values than a warm-up tracks, or of none yet
             calibrate(self.student, draw(CALIBRATION), c.range_quantile)
         freeze_ranges(self.student)
@@ -431,6 +465,8 @@ class Trainer:
         self.student.load_state_dict(state["student"])  # with learned steps, if there were
         self._optimize_student([m.log_step for m in self.student.modules() if isinstance(m, LearnedSteps)])
         self.generator.load_state_dict(state["generator"])
+        if self.config.refined_images and state["epoch"] >= self.config.warmup_epochs:
+            self._refine_images()
         for k in self.optimizers:
             self.optimizers[k].load_state_dict(state[f"{k}_optimizer"])
         torch.set_rng_state(state["rng"].cpu())

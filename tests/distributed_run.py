@@ -25,6 +25,7 @@ config = QATConfig(
     image_size=8, student_lr=0.01, device="cpu",
 )  # fmt: skip
 if sys.argv[1] == "layers":
-    config = replace(config, recipe="layers", range_quantile=0.9, learned_steps=True, reestimate_batchnorm=True)
+    config = replace(config, recipe="layers", range_quantile=0.9, learned_steps=True, refined_images=16)
+    config = replace(config, reestimate_batchnorm=True)
 with process_group("cpu"):
     train(network, config, evaluate=lambda _: torch.rand(()).item(), out=Path(sys.argv[2]))  # by the first process only

@@ -15,6 +15,7 @@ from granq.generator import (
     batchnorm_inputs,
     batchnorm_loss,
     build_generator,
+    refine,
     synthesize,
     upsample_conv,
     upsample_conv_plain,
@@ -107,8 +108,29 @@ def test_same_seed_same_bits(tiny, scheme, tmp_path):
 
 
 LAYERS = replace(
-    TINY, scheme="foldable", recipe="layers", range_quantile=0.99, reestimate_batchnorm=True, learned_steps=True
+    TINY,
+    scheme="foldable",
+    recipe="layers",
+    range_quantile=0.99,
+    reestimate_batchnorm=True,
+    learned_steps=True,
+    refined_images=8,
 )
+
+
+def test_refined_images_are_nearer_to_the_statistics(tiny):
+    images, labels = synthesize(build_generator(3, 8), 8)
+    before = images.clone()
+
+    def distance(x):
+        with batchnorm_inputs(tiny) as norms, torch.no_grad():
+            tiny(x)
+        return batchnorm_loss(norms).item()
+
+    refined = refine(tiny, images, labels)
+    assert torch.equal(images, before) and not refined.requires_grad
+    assert distance(refined) < 0.7 * distance(images)
+    assert all(p.grad is None for p in tiny.parameters())
 
 
 def test_recipe_layers_follows_the_teacher_and_leaves_the_generator(tiny):
