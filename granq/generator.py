@@ -134,7 +134,8 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 15, 
     """Move the pixels of generated images toward the teacher's BatchNorm statistics, and toward their labels.
 
     A generator matches the statistics on average; pixels are free to match them in this batch, and after a
-    few steps of Adam nearly do (the distilled data of ZeroQ, Cai et al., CVPR 2020, and DeepInversion, Yin et al., CVPR 2020).
+    few steps of Adam nearly do (the distilled data of ZeroQ, Cai et al., CVPR 2020, and DeepInversion, Yin et al.,
+    CVPR 2020).
 
     Args:
         teacher: network with BatchNorm2d layers, in eval mode.
