@@ -110,6 +110,7 @@ class Quantizer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.learned: LearnedSteps | None = None
+        self.bypassed = False  # nothing is quantized
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}learned.log_step")
@@ -134,6 +135,8 @@ class WeightQuantizer(Quantizer):
         self._source = (source,)  # in a tuple, so that the input's quantizer does not become our submodule
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.bypassed:
+            return weight
         if self.learned is not None:
             step = self.input_step(weight).detach()
             return fake_quantize_learned(weight * step, self.learned(), self.bits) / step
@@ -207,6 +210,8 @@ class ActQuantizer(Quantizer):
             return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=self.promote)
         if not self.frozen:
             self._observe(x)
+        if self.bypassed:
+            return x
         return fake_quantize_with(x, self.qparams(), self.bits, self.clamp)
 
     @property
@@ -330,7 +335,9 @@ def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Tensor], quantile: float = 1.0) -> None:
+def calibrate(
+    model: nn.Module, images: Iterable[Tensor], quantile: float = 1.0, *, full_precision: bool = False
+) -> None:
     """Track activation ranges over batches of images, then freeze them. Nothing to do for dynamic schemes.
 
     Args:
@@ -338,20 +345,29 @@ def calibrate(model: nn.Module, images: Iterable[Tensor], quantile: float = 1.0)
         images: batches (N, 3, H, W).
         quantile: above 0.5 to 1. Below 1 a range ends where this share of a batch's positive values is below it (and of
             its negative ones above it), instead of at the extremes; what is outside is clamped.
+        full_precision: track what the network holds without quantization. Before ``reestimate_batchnorm``, which brings
+            activations back to it, these are the ranges that will be needed.
     """
     check_batches(images)
     if not 0.5 < quantile <= 1:
         raise ValueError(f"quantile must be above 0.5 and at most 1, got {quantile}")
     places = activation_places(model).values()
     freeze_ranges(model, False)
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    for quantizer in quantizers:
+        quantizer.bypassed = full_precision
     for place in places:
         place.quantile = quantile
         if quantile < 1 and place.tracked:  # what was tracked before were extremes
             place.running_min = place.running_max = place.running_min.new_empty(0)
-    for batch in images:
-        forward(model, batch)
-    for place in places:
-        place.quantile = 1.0
+    try:
+        for batch in images:
+            forward(model, batch)
+    finally:
+        for quantizer in quantizers:
+            quantizer.bypassed = False
+        for place in places:
+            place.quantile = 1.0
     freeze_ranges(model)
 
 

@@ -130,7 +130,21 @@ def synthesize(generator: Generator, count: int, device: str = "cpu", *, bf16: b
 
 
 @typed
-def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 15, lr: float = 0.03) -> Tensor:
+def vary(images: Tensor, spread: float) -> Tensor:
+    """Images in different light: contrast 1 +- ``spread``, brightness and colour shifted; half are flipped.
+
+    A generator's images differ in what they show but little in mean and contrast, of which BatchNorm statistics over a
+    batch say nothing. (N, 3, H, W) -> the same; shifts are normal with deviation ``spread`` for the image and 0.4 times
+    that for each channel, in units of the images. Draws from the global random state.
+    """
+    one, each = images.new_empty((len(images), 1, 1, 1)), images.new_empty((*images.shape[:2], 1, 1))
+    contrast = one.clone().uniform_(1 - spread, 1 + spread)
+    shift = one.clone().normal_(0, spread) + each.normal_(0, 0.4 * spread)
+    return torch.where(one.uniform_() < 0.5, images.flip(3), images) * contrast + shift
+
+
+@typed
+def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, lr: float = 0.03) -> Tensor:
     """Move the pixels of generated images toward the teacher's BatchNorm statistics, and toward their labels.
 
     A generator matches the statistics on average; pixels are free to match them in this batch, and after a

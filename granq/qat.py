@@ -46,12 +46,14 @@ from granq.generator import (
     build_generator,
     refine,
     synthesize,
+    vary,
 )
 from granq.runs import RunFolder, fingerprint
 
 RECIPES = ("adadfq", "gdfq", "layers")
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
 STEP_RATE = 10  # learned steps: their logarithms move by shares, weights by absolute amounts
+SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # of recipe layers: weight and temperature of the soft labels
 CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
 
@@ -357,8 +359,8 @@ class Trainer:
         c = self.config
         if self.refined is None:
             return synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
-        chosen = own_part(torch.randint(0, len(self.refined), (c.batch_size,)))
-        return self.refined[chosen], self.refined_labels[chosen]
+        chosen = torch.randint(0, len(self.refined), (c.batch_size,))
+        return own_part(vary(self.refined[chosen], SPREAD / 2)), own_part(self.refined_labels[chosen])
 
     def _refine_images(self) -> None:
         """Images to train on; the same in a run that was resumed, for they depend on seed and generator only."""
@@ -370,6 +372,8 @@ class Trainer:
             for _ in range(c.refined_images // c.batch_size):
                 with torch.no_grad():
                     images, labels = synthesize(generator, c.batch_size, self.device, bf16=c.bf16)
+                    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
+                    images = own_part(vary(gather((images + smooth) / 2), SPREAD))
                 batches.append((gather(refine(self.teacher, images, labels)), gather(labels)))
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         self.refined, self.refined_labels = images.contiguous(memory_format=torch.channels_last), labels
@@ -433,7 +437,7 @@ class Trainer:
         if c.refined_images:
             self._refine_images()
         if not c.warmup_epochs or c.range_quantile < 1:  # ranges of other values than a warm-up tracks, or of none yet
-            calibrate(self.student, draw(CALIBRATION), c.range_quantile)
+            calibrate(self.student, draw(CALIBRATION), c.range_quantile, full_precision=c.recipe == "layers")
         freeze_ranges(self.student)
         if c.reestimate_batchnorm:
             reestimate_batchnorm(self.student, self.teacher, torch.cat(draw(REESTIMATION)))

@@ -201,6 +201,7 @@ class Setting:
             measured = pd.read_csv(self.out / RESULTS)
             # a run that differs in more than its scheme is a method of its own
             corrected = measured.reestimate_batchnorm.map({True: " + BatchNorm"}).fillna("")
+            corrected = corrected.where(measured.recipe != "layers", "")  # belongs to that recipe
             recipe = measured.recipe.where(measured.recipe != "adadfq", "").map(lambda r: f" + {r}" if r else "")
             measured["scheme"] += corrected + recipe
             # published rows say last_top1, which rows without training lack

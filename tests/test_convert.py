@@ -186,3 +186,21 @@ def test_learned_steps_start_as_they_are_and_are_saved(tiny):
     with pytest.raises(ValueError, match="clamped"):
         learn_steps(quantize_model(tiny, "release", 3, 3))
     assert learn_steps(quantize_model(tiny, "strict", 3, 3))  # of the weights; activation ranges are each image's
+
+
+def test_ranges_of_the_full_precision_network(tiny):
+    images = torch.randn(8, 3, 8, 8)
+    student, same = (
+        quantize_model(tiny, Scheme(w, "per_channel", tracked=True), 2, 2) for w in ("per_out_channel", None)
+    )
+    for place in activation_places(same).values():
+        place.bits = 8  # next to nothing is quantized
+    calibrate(student, [images], full_precision=True)
+    calibrate(same, [images])
+    for a, b in zip(activation_places(student).values(), activation_places(same).values(), strict=True):
+        torch.testing.assert_close(a.running_max, b.running_max, rtol=0.05, atol=0.02)
+    quantized = quantize_model(tiny, Scheme("per_out_channel", "per_channel", tracked=True), 2, 2)
+    calibrate(quantized, [images])
+    last = list(activation_places(quantized).values())[-1]
+    assert not torch.allclose(last.running_max, a.running_max, rtol=0.05, atol=0.02)
+    assert not torch.equal(student(images), tiny(images))  # and it quantizes again

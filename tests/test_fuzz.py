@@ -127,7 +127,7 @@ def good_arguments() -> dict[str, tuple]:
         "measure_latency_quantizer": ([(1, 2, 4, 4)], 0), "measure_latency_scaling": ([0], [1]),
         "redraw_figures": (["nothing"], Path("nowhere")),
         "reestimate_batchnorm": (foldable, model, x),
-        "refine": (model, x, torch.tensor([0, 1]), 1), "synthesize": (generator, 2),
+        "vary": (x, 0.5), "refine": (model, x, torch.tensor([0, 1]), 1), "synthesize": (generator, 2),
         "make_figures": (["nothing"], 5),
         "results_table": (PLOTS["plot_accuracy_bits"],),
         "sqnr_db": (x, x, (0,)), "top1_on": (model, [], spec),

@@ -19,6 +19,7 @@ from granq.generator import (
     synthesize,
     upsample_conv,
     upsample_conv_plain,
+    vary,
 )
 from granq.qat import Trainer, agreement_loss, disagreement_loss, entropy, load_generator, margin_loss, student_loss
 
@@ -131,6 +132,16 @@ def test_refined_images_are_nearer_to_the_statistics(tiny):
     assert torch.equal(images, before) and not refined.requires_grad
     assert distance(refined) < 0.7 * distance(images)
     assert all(p.grad is None for p in tiny.parameters())
+
+
+def test_varied_images_differ_in_light_only():
+    images = torch.randn(2000, 3, 8, 8)
+    mirrored = (vary(images, 0.0) == images.flip(3)).flatten(1).all(1)
+    assert 0.4 < mirrored.float().mean() < 0.6
+    varied = vary(images, 0.5)
+    contrast, shift = varied.std((1, 2, 3)), varied.mean((1, 2, 3))
+    assert 0.4 < contrast.min() and contrast.max() < 2 and contrast.std() > 0.2
+    assert shift.std().item() == pytest.approx(0.5 * (1 + 0.4**2 / 3) ** 0.5, rel=0.1)
 
 
 def test_recipe_layers_follows_the_teacher_and_leaves_the_generator(tiny):
