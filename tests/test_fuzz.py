@@ -228,7 +228,7 @@ KEPT = {"NAME", "--status", "--repetitions"}
 words = st.sampled_from(["", "-1", "0", "1", "2", "nan", "inf", "3,3", "9,9", "3", "a,b", "..", "/", "digits", "\0"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def files(folder, teacher, tmp_path_factory) -> dict[str, str]:
     """What stands for the capital words: a finished run among them, and a table with its row."""
     out = tmp_path_factory.mktemp("finished")
