@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from granq.checks import typed
-from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part
+from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part, world
 
 LATENT = 100
 REFINED_LABELS = 0.1  # weight of the labels in refine
@@ -164,7 +164,8 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, 
         with batchnorm_inputs(teacher) as norms:
             logits = teacher(pixels)
         loss = batchnorm_loss(norms) + REFINED_LABELS * F.cross_entropy(logits, labels)
-        (pixels.grad,) = torch.autograd.grad(loss, pixels)
+        # of the joint mean, which each process has by its own part: Adam's epsilon would tell the difference
+        (pixels.grad,) = torch.autograd.grad(loss / world()[1], pixels)
         optimizer.step()
     return pixels.detach()
 

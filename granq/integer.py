@@ -36,6 +36,7 @@ class IntegerInput(nn.Module):
     low: Tensor
     high: Tensor
 
+    @torch.no_grad()  # learned steps are parameters
     def __init__(self, source: ActQuantizer) -> None:
         super().__init__()
         scale_inv, zero_point = source.qparams()
@@ -68,6 +69,7 @@ class IntegerLayer(nn.Module):
     rescale: Tensor
     offset: Tensor
 
+    @torch.no_grad()
     def __init__(self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None) -> None:
         super().__init__()
         quantizer = cast(Any, layer.parametrizations).weight[0]

@@ -2,6 +2,9 @@
 
 One step draws images, runs teacher and student once each, and takes both gradients from these two forwards:
 the generator's loss with respect to the generator only, the student's with respect to the student only.
+
+Recipe ``gdfq`` has losses of its own. In recipe ``layers`` the game is over when the student's training begins: images
+are drawn once and refined, and the student follows the teacher in every BatchNorm; ``docs/moonshot.md`` says why.
 """
 
 from __future__ import annotations

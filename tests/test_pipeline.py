@@ -202,6 +202,22 @@ def test_quantize_then_evaluate_without_training_images(folder, teacher, tmp_pat
     assert "already holds files" in capsys.readouterr().err
 
 
+def test_recipe_layers_from_the_command_to_integers(folder, teacher, tmp_path, capsys):
+    args = quantize_args(folder, teacher, tmp_path / "run")
+    args[args.index("layerwise")] = "foldable"
+    args += ["--recipe", "layers", "--refined-images", "4"]
+    assert main([*args, "--refined-images", "3"]) == 2 and "multiple of the batch size 4" in capsys.readouterr().err
+    assert main([*args, "--preset", "paper"]) == 2 and "layers takes --epochs" in capsys.readouterr().err
+    assert main(args) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["learned_steps"] and row["reestimate_batchnorm"] and row["range_quantile"] == 0.99
+    assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == row["last_top1"]
+    assert main(["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "integers"), "--json"]) == 0
+    assert main([*args[:-2], "--no-learned-steps", "--out", str(tmp_path / "fixed"), "--refined-images", "0"]) == 0
+    assert not json.loads(capsys.readouterr().out.splitlines()[-1])["learned_steps"]
+
+
 def test_teacher_command_on_digits(tmp_path, capsys):
     out = tmp_path / "t.safetensors"
     args = f"teacher --data digits --network resnet20_cifar10 --out {out} --epochs 4 --json --device cpu".split()
