@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from granq.checks import typed
+from granq.checks import check_images, forward, typed
 from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part, world
 
 LATENT = 100
@@ -129,6 +130,12 @@ def synthesize(generator: Generator, count: int, device: str = "cpu", *, bf16: b
     return (images.float() if bf16 else images), labels
 
 
+def _check_pictures(images: Tensor) -> None:
+    check_images(images)
+    if images.dim() != 4 or not images.numel():
+        raise ValueError(f"images must be (N, 3, H, W) and not empty, got shape {tuple(images.shape)}")
+
+
 @typed
 def vary(images: Tensor, spread: float) -> Tensor:
     """Images in different light: contrast 1 +- ``spread``, brightness and colour shifted; half are flipped.
@@ -137,6 +144,9 @@ def vary(images: Tensor, spread: float) -> Tensor:
     batch say nothing. (N, 3, H, W) -> the same; shifts are normal with deviation ``spread`` for the image and 0.4 times
     that for each channel, in units of the images. Draws from the global random state.
     """
+    _check_pictures(images)
+    if not 0 <= spread <= 1:
+        raise ValueError(f"spread must be from 0 to 1, got {spread}")
     one, each = images.new_empty((len(images), 1, 1, 1)), images.new_empty((*images.shape[:2], 1, 1))
     contrast = one.clone().uniform_(1 - spread, 1 + spread)
     shift = one.clone().normal_(0, spread) + each.normal_(0, 0.4 * spread)
@@ -158,11 +168,20 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, 
         steps: of Adam.
         lr: in units of the images.
     """
+    _check_pictures(images)
+    if labels.shape != images.shape[:1] or labels.dtype != torch.long:
+        raise ValueError(
+            f"labels must be {len(images)} integers, one an image, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if steps < 0 or not 0 < lr < math.inf:
+        raise ValueError(f"steps must be at least 0 and lr above 0, got {steps} and {lr}")
     pixels = images.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], lr)
     for _ in range(steps):
         with batchnorm_inputs(teacher) as norms:
-            logits = teacher(pixels)
+            logits = forward(teacher, pixels)
+        if not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+            raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, as the teacher has classes")
         loss = batchnorm_loss(norms) + REFINED_LABELS * F.cross_entropy(logits, labels)
         # of the joint mean, which each process has by its own part: Adam's epsilon would tell the difference
         (pixels.grad,) = torch.autograd.grad(loss / world()[1], pixels)
