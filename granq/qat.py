@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 
 from granq.checks import one_of, typed
 from granq.convert import (
-    LearnedSteps,
     Scheme,
     calibrate,
     freeze_ranges,
@@ -306,12 +305,13 @@ class Trainer:
         self.ptq_top1 = math.nan
         self.seconds = 0.0
 
-    def _optimize_student(self, steps: Sequence[nn.Parameter] = ()) -> None:
-        """The student's optimizer; learned ``steps`` move by shares of themselves, hence at a higher rate."""
-        c, own = self.config, {id(p) for p in steps}
-        weights = [p for p in self.student.parameters() if id(p) not in own]
-        self.student_params = weights + list(steps)
-        groups = [{"params": p, "lr": c.student_lr * rate} for p, rate in ((weights, 1), (list(steps), STEP_RATE)) if p]
+    def _optimize_student(self) -> None:
+        """The student's optimizer; learned steps move by shares of themselves, hence at a higher rate."""
+        c, named = self.config, list(self.student.named_parameters())
+        weights = [p for name, p in named if not name.endswith("log_step")]
+        steps = [p for name, p in named if name.endswith("log_step")]
+        self.student_params = weights + steps
+        groups = [{"params": p, "lr": c.student_lr * rate} for p, rate in ((weights, 1), (steps, STEP_RATE)) if p]
         if c.recipe == "layers":
             self.optimizers["student"] = torch.optim.Adam(groups)
         else:
@@ -445,7 +445,8 @@ class Trainer:
         if c.reestimate_batchnorm:
             reestimate_batchnorm(self.student, self.teacher, torch.cat(draw(REESTIMATION)))
         if c.learned_steps:
-            self._optimize_student(learn_steps(self.student))
+            learn_steps(self.student)
+            self._optimize_student()
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Callable[[nn.Module], float] | None) -> float:
@@ -470,7 +471,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])  # with learned steps, if there were
-        self._optimize_student([m.log_step for m in self.student.modules() if isinstance(m, LearnedSteps)])
+        self._optimize_student()
         self.generator.load_state_dict(state["generator"])
         if self.config.refined_images and state["epoch"] >= self.config.warmup_epochs:
             self._refine_images()

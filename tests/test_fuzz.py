@@ -233,7 +233,7 @@ def files(folder, teacher, tmp_path_factory) -> dict[str, str]:
     """What stands for the capital words: a finished run among them, and a table with its row."""
     out = tmp_path_factory.mktemp("finished")
     arguments = f"quantize --data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme foldable --bits 3,3"
-    arguments += " --epochs 1 --warmup-epochs 0 --iterations 1 --batch-size 2 --recipe layers --learned-steps"
+    arguments += " --epochs 1 --warmup-epochs 0 --iterations 1 --batch-size 2 --recipe layers --refined-images 2"
     assert cli.main([*arguments.split(), "--device", "cpu", "--out", str(out / "run")]) == 0
     row = json.loads((out / "run/result.json").read_text())
     pd.DataFrame([row]).to_csv(out / "rows.csv", index=False)

@@ -164,15 +164,17 @@ def test_resume_equals_an_uninterrupted_run(tiny, tmp_path, config):
     class Stop(Exception):
         pass
 
-    def stop_at_second(_, calls=[]):  # noqa: B006
+    config = replace(config, epochs=3)
+
+    def stop_at_third(_, calls=[]):  # noqa: B006
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise Stop
         return 0.0
 
     whole = train(tiny, config, evaluate=lambda _: 0.0)
     with pytest.raises(Stop):
-        train(tiny, config, evaluate=stop_at_second, out=tmp_path)
+        train(tiny, config, evaluate=stop_at_third, out=tmp_path)
     resumed = train(tiny, config, evaluate=lambda _: 0.0, out=tmp_path, resume=True)
     assert whole.history.equals(resumed.history)
     for a, b in zip(whole.student.state_dict().values(), resumed.student.state_dict().values(), strict=True):
