@@ -406,9 +406,10 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     teacher = measured.teacher_top1.mean()
     ax.axhline(teacher, color=_GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
-    first, seeds = measured.iloc[0], measured.seed.nunique()
+    first, counts = measured.iloc[0], measured.groupby(["scheme", "bits"]).seed.nunique()
+    seeds = " to ".join(map(str, sorted({counts.min(), counts.max()})))
     ax.set_xticks(range(len(bits)), bits)
-    title = f"{dataset_name(first.dataset)}, {first.network}, n = {seeds} seed{'s' * (seeds > 1)}"
+    title = f"{dataset_name(first.dataset)}, {first.network}, n = {seeds} seed{'s' * (counts.max() > 1)}"
     ax.set(ylabel="test top-1 (%)", title=title, xlim=(-0.5, len(bits) - 0.5))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
