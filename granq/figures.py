@@ -409,7 +409,7 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     first, counts = measured.iloc[0], measured.groupby(["scheme", "bits"]).seed.nunique()
     seeds = " to ".join(map(str, sorted({counts.min(), counts.max()})))
     ax.set_xticks(range(len(bits)), bits)
-    title = f"{dataset_name(first.dataset)}, {first.network}, n = {seeds} seed{'s' * (counts.max() > 1)}"
+    title = f"{dataset_name(first.dataset)}, {first.network}, n = {seeds} seed{'s' if counts.max() > 1 else ''}"
     ax.set(ylabel="test top-1 (%)", title=title, xlim=(-0.5, len(bits) - 0.5))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
