@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from granq.checks import one_of, typed
 from granq.convert import (
+    LearnedSteps,
     Scheme,
     calibrate,
     freeze_ranges,
@@ -205,22 +206,21 @@ def student_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     return -(temperature**2) * entropy((teacher - student) / temperature).mean()
 
 
+def soft_label_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(s / T)) (Hinton et al. 2015)."""
+    t, s = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
+    return temperature**2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
+
+
 def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
     """CE(s, y) + KL(teacher || student) (GDFQ, Xu et al. 2020)."""
-    kl = F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")
-    return F.cross_entropy(student, labels) + kl
+    return F.cross_entropy(student, labels) + soft_label_loss(teacher, student, 1.0)
 
 
 def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ)."""
     terms = [F.mse_loss(s, t) / joint_var_mean(t)[0].mean() for t, s in zip(teacher, student, strict=True)]
     return torch.stack(terms).mean()
-
-
-def soft_label_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(t / T) || softmax(s / T)) (Hinton et al. 2015)."""
-    t, s = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
-    return temperature**2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
 
 
 def diversity(images: Tensor) -> Tensor:
@@ -307,9 +307,10 @@ class Trainer:
 
     def _optimize_student(self) -> None:
         """The student's optimizer; learned steps move by shares of themselves, hence at a higher rate."""
-        c, named = self.config, list(self.student.named_parameters())
-        weights = [p for name, p in named if not name.endswith("log_step")]
-        steps = [p for name, p in named if name.endswith("log_step")]
+        c, parameters = self.config, list(self.student.parameters())
+        learned = {id(m.log_step) for m in self.student.modules() if isinstance(m, LearnedSteps)}
+        weights = [p for p in parameters if id(p) not in learned]
+        steps = [p for p in parameters if id(p) in learned]
         self.student_params = weights + steps
         groups = [{"params": p, "lr": c.student_lr * rate} for p, rate in ((weights, 1), (steps, STEP_RATE)) if p]
         if c.recipe == "layers":
