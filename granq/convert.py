@@ -207,7 +207,9 @@ class ActQuantizer(Quantizer):
         if self.learned is not None:
             return fake_quantize_learned(x, self.learned(), self.bits)
         if not self.tracked:
-            return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=self.promote)
+            # training under autocast asks for speed, not for the release's arithmetic in half precision
+            promote = self.promote or torch.is_autocast_enabled(x.device.type)
+            return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=promote)
         if not self.frozen:
             self._observe(x)
         if self.bypassed:
@@ -231,7 +233,8 @@ class ActQuantizer(Quantizer):
         return qparams_from_range(low, high, self.bits, promote=self.promote)
 
     def _observe(self, x: Tensor) -> None:
-        low, high = joint_range(*self._range(x))
+        wide = torch.promote_types(x.dtype, torch.float32)  # ranges of a forward under autocast, too
+        low, high = joint_range(*(bound.to(wide) for bound in self._range(x)))
         if not self.running_min.numel():
             self.running_min, self.running_max = low.clone(), high.clone()
         else:

@@ -62,7 +62,7 @@ class _JointVarMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         # two passes, and not torch.var_mean, which is slow on channels_last with few channels
-        mean = _joint_mean(x.mean((0, 2, 3)))
+        mean = _joint_mean(x.mean((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32)))
         ctx.save_for_backward(x, mean)
         return _joint_mean((x - mean[:, None, None]).square_().mean((0, 2, 3))), mean
 
@@ -71,7 +71,7 @@ class _JointVarMean(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         slope, shift = 2 * _joint_mean(grads[0]) / count, _joint_mean(grads[1]) / count
-        return torch.addcmul((shift - slope * mean)[:, None, None], x, slope[:, None, None])
+        return torch.addcmul((shift - slope * mean)[:, None, None], x, slope[:, None, None]).to(x.dtype)
 
 
 def _joint_mean(x: Tensor) -> Tensor:

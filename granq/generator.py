@@ -116,18 +116,15 @@ def build_generator(classes: int, image_size: int) -> Generator:
 
 
 @typed
-def synthesize(generator: Generator, count: int, device: str = "cpu", *, bf16: bool = False) -> tuple[Tensor, Tensor]:
+def synthesize(generator: Generator, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Draw ``count`` images with random labels from the global random state: (count, 3, s, s) in float32, (count,).
-
-    With ``bf16`` the generator computes under bfloat16 autocast; its weights stay as they are.
 
     Under torchrun this is the joint batch, of which every process gets its part.
     """
     labels = own_part(torch.randint(0, generator.classes, (count,), device=device))
     noise = own_part(torch.randn(count, LATENT, device=device))
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-        images = generator(noise, labels)
-    return (images.float() if bf16 else images), labels
+    images = generator(noise, labels)
+    return (images.float() if images.dtype == torch.bfloat16 else images), labels  # under autocast
 
 
 def _check_pictures(images: Tensor) -> None:

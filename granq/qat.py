@@ -90,7 +90,7 @@ class QATConfig:
     seed: int = 0
     device: str = "auto"
     deterministic: bool = False  # on CUDA; on the CPU every run is
-    bf16: bool = False  # the generator computes under bfloat16 autocast: faster, other images
+    bf16: bool = False  # training computes under bfloat16 autocast; weights, ranges, losses and tests stay in float32
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -219,7 +219,9 @@ def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tenso
 
 def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ)."""
-    terms = [F.mse_loss(s, t) / joint_var_mean(t)[0].mean() for t, s in zip(teacher, student, strict=True)]
+    terms = [
+        F.mse_loss(s.float(), t.float()) / joint_var_mean(t)[0].mean() for t, s in zip(teacher, student, strict=True)
+    ]
     return torch.stack(terms).mean()
 
 
@@ -318,17 +320,21 @@ class Trainer:
         else:
             self.optimizers["student"] = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.bf16)
+
     def step(self, train_student: bool) -> dict[str, Tensor]:
         """One iteration; returns detached losses and the teacher's accuracy on the images in percent."""
         c = self.config
         if c.recipe == "layers" and train_student:
             return self._match_layers()
-        images, labels = synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
-        with batchnorm_inputs(self.teacher) as norms:
-            t = self.teacher(images)
-        with torch.set_grad_enabled(train_student or c.recipe == "adadfq"):
-            s = self.student(images)
-        t, s, labels = gather(t), gather(s), gather(labels)
+        with self._autocast():
+            images, labels = synthesize(self.generator, c.batch_size, self.device)
+            with batchnorm_inputs(self.teacher) as norms:
+                t = self.teacher(images)
+            with torch.set_grad_enabled(train_student or c.recipe == "adadfq"):
+                s = self.student(images)
+        t, s, labels = gather(t.float()), gather(s.float()), gather(labels)
         bn = batchnorm_loss(norms)
         if c.recipe == "adadfq":
             loss_g = c.alpha_ds * disagreement_loss(t, s, labels) + c.alpha_as * agreement_loss(t, s, labels)
@@ -345,12 +351,12 @@ class Trainer:
 
     def _match_layers(self) -> dict[str, Tensor]:
         """One iteration of recipe ``layers``: the generator stays, the student follows the teacher layer by layer."""
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             images, labels = self._draw()
             with batchnorm_inputs(self.teacher) as norms, batchnorm_outputs(self.teacher) as wanted:
-                t = self.teacher(images)
-        with batchnorm_outputs(self.student) as got:
-            s = self.student(images)
+                t = self.teacher(images).float()
+        with batchnorm_outputs(self.student) as got, self._autocast():
+            s = self.student(images).float()
         loss = layer_loss(wanted, got) + SOFT_LABELS * soft_label_loss(t, s, SOFT_TEMPERATURE)
         self._update("student", self.student_params, loss)
         with torch.no_grad():
@@ -362,7 +368,7 @@ class Trainer:
         """A batch of images for the student alone, with labels: refined ones, or new ones of the generator."""
         c = self.config
         if self.refined is None:
-            return synthesize(self.generator, c.batch_size, self.device, bf16=c.bf16)
+            return synthesize(self.generator, c.batch_size, self.device)
         chosen = torch.randint(0, len(self.refined), (c.batch_size,))
         return own_part(vary(self.refined[chosen], SPREAD / 2)), own_part(self.refined_labels[chosen])
 
@@ -374,11 +380,13 @@ class Trainer:
             torch.manual_seed(c.seed)
             batches = []
             for _ in range(c.refined_images // c.batch_size):
-                with torch.no_grad():
-                    images, labels = synthesize(generator, c.batch_size, self.device, bf16=c.bf16)
+                with torch.no_grad(), self._autocast():
+                    images, labels = synthesize(generator, c.batch_size, self.device)
                     smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
                     images = own_part(vary(gather((images + smooth) / 2), SPREAD))
-                batches.append((gather(refine(self.teacher, images, labels)), gather(labels)))
+                with self._autocast():
+                    images = refine(self.teacher, images, labels)
+                batches.append((gather(images), gather(labels)))
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         self.refined, self.refined_labels = images.contiguous(memory_format=torch.channels_last), labels
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from granq import QATConfig, describe_data, load_split, load_teacher, train
 from granq.cli import main
-from granq.convert import LearnedSteps, activation_places
+from granq.convert import SCHEMES, ActQuantizer, LearnedSteps, activation_places
 from granq.generator import (
     batchnorm_inputs,
     batchnorm_loss,
@@ -22,10 +22,12 @@ from granq.generator import (
     vary,
 )
 from granq.qat import Trainer, agreement_loss, disagreement_loss, entropy, load_generator, margin_loss, student_loss
+from granq.quantizer import fake_quantize
 
 T = torch.tensor([[2.0, 0, -1], [0.5, 0.5, 0]])
 S = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
 Y = torch.tensor([0, 1])
+IMAGES = torch.linspace(-2, 2, 4 * 3 * 64).view(4, 3, 8, 8)
 TINY = QATConfig(epochs=2, warmup_epochs=1, iterations=2, batch_size=4, image_size=8, device="cpu", student_lr=0.1)
 
 
@@ -159,7 +161,33 @@ def test_recipe_layers_follows_the_teacher_and_leaves_the_generator(tiny):
     assert 0 < rates[0] < 1e-4 and rates[1] == 10 * rates[0]  # the end of the cosine
 
 
-@pytest.mark.parametrize("config", [TINY, LAYERS], ids=["adadfq", "layers"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bf16_leaves_weights_ranges_and_losses_in_float32(tiny, scheme):
+    losses, seen = {}, []
+    for bf16 in (False, True):
+        trainer = Trainer(tiny, replace(TINY, scheme=scheme, bf16=bf16, student_lr=1e-3, batch_size=32))
+        trainer.student.fc.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+        losses[bf16] = trainer.run_epoch(None) | trainer.run_epoch(
+            lambda student: float(student(IMAGES).detach().mean())
+        )
+        state = trainer.student.state_dict() | trainer.generator.state_dict()
+        assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
+    assert seen.count(torch.bfloat16) == 4  # the steps; what is measured between and behind them is not
+    for loss in ("generator_loss", "bn_loss"):
+        assert losses[True][loss] != losses[False][loss]
+        assert losses[True][loss] == pytest.approx(losses[False][loss], rel=0.1)
+
+
+def test_bf16_finds_ranges_in_float32_even_where_the_release_does_not():
+    x = torch.full((2, 4, 4, 4), 2.5, dtype=torch.bfloat16)  # constant channels
+    x[0, 0] = torch.linspace(0, 1, 16).view(4, 4)
+    place = ActQuantizer(3, SCHEMES["release"])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = place(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, fake_quantize(x.float(), 3, clamp=False).bfloat16())
+
+
+@pytest.mark.parametrize("config", [TINY, replace(TINY, bf16=True), LAYERS], ids=["adadfq", "bf16", "layers"])
 def test_resume_equals_an_uninterrupted_run(tiny, tmp_path, config):
     class Stop(Exception):
         pass
