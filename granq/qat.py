@@ -321,7 +321,9 @@ class Trainer:
             self.optimizers["student"] = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.bf16)
+        # without its cache, which would hand refine the pixels of the step before: a leaf passes for a constant weight
+        device = torch.device(self.device).type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False)
 
     def step(self, train_student: bool) -> dict[str, Tensor]:
         """One iteration; returns detached losses and the teacher's accuracy on the images in percent."""

@@ -178,6 +178,17 @@ def test_bf16_leaves_weights_ranges_and_losses_in_float32(tiny, scheme):
         assert losses[True][loss] == pytest.approx(losses[False][loss], rel=0.1)
 
 
+def test_bf16_refines_images_as_float32_does(tiny):
+    distance = {}
+    for bf16 in (False, True):
+        trainer = Trainer(tiny, replace(LAYERS, bf16=bf16, batch_size=32, refined_images=32))
+        trainer._refine_images()
+        with torch.no_grad(), batchnorm_inputs(trainer.teacher) as norms:
+            trainer.teacher(trainer.refined)
+        distance[bf16] = batchnorm_loss(norms).item()
+    assert distance[True] == pytest.approx(distance[False], rel=0.1)
+
+
 def test_bf16_finds_ranges_in_float32_even_where_the_release_does_not():
     x = torch.full((2, 4, 4, 4), 2.5, dtype=torch.bfloat16)  # constant channels
     x[0, 0] = torch.linspace(0, 1, 16).view(4, 4)
