@@ -186,7 +186,7 @@ def test_bf16_refines_images_as_float32_does(tiny):
         with torch.no_grad(), batchnorm_inputs(trainer.teacher) as norms:
             trainer.teacher(trainer.refined)
         distance[bf16] = batchnorm_loss(norms).item()
-    assert distance[True] == pytest.approx(distance[False], rel=0.1)
+    assert distance[True] == pytest.approx(distance[False], rel=0.01)
 
 
 def test_bf16_finds_ranges_in_float32_even_where_the_release_does_not():
