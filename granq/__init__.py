@@ -28,8 +28,8 @@ _PUBLIC = {
     "auditing": "audit summarize_audit",
     "bench": "measure_latency_quantizer measure_latency_scaling",
     "convert": "SCHEMES Scheme activation_places calibrate freeze_ranges learn_steps quantize_model "
-    "reestimate_batchnorm",
-    "data": "DataSpec batches describe_data load_split",
+    "reestimate_batchnorm set_image_range",
+    "data": "DataSpec batches describe_data load_split pixel_bounds",
     "figures": "plot_accuracy_bits plot_activation_distortion plot_channel_histogram plot_channel_error "
     "plot_channel_scales plot_granularity_factorial plot_granularity_maps plot_layer_error "
     "plot_quantizer_latency plot_results_table plot_scaling_latency plot_synthetic_gap "

@@ -153,6 +153,7 @@ BUDGET = ("preset", "epochs", "iterations", "batch_size", "warmup_epochs", "imag
 RATES = {
     "student_lr": "peak learning rate of the student",
     "range_quantile": "share of the values inside static ranges, such as 0.99; default 1, the extremes",
+    "pixel_range": "static range of the image: a share of that of all pixels; default 0, that of generated images",
 }
 SWITCHES = {
     "reestimate_batchnorm": "undo the shift that quantization causes",
@@ -277,8 +278,9 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     facts = dict(data=args.data, network=args.network, teacher=str(args.teacher), teacher_top1=teacher_top1)
     facts["spec"] = vars(spec)
     result = qat.train(
-        teacher, config, evaluate=evaluate, out=args.out, resume=args.resume, facts=facts, generator=generator
-    )
+        teacher, config, evaluate=evaluate, out=args.out, resume=args.resume, facts=facts, generator=generator,
+        pixels=data.pixel_bounds(spec),
+    )  # fmt: skip
     row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
     row |= dict(teacher=str(args.teacher), generator=str(args.generator or ""), run_preset=args.preset)
     row["out"] = str(args.out)

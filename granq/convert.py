@@ -374,6 +374,31 @@ def calibrate(
     freeze_ranges(model)
 
 
+@typed
+def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
+    """Set the static range of the image, which is known without any: pixels end at black and white.
+
+    Args:
+        model: of ``quantize_model``, calibrated.
+        low: lowest value of each channel, (1, C, 1, 1), such as ``data.pixel_bounds`` gives.
+        high: the highest.
+
+    Raises:
+        ValueError: other shapes, or the scheme has no static range for the image.
+    """
+    nodes: Iterable[fx.Node] = model.graph.nodes if isinstance(model, fx.GraphModule) else []
+    for place, source in ((_module(model, node), _layer_input(node)) for node in nodes):
+        if isinstance(place, ActQuantizer) and place.seen and source.op == "placeholder":
+            if place.granularity == "per_tensor":
+                low, high = low.amin().view(1, 1, 1, 1), high.amax().view(1, 1, 1, 1)
+            if not low.shape == high.shape == place.running_min.shape:
+                shapes = (tuple(bound.shape) for bound in (place.running_min, low, high))
+                raise ValueError("low and high of the image are {}, got {} and {}".format(*shapes))
+            place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)
+            return
+    raise ValueError("the image has no calibrated static range in this model, such as scheme foldable gives it")
+
+
 @torch.no_grad()
 @typed
 def learn_steps(model: nn.Module) -> list[nn.Parameter]:

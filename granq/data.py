@@ -164,6 +164,13 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
+@typed
+def pixel_bounds(spec: DataSpec) -> tuple[Tensor, Tensor]:
+    """What ``normalize`` makes of black and of white: lowest and highest value of each channel, both (1, 3, 1, 1)."""
+    black, white = (normalize(torch.full((1, 3, 1, 1), level), spec) for level in (0, 255))
+    return black, white
+
+
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized (images, labels) in the stored order. Raises TypeError if ``dataset`` cannot hold (image, label)."""
     fits = isinstance(dataset, Dataset | Sequence) and not isinstance(dataset, str | bytes)

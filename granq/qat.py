@@ -39,6 +39,7 @@ from granq.convert import (
     learn_steps,
     quantize_model,
     reestimate_batchnorm,
+    set_image_range,
 )
 from granq.distributed import average_gradients, from_first, gather, joint_var_mean, own_part, world
 from granq.generator import (
@@ -56,6 +57,7 @@ from granq.runs import RunFolder, fingerprint
 RECIPES = ("adadfq", "gdfq", "layers")
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
 STEP_RATE = 10  # learned steps: their logarithms move by shares, weights by absolute amounts
+Bounds = tuple[Tensor, Tensor]  # low and high, of each channel
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # of recipe layers: weight and temperature of the soft labels
 CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
@@ -77,6 +79,7 @@ class QATConfig:
     generator_lr: float = 1e-3
     milestones: tuple[int, ...] = ()
     range_quantile: float = 1.0  # of static ranges, set anew before the student trains if below 1; convert.calibrate
+    pixel_range: float = 0.0  # static range of the image: this share of that of all pixels; 0: of generated images
     reestimate_batchnorm: bool = False  # before the student trains; see convert.reestimate_batchnorm
     refined_images: int = 0  # recipe layers trains on this many, made once (generator.refine); 0: on new ones each time
     learned_steps: bool = False  # quantization steps are trained too; convert.learn_steps
@@ -106,7 +109,7 @@ class QATConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be finite, got {value}")
         one_of("recipe", self.recipe, RECIPES)
-        get_scheme(self.scheme)
+        scheme = get_scheme(self.scheme)
         for name in ("weight_bits", "act_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name} must be from 2 to 8, got {getattr(self, name)}")
@@ -118,13 +121,17 @@ class QATConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0.5 < self.range_quantile <= 1:
             raise ValueError(f"range_quantile must be above 0.5 and at most 1, got {self.range_quantile}")
+        if not 0 <= self.pixel_range <= 1:
+            raise ValueError(f"pixel_range must be from 0 to 1, got {self.pixel_range}")
+        if self.pixel_range and not (scheme.tracked and scheme.places == "inputs"):
+            raise ValueError(f"pixel_range needs a scheme with a static range for the image; {self.scheme} has none")
         if self.refined_images < 0 or self.refined_images % self.batch_size:
             raise ValueError(
                 f"refined_images must be a multiple of the batch size {self.batch_size}, got {self.refined_images}"
             )
         if self.refined_images and self.recipe != "layers":
             raise ValueError("refined_images is for recipe layers: in the others the generator trains on")
-        if self.learned_steps and not get_scheme(self.scheme).clamp:
+        if self.learned_steps and not scheme.clamp:
             raise ValueError(f"learned_steps needs a scheme that clamps its codes, which {self.scheme} does not")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
@@ -274,8 +281,12 @@ class Result:
 class Trainer:
     """State of one run: networks, optimizers, history. ``step`` is the method, ``run`` the bookkeeping."""
 
-    def __init__(self, teacher: nn.Module, config: QATConfig, generator: Generator | None = None) -> None:
-        self.config, self.device = config, resolve_device(config.device)
+    def __init__(
+        self, teacher: nn.Module, config: QATConfig, generator: Generator | None = None, pixels: Bounds | None = None
+    ) -> None:
+        self.config, self.device, self.pixels = config, resolve_device(config.device), pixels
+        if config.pixel_range and pixels is None:
+            raise ValueError("pixel_range is a share of what pixels can be: pass pixels, see granq.data.pixel_bounds")
         if config.batch_size % world()[1]:
             raise ValueError(f"batch_size {config.batch_size} does not divide among {world()[1]} processes")
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
@@ -453,6 +464,10 @@ class Trainer:
         if not c.warmup_epochs or c.range_quantile < 1:  # ranges of other values than a warm-up tracks, or of none yet
             calibrate(self.student, draw(CALIBRATION), c.range_quantile, full_precision=c.recipe == "layers")
         freeze_ranges(self.student)
+        if c.pixel_range and self.pixels:
+            low, high = self.pixels
+            outside = (1 - c.pixel_range) / 2 * (high - low)
+            set_image_range(self.student, low + outside, high - outside)
         if c.reestimate_batchnorm:
             reestimate_batchnorm(self.student, self.teacher, torch.cat(draw(REESTIMATION)))
         if c.learned_steps:
@@ -506,6 +521,7 @@ def train(
     resume: bool = False,
     facts: dict[str, Any] | None = None,
     generator: Generator | None = None,
+    pixels: Bounds | None = None,
 ) -> Result:
     """Quantize ``teacher`` without data and fine-tune the student on generated images.
 
@@ -519,6 +535,7 @@ def train(
         facts: what ``config.json`` keeps besides the settings.
         generator: start from a copy of this one, such as ``load_generator`` gives, instead of a new one. With
             ``warmup_epochs=0`` several schemes then start from the same images.
+        pixels: lowest and highest value of each channel of an image (1, 3, 1, 1), for ``config.pixel_range``.
 
     Within a process group (``granq.distributed``) the processes share every batch; the first one measures and writes.
 
@@ -530,7 +547,7 @@ def train(
     if folder:
         folder.check_free(resume)
     with folder.claimed() if folder else nullcontext(), _deterministic(config.deterministic):
-        trainer = Trainer(teacher, config, generator)
+        trainer = Trainer(teacher, config, generator, pixels)
         identity = fingerprint(asdict(config), trainer.teacher, *([generator] if generator else [])) if folder else ""
         saved = from_first(folder.load(identity, trainer.device) if folder and resume else None)
         if saved:

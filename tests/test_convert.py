@@ -8,6 +8,7 @@ from torch import nn
 
 from granq import (
     SCHEMES,
+    DataSpec,
     Scheme,
     activation_places,
     build_network,
@@ -17,7 +18,9 @@ from granq import (
     learn_steps,
     quantize_model,
     reestimate_batchnorm,
+    set_image_range,
 )
+from granq.data import pixel_bounds
 from granq.generator import batchnorm_inputs
 
 
@@ -164,6 +167,30 @@ def test_quantile_ranges_leave_out_the_stated_share(tiny, scheme):
             assert ((outside - share).abs() <= 1 + 0.1 * share).all()  # many values are equal behind a quantized layer
     with pytest.raises(ValueError, match="above 0.5"):
         calibrate(student, [images], quantile=0.5)
+
+
+def test_image_range_is_that_of_the_image_alone(tiny):
+    spec = DataSpec("any", 3, 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    low, high = pixel_bounds(spec)
+    torch.testing.assert_close(low.flatten(), torch.tensor([-2.5, -4 / 3, -0.75]))
+    torch.testing.assert_close(high.flatten(), torch.tensor([2.5, 2.0, 1.75]))
+    student = quantize_model(tiny, "foldable", 3, 3)
+    with pytest.raises(ValueError, match="calibrated"):
+        set_image_range(student, low, high)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    before = {n: place.running_max for n, place in activation_places(student).items()}
+    set_image_range(student, low, high)
+    after = {n: place.running_max for n, place in activation_places(student).items()}
+    assert [n for n in before if before[n] is not after[n]] == ["x"] and torch.equal(after["x"], high)
+    with pytest.raises(ValueError, match=r"\(1, 3, 1, 1\), got \(1,\)"):
+        set_image_range(student, low[0, 0, 0], high)
+    one = quantize_model(tiny, Scheme("per_tensor", "per_tensor", tracked=True), 3, 3)
+    calibrate(one, [torch.randn(4, 3, 8, 8)])
+    set_image_range(one, low, high)
+    place = activation_places(one)["x"]
+    assert place.running_min.tolist() == [[[[-2.5]]]] and place.running_max.tolist() == [[[[2.5]]]]
+    with pytest.raises(ValueError, match="no calibrated static range"):
+        set_image_range(quantize_model(tiny, "strict", 3, 3), low, high)
 
 
 def test_learned_steps_start_as_they_are_and_are_saved(tiny):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from granq import QATConfig, describe_data, load_split, load_teacher, train
-from granq.cli import main
+from granq.cli import _load_run, main
 from granq.convert import SCHEMES, ActQuantizer, LearnedSteps, activation_places
+from granq.data import pixel_bounds
 from granq.generator import (
     batchnorm_inputs,
     batchnorm_loss,
@@ -255,8 +256,12 @@ def test_recipe_layers_from_the_command_to_integers(folder, teacher, tmp_path, c
     assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == row["last_top1"]
     assert main(["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "integers"), "--json"]) == 0
-    assert main([*args[:-2], "--no-learned-steps", "--out", str(tmp_path / "fixed"), "--refined-images", "0"]) == 0
+    fixed = ["--no-learned-steps", "--pixel-range", "0.5", "--out", str(tmp_path / "fixed"), "--refined-images", "0"]
+    assert main([*args[:-2], *fixed]) == 0
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["learned_steps"]
+    place = next(iter(activation_places(_load_run(tmp_path / "fixed", folder, "cpu")[0]).values()))
+    low, high = pixel_bounds(describe_data(folder, "resnet20_cifar10"))
+    torch.testing.assert_close(place.running_max - place.running_min, (high - low) / 2)
 
 
 def test_teacher_command_on_digits(tmp_path, capsys):
