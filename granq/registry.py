@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -199,11 +199,7 @@ class Setting:
         """
         if self.preset == "cifar10":
             measured = pd.read_csv(self.out / RESULTS)
-            # a run that differs in more than its scheme is a method of its own
-            corrected = measured.reestimate_batchnorm.map({True: " + BatchNorm"}).fillna("")
-            corrected = corrected.where(measured.recipe != "layers", "")  # belongs to that recipe
-            recipe = measured.recipe.where(measured.recipe != "adadfq", "").map(lambda r: f" + {r}" if r else "")
-            measured["scheme"] += corrected + recipe
+            measured["scheme"] = [method_name(row) for row in measured.to_dict("records")]
             # published rows say last_top1, which rows without training lack
             table = pd.concat([measured, _published(measured)], ignore_index=True)
             return table.assign(teacher_test_top1=measured.teacher_top1.mean())
@@ -231,6 +227,19 @@ class Setting:
             facts |= dict(dataset=name, network=self.network, teacher_test_top1=self.top1)
         versions = qat.versions(self.device)
         return facts | {k: versions[k] for k in ("torch", "device")}
+
+
+def method_name(row: Mapping[Any, Any]) -> str:
+    """The scheme, and in what else a run differs from the plain recipe: such a run is a method of its own."""
+    steps = f"{row['epochs'] * row['iterations']:.0f} steps"
+    layers = row["recipe"] == "layers"
+    differs = {
+        f"layers, {steps}" if layers else row["recipe"]: row["recipe"] != "adadfq",
+        "BatchNorm": row["reestimate_batchnorm"] and not layers,  # belongs to that recipe
+        "pixel range": row.get("pixel_range", 0) > 0,  # not measured: NaN
+        "bfloat16": row.get("bf16") is True and not layers,
+    }
+    return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])
 
 
 def _at_every_width(accuracy: pd.DataFrame) -> pd.DataFrame:

@@ -285,3 +285,14 @@ def test_command_measures(tiny: nn.Module, tmp_path, monkeypatch) -> None:
 )
 def test_short_layer_names(name: str, short: str) -> None:
     assert figures.short_layer(name) == short
+
+
+def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
+    row = {"scheme": "foldable", "recipe": "adadfq", "epochs": 2, "iterations": 60, "reestimate_batchnorm": False}
+    blank = float("nan")  # an older row, whose table had no such column
+    name = registry.method_name
+    assert name(row) == name(row | {"bf16": blank, "pixel_range": blank}) == "foldable"
+    assert name(row | {"reestimate_batchnorm": True, "recipe": "gdfq"}) == "foldable + gdfq + BatchNorm"
+    assert name(row | {"bf16": True, "pixel_range": 1.0}) == "foldable + pixel range + bfloat16"
+    layers = row | {"recipe": "layers", "reestimate_batchnorm": True, "bf16": True}
+    assert name(layers) == "foldable + layers, 120 steps"
