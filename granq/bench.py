@@ -455,14 +455,14 @@ def measure_latency_cost(
     trainer = qat.Trainer(model, config)
     parts = _forward_parts(trainer.student, batch, image_size, device) + _step_parts(trainer)
     speed, bandwidth = _machine_rates(device)
-    times = _alternate({f"{p.facts['part']} {p.facts['name']}": p.run for p in parts}, repetitions)
+    times = _alternate({part.key: part.run for part in parts}, repetitions)
     rows = []
     for part in parts:
         with _Operations() as counter:
             part.run()
         predicted = max(counter.total / speed, part.facts["bytes"] / bandwidth) * 1e3
-        measured = _quartiles(times[f"{part.facts['part']} {part.facts['name']}"])
-        rows.append(part.facts | {"operations": counter.total, "predicted_ms": predicted} | measured)
+        facts = part.facts | {"operations": counter.total, "predicted_ms": predicted}
+        rows.append(facts | _quartiles(times[part.key]))
     order = ["part", "name", "kind", "batch", "size", "operations", "bytes"]
     frame = pd.DataFrame(rows).set_index(order).reset_index()
     single = frame[~frame.kind.isin(["network", "step"])]
@@ -477,6 +477,10 @@ class _Part(NamedTuple):
 
     facts: dict[str, Any]
     run: Callable[[], object]
+
+    @property
+    def key(self) -> str:
+        return f"{self.facts['part']} {self.facts['name']}"
 
 
 def _machine_rates(device: str) -> tuple[float, float]:
