@@ -23,6 +23,7 @@ from granq.distributed import gather, joint_range, joint_var_mean
 from granq.quantizer import (
     QParams,
     _check_bits,
+    at_least_float32,
     fake_quantize,
     fake_quantize_learned,
     fake_quantize_with,
@@ -233,8 +234,7 @@ class ActQuantizer(Quantizer):
         return qparams_from_range(low, high, self.bits, promote=self.promote)
 
     def _observe(self, x: Tensor) -> None:
-        wide = torch.promote_types(x.dtype, torch.float32)  # ranges of a forward under autocast, too
-        low, high = joint_range(*(bound.to(wide) for bound in self._range(x)))
+        low, high = joint_range(*map(at_least_float32, self._range(x)))
         if not self.running_min.numel():
             self.running_min, self.running_max = low.clone(), high.clone()
         else:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.nn import functional as differentiable
 
+from granq.quantizer import at_least_float32
+
 
 def world() -> tuple[int, int]:
     """Rank of this process and number of processes: (0, 1) without torchrun."""
@@ -117,7 +119,7 @@ class JointBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world()[1] == 1:
             return super().forward(x)
-        x = x.float() if x.dtype == torch.bfloat16 else x  # statistics in float32, as torch's own BatchNorm does
+        x = at_least_float32(x)  # for the statistics, as torch's own BatchNorm does
         var, mean = joint_var_mean(x)
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             count = x.numel() // x.shape[1] * world()[1]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from granq.checks import check_images, forward, typed
 from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part, world
+from granq.quantizer import at_least_float32
 
 LATENT = 100
 REFINED_LABELS = 0.1  # weight of the labels in refine
@@ -124,7 +125,7 @@ def synthesize(generator: Generator, count: int, device: str = "cpu") -> tuple[T
     labels = own_part(torch.randint(0, generator.classes, (count,), device=device))
     noise = own_part(torch.randn(count, LATENT, device=device))
     images = generator(noise, labels)
-    return (images.float() if images.dtype == torch.bfloat16 else images), labels  # under autocast
+    return at_least_float32(images), labels
 
 
 def _check_pictures(images: Tensor) -> None:
@@ -176,7 +177,8 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, 
     optimizer = torch.optim.Adam([pixels], lr)
     for _ in range(steps):
         with batchnorm_inputs(teacher) as norms:
-            logits = forward(teacher, pixels)
+            # a copy: autocast takes a leaf for a weight, and would keep the first step's pixels in its cache
+            logits = forward(teacher, pixels.clone())
         if not 0 <= labels.min() <= labels.max() < logits.shape[1]:
             raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, as the teacher has classes")
         loss = batchnorm_loss(norms) + REFINED_LABELS * F.cross_entropy(logits, labels)

@@ -52,6 +52,7 @@ from granq.generator import (
     synthesize,
     vary,
 )
+from granq.quantizer import at_least_float32
 from granq.runs import RunFolder, fingerprint
 
 RECIPES = ("adadfq", "gdfq", "layers")
@@ -226,9 +227,8 @@ def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tenso
 
 def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ)."""
-    terms = [
-        F.mse_loss(s.float(), t.float()) / joint_var_mean(t)[0].mean() for t, s in zip(teacher, student, strict=True)
-    ]
+    pairs = zip(map(at_least_float32, teacher), map(at_least_float32, student), strict=True)
+    terms = [F.mse_loss(s, t) / joint_var_mean(t)[0].mean() for t, s in pairs]
     return torch.stack(terms).mean()
 
 
@@ -332,9 +332,7 @@ class Trainer:
             self.optimizers["student"] = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def _autocast(self) -> torch.autocast:
-        # without its cache, which would hand refine the pixels of the step before: a leaf passes for a constant weight
-        device = torch.device(self.device).type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False)
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.bf16)
 
     def step(self, train_student: bool) -> dict[str, Tensor]:
         """One iteration; returns detached losses and the teacher's accuracy on the images in percent."""
@@ -347,7 +345,7 @@ class Trainer:
                 t = self.teacher(images)
             with torch.set_grad_enabled(train_student or c.recipe == "adadfq"):
                 s = self.student(images)
-        t, s, labels = gather(t.float()), gather(s.float()), gather(labels)
+        t, s, labels = gather(at_least_float32(t)), gather(at_least_float32(s)), gather(labels)
         bn = batchnorm_loss(norms)
         if c.recipe == "adadfq":
             loss_g = c.alpha_ds * disagreement_loss(t, s, labels) + c.alpha_as * agreement_loss(t, s, labels)
@@ -367,9 +365,9 @@ class Trainer:
         with torch.no_grad(), self._autocast():
             images, labels = self._draw()
             with batchnorm_inputs(self.teacher) as norms, batchnorm_outputs(self.teacher) as wanted:
-                t = self.teacher(images).float()
+                t = at_least_float32(self.teacher(images))
         with batchnorm_outputs(self.student) as got, self._autocast():
-            s = self.student(images).float()
+            s = at_least_float32(self.student(images))
         loss = layer_loss(wanted, got) + SOFT_LABELS * soft_label_loss(t, s, SOFT_TEMPERATURE)
         self._update("student", self.student_params, loss)
         with torch.no_grad():

@@ -106,11 +106,16 @@ def _interleaved_min_max(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tens
     return low.view(-1, w, c).amin(1)[..., None, None], high.view(-1, w, c).amax(1)[..., None, None]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision, such as autocast gives, in float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = True) -> QParams:
     """Scale and zero point of groups whose range is known: tracked ranges, or those of ``min_max``."""
     _check_bits(bits)
-    if promote and low.dtype in (torch.float16, torch.bfloat16):
-        low, high = low.float(), high.float()
+    if promote:
+        low, high = at_least_float32(low), at_least_float32(high)
     # As in method.md: the epsilon bounds the range from below, it is not added to it. A tensor, not a Python float,
     # so that in float16 it becomes zero just as in the release.
     span = torch.maximum(high - low, torch.tensor(EPS, dtype=low.dtype, device=low.device))
