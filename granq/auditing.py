@@ -41,7 +41,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
             weight_sqnr_db (infinite if untouched), input_quantized (place, "" if the input is full precision),
             scales (weight scales of the layer), bits_per_weight and bits_per_activation (**true** bits: codes, and a
             32-bit scale and 32-bit zero point per group; 32 if not quantized), weight_share, macs_share (0 to 1),
-            weight_bits (nominal), low_bit (weights and input both really quantized),
+            weight_bits and act_bits (nominal, 0 if full precision), low_bit (weights and input both really quantized),
             status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached).
 
     Raises:
@@ -79,14 +79,17 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     return frame
 
 
-@needs("weight_sqnr_db weight_share macs_share low_bit weight_bits bits_per_weight")
+@needs("weight_sqnr_db weight_share macs_share low_bit weight_bits act_bits bits_per_weight")
 def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts, a summary sentence."""
     quantized = frame.weight_sqnr_db < QUANTIZED_DB
     weights = 100 * frame.weight_share[quantized].sum()
-    macs = 100 * frame.macs_share[frame.low_bit].sum()
+    wide = frame.low_bit & (frame.act_bits > frame.act_bits[frame.low_bit].min())  # an image with bits of its own
+    macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     bits = sorted(set(frame.weight_bits[frame.weight_bits > 0])) or ["low"]
     text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
+    if wide.any():
+        text += f", {100 * frame.macs_share[wide].sum():.1f} % on inputs of {frame.act_bits[wide].max()} bits"
     return {
         "weights_low_bit": float(weights),
         "macs_low_bit": float(macs),
@@ -121,6 +124,7 @@ def _row(
         "bits_per_weight": 32.0,
         "bits_per_activation": 32.0,
         "weight_bits": 0,
+        "act_bits": 0,
     }
     if parametrize.is_parametrized(layer, "weight"):
         original = layer.parametrizations.weight.original.detach()
@@ -135,6 +139,7 @@ def _row(
             row["bits_per_weight"] = quantizer.bits + _SCALE_BITS * groups / weight.numel()
     if name in sources:
         row["input_quantized"], source = sources[name]
+        row["act_bits"] = source.bits
         if calls:
             row["bits_per_activation"] = source.bits + _SCALE_BITS * _scales_per_value(source.granularity, calls[0][0])
     row["low_bit"] = bool(row["weight_sqnr_db"] < QUANTIZED_DB and row["input_quantized"])

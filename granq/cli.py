@@ -150,6 +150,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 BUDGET = ("preset", "epochs", "iterations", "batch_size", "warmup_epochs", "image_size")
+COUNTS = {
+    "refined_images": "recipe layers: train on so many refined images, 0 for none",
+    "image_bits": "bits of the image, such as 6: two passes of a 3-bit first layer; a static range is then that of all "
+    "pixels unless --pixel-range says otherwise; default as other activations",
+}
 RATES = {
     "student_lr": "peak learning rate of the student",
     "range_quantile": "share of the values inside static ranges, such as 0.99; default 1, the extremes",
@@ -166,9 +171,8 @@ def _add_budget(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
     for name in BUDGET[1:]:
         sub.add_argument(f"--{name.replace('_', '-')}", type=int)
-    sub.add_argument("--refined-images", type=int, help="recipe layers: train on so many refined images, 0 for none")
-    for name, text in RATES.items():
-        sub.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
+    for name, text in (COUNTS | RATES).items():
+        sub.add_argument(f"--{name.replace('_', '-')}", type=int if name in COUNTS else float, help=text)
     text = "start from the generator of this run, without a warm-up; in a sweep {seed} stands for the seed"
     sub.add_argument("--generator", type=Path, help=text)
     for name, text in SWITCHES.items():
@@ -259,6 +263,8 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         changes.setdefault("warmup_epochs", 0)
     teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
     changes |= dict(weight_bits=weight_bits, act_bits=act_bits, image_size=spec.image_size)
+    if args.image_bits and convert.get_scheme(args.scheme).tracked:
+        changes.setdefault("pixel_range", 1.0)  # with bits to spare nothing needs to be cut off
     if args.preset == "paper":
         if args.recipe == "layers":
             raise ValueError("--preset paper is for recipes adadfq and gdfq; layers takes --epochs, --iterations")
@@ -341,7 +347,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
             qat.QATConfig(recipe=recipe)
         for bits in args.bits:
             parse_bits(bits)
-        names = ("data", *BUDGET, "refined_images", *RATES, "generator", "device")
+        names = ("data", *BUDGET, *COUNTS, *RATES, "generator", "device")
         given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in names]
         options = [str(part) for pair in given if pair[1] is not None for part in pair]
         switches = {n: getattr(args, n) for n in SWITCHES if getattr(args, n) is not None}
@@ -387,7 +393,7 @@ def _load_run(run: Path, dataset: str, device: str) -> tuple[Any, Any, dict[str,
         raise ValueError(f"{dataset} has {spec.classes} classes but the run's network has {saved['classes']}")
     spec = data.replace(spec, image_size=saved["image_size"], mean=tuple(saved["mean"]), std=tuple(saved["std"]))
     network = models.build_network(facts["network"], spec.classes)
-    student = convert.quantize_model(network, config.scheme, config.weight_bits, config.act_bits)
+    student = config.quantized(network)
     student.load_state_dict(state["student"])
     convert.freeze_ranges(student)
     return student.to(device), spec, facts, state["epoch"]

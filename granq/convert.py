@@ -266,7 +266,9 @@ class ActQuantizer(Quantizer):
 
 
 @typed
-def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int) -> fx.GraphModule:
+def quantize_model(
+    model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int, image_bits: int | None = None
+) -> fx.GraphModule:
     """A fake-quantized copy of ``model``; the model itself is not touched.
 
     Every Conv2d and Linear keeps its name and its state-dict keys, so a teacher's state dict loads into the copy.
@@ -277,13 +279,17 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
         scheme: a name in ``SCHEMES`` or a ``Scheme``.
         weight_bits: 2 to 8.
         act_bits: 2 to 8.
+        image_bits: of the image, 2 to 8; default ``act_bits``. Hardware for k bits runs the first layer on 2k as two
+            passes, one for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
     Raises:
-        ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, or a forward that cannot be traced.
+        ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, a forward that cannot be traced, or
+            ``image_bits`` where the image is not quantized.
     """
     scheme = get_scheme(scheme)
     _check_bits(weight_bits)
     _check_bits(act_bits)
+    _check_bits(image_bits or act_bits)
     student = copy.deepcopy(model).eval()
     layers = {n: m for n, m in student.named_modules() if isinstance(m, LAYERS) and n not in scheme.skip}
     if not layers:
@@ -302,8 +308,11 @@ def quantize_model(model: nn.Module, scheme: str | Scheme, weight_bits: int, act
     if scheme.activations is not None:
         for node in _places(graph, student, scheme, set(layers)):
             rows = any(isinstance(_module(student, user), nn.Linear) for user in node.users)
-            quantizers[node.name] = ActQuantizer(act_bits, scheme, rows)
+            bits = image_bits if image_bits and node.op == "placeholder" else act_bits
+            quantizers[node.name] = ActQuantizer(bits, scheme, rows)
             _insert_after(graph, node, student, scheme.places, set(layers))
+    if image_bits and not any(node.op == "placeholder" and node.name in quantizers for node in graph.nodes):
+        raise ValueError("image_bits needs a scheme that quantizes the image, and a model whose first layer reads it")
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
     for name, module in student.named_modules(

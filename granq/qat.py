@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -71,6 +71,7 @@ class QATConfig:
     scheme: str | Scheme = "release"
     weight_bits: int = 3
     act_bits: int = 3
+    image_bits: int = 0  # of the image; 0: act_bits
     recipe: str = "adadfq"
     epochs: int = 10
     iterations: int = 100  # per epoch
@@ -114,6 +115,11 @@ class QATConfig:
         for name in ("weight_bits", "act_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name} must be from 2 to 8, got {getattr(self, name)}")
+        if self.image_bits and not (2 <= self.image_bits <= 8 and scheme.activations and scheme.places == "inputs"):
+            raise ValueError(
+                f"image_bits must be from 2 to 8, with a scheme that quantizes the image, or 0; got {self.image_bits} "
+                f"and {self.scheme}"
+            )
         for name in ("epochs", "iterations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -140,6 +146,10 @@ class QATConfig:
             raise ValueError(f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}")
         if self.image_size < 4 or self.image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
+
+    def quantized(self, model: nn.Module) -> fx.GraphModule:
+        """A copy of ``model`` quantized as these settings say: ``quantize_model``."""
+        return quantize_model(model, self.scheme, self.weight_bits, self.act_bits, self.image_bits or None)
 
     @classmethod
     def paper(cls, dataset: str, network: str, bits: int, **changes: Any) -> QATConfig:
@@ -291,9 +301,7 @@ class Trainer:
             raise ValueError(f"batch_size {config.batch_size} does not divide among {world()[1]} processes")
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        self.student = quantize_model(self.teacher, config.scheme, config.weight_bits, config.act_bits).requires_grad_(
-            True
-        )
+        self.student = config.quantized(self.teacher).requires_grad_(True)
         with torch.inference_mode():
             size = (1, 3, config.image_size, config.image_size)
             classes = self.teacher(torch.zeros(size, device=self.device)).shape[1]

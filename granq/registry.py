@@ -236,7 +236,8 @@ def method_name(row: Mapping[Any, Any]) -> str:
     differs = {
         f"layers, {steps}" if layers else row["recipe"]: row["recipe"] != "adadfq",
         "BatchNorm": row["reestimate_batchnorm"] and not layers,  # belongs to that recipe
-        "pixel range": row.get("pixel_range", 0) > 0,  # not measured: NaN
+        f"image {row.get('image_bits', 0):.0f} bits": (bits := row.get("image_bits", 0)) > 0,
+        "pixel range": row.get("pixel_range", 0) > 0 and not bits > 0,  # not measured: NaN
         "bfloat16": row.get("bf16") is True and not layers,
     }
     return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])

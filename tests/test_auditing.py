@@ -39,6 +39,16 @@ def test_release_leaves_pointwise_layers_alone(network, share):
         assert off == pytest.approx(share, abs=0.6)
 
 
+def test_an_image_with_bits_of_its_own_is_named(tiny):
+    frame = audit(quantize_model(tiny, "strict", 3, 3, image_bits=6), torch.randn(2, 3, 8, 8))
+    assert frame.act_bits.tolist()[0] == 6 and set(frame.act_bits[1:]) == {3}
+    summary, share = summarize_audit(frame), 100 * frame.macs_share[0]
+    assert summary["macs_low_bit"] == pytest.approx(100 - share) and 5 < share < 95
+    assert summary["summary"].endswith(
+        f"{100 - share:.1f} % of MACs really run at 3 bits, {share:.1f} % on inputs of 6 bits"
+    )
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_kind_of_layer_of_mobilenet(scheme):
     """Where each layer's input comes from, read off the architecture: image, ReLU6, linear bottleneck or pooling."""

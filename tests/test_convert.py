@@ -9,6 +9,7 @@ from torch import nn
 from granq import (
     SCHEMES,
     DataSpec,
+    QATConfig,
     Scheme,
     activation_places,
     build_network,
@@ -191,6 +192,19 @@ def test_image_range_is_that_of_the_image_alone(tiny):
     assert place.running_min.tolist() == [[[[-2.5]]]] and place.running_max.tolist() == [[[[2.5]]]]
     with pytest.raises(ValueError, match="no calibrated static range"):
         set_image_range(quantize_model(tiny, "strict", 3, 3), low, high)
+
+
+def test_only_the_image_has_bits_of_its_own(tiny):
+    student = quantize_model(tiny, "strict", 3, 4, image_bits=8)
+    bits = {name: place.bits for name, place in activation_places(student).items()}
+    assert bits.pop("x") == 8 and set(bits.values()) == {4}
+    for scheme in ("release", Scheme("per_out_channel", None)):
+        with pytest.raises(ValueError, match="quantizes the image"):
+            quantize_model(tiny, scheme, 3, 3, image_bits=6)
+        with pytest.raises(ValueError, match="quantizes the image"):
+            QATConfig(scheme=scheme, image_bits=6)
+    with pytest.raises(ValueError, match="from 2 to 8"):
+        quantize_model(tiny, "strict", 3, 3, image_bits=9)
 
 
 def test_learned_steps_start_as_they_are_and_are_saved(tiny):

@@ -295,4 +295,5 @@ def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
     assert name(row | {"reestimate_batchnorm": True, "recipe": "gdfq"}) == "foldable + gdfq + BatchNorm"
     assert name(row | {"bf16": True, "pixel_range": 1.0}) == "foldable + pixel range + bfloat16"
     layers = row | {"recipe": "layers", "reestimate_batchnorm": True, "bf16": True}
+    assert name(layers | {"image_bits": 6.0, "pixel_range": 1.0}) == "foldable + layers, 120 steps + image 6 bits"
     assert name(layers) == "foldable + layers, 120 steps"

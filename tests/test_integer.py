@@ -9,6 +9,7 @@ from torch import nn
 
 from granq import (
     Scheme,
+    activation_places,
     build_network,
     calibrate,
     export_onnx,
@@ -77,6 +78,21 @@ def test_every_weight_of_a_filter_is_one_of_few_integers(tiny):
     calibrate(student, [torch.randn(8, 3, 8, 8)])
     weight = integer_model(student).get_submodule("conv2").weight
     assert weight.abs().max() <= 3 and all(len(f.unique()) <= 4 for f in weight)
+
+
+def test_an_image_of_twice_the_bits_takes_two_passes(tiny):
+    """6 bits as a low and a high half: the first layer runs on 3 bits (the high half with its sign) twice."""
+    student = quantize_model(with_statistics(tiny), "foldable", 3, 3, image_bits=6)
+    images = torch.randn(8, 3, 8, 8)
+    calibrate(student, [images])
+    assert [place.bits for place in activation_places(student).values()] == [6, 3, 3]
+    assert (measure_integer_agreement(student, images).beyond_bound.dropna() == 0).all()
+    twin = integer_model(student)
+    u = twin.get_submodule("act_quant.x")(images)
+    low, high = u & 7, u >> 3
+    assert low.min() == 0 and low.max() == 7 and -8 <= high.min() < 0 < high.max() <= 7
+    first = twin.get_submodule("conv1")
+    assert torch.equal(first.accumulate(low) + (first.accumulate(high) << 3), first.accumulate(u))
 
 
 def test_a_range_holds_zero_so_padding_is_exact():

@@ -256,6 +256,13 @@ def test_recipe_layers_from_the_command_to_integers(folder, teacher, tmp_path, c
     assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == row["last_top1"]
     assert main(["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "integers"), "--json"]) == 0
+    assert row["image_bits"] == 0 and row["macs_low_bit"] == 100
+    wide = ["--image-bits", "6", "--out", str(tmp_path / "wide")]
+    assert main(args + wide) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["image_bits"], row["pixel_range"]) == (6, 1.0) and 95 < row["macs_low_bit"] < 100
+    student = _load_run(tmp_path / "wide", folder, "cpu")[0]
+    assert [place.bits for place in activation_places(student).values()][:2] == [6, 3]
     fixed = ["--no-learned-steps", "--pixel-range", "0.5", "--out", str(tmp_path / "fixed"), "--refined-images", "0"]
     assert main([*args[:-2], *fixed]) == 0
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["learned_steps"]
