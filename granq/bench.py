@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
@@ -307,7 +307,7 @@ def measure_latency_step(
         if compiled:
             runs["granq compiled"] = partial(compiled_step, ours)
             runs["granq bf16 compiled"] = partial(compiled_step, half)
-        times = _alternate(runs, repetitions)
+        times = _alternate(runs, repetitions, warm=0)
         for name in times:
             ratio = times.plain / times[name]
             row: dict[str, object] = {"method": name, "batch": batch, "bits": bits, "image_size": image_size}
@@ -369,7 +369,7 @@ def measure_latency_evaluation(
 
 
 def measure_latency_analysis(
-    network: str = "resnet50", images: int = 8, *, batch: int = 4, image_size: int = 224, bits: int = 3,
+    network: str = "resnet50", images: int = 256, *, batch: int = 4, image_size: int = 224, bits: int = 3,
     repetitions: int = 3, device: str = "cpu",
 ) -> pd.DataFrame:  # fmt: skip
     """The layer error of one scheme, all layers, beside the plain forwards that it cannot do without.
@@ -407,7 +407,8 @@ def measure_latency_analysis(
         "forwards": forwards,
         "layer_error": partial(measure_layer_error, model, data, ["strict"], bits),
     }
-    times = _alternate(runs, repetitions)
+    measure_layer_error(model, data[:1], ["strict"], bits)  # warm-up, in place of a whole run
+    times = _alternate(runs, repetitions, warm=0)
     facts, frames = _only(versions(device), "torch", "device"), []
     for name in times:
         ratio = {"ratio_to_forwards": (times[name] / times.forwards).median(), "repetitions": repetitions}
@@ -607,7 +608,7 @@ def measure_latency_import(*, repetitions: int = 30, device: str = "cpu") -> pd.
         name: partial(subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
         for name, arguments in IMPORTS.items()
     }
-    times = _alternate(runs, repetitions)
+    times = _alternate(runs, repetitions, warm=0)
     more = times.sub(times["import torch"], axis=0).median()
     rows = [{"command": n} | _quartiles(times[n]) | {"more_than_torch_ms": more[n]} for n in IMPORTS]
     return pd.DataFrame(rows).assign(repetitions=repetitions, **_only(versions(device), "torch", "device"))
@@ -680,13 +681,23 @@ def growth(
     return pd.DataFrame(rows)
 
 
-def _alternate(runs: Mapping[str, Callable[[], object]], repetitions: int) -> pd.DataFrame:
-    """Milliseconds, a column for each run and a row for each repetition, in which the runs take turns."""
-    threads = torch.get_num_threads()  # torch's own timer: it synchronizes CUDA and would take one thread
-    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
-    for timer in timers.values():
-        timer.timeit(2)  # warm-up
-    return pd.DataFrame([{n: t.timeit(1).mean * 1e3 for n, t in timers.items()} for _ in range(repetitions)])
+def _alternate(runs: Mapping[str, Callable[[], object]], repetitions: int, *, warm: int = 2) -> pd.DataFrame:
+    """Milliseconds, a column for each run and a row for each repetition, in which the runs take turns.
+
+    Each is timed behind ``warm`` runs of its own, which leave in the caches what it needs there; where a run touches
+    far more than a cache holds, one before the first repetition is enough (0).
+    """
+
+    def once(run: Callable[[], object]) -> float:
+        for _ in range(warm):
+            run()
+        start = timer()  # waits for the device
+        run()
+        return (timer() - start) * 1e3
+
+    for run in runs.values():
+        run()
+    return pd.DataFrame([{name: once(run) for name, run in runs.items()} for _ in range(repetitions)])
 
 
 def _peak_mb(run: Callable[[], object], device: str = "cpu") -> float:

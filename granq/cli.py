@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("bench", "Time the parts of the package against plain baselines and against a model of their cost.")
     names = ("quantizer", "scaling", "step", "evaluation", "analysis", "cost", "import", "all")
     sub.add_argument("what", nargs="?", choices=names, default="all")
-    sub.add_argument("--repetitions", type=int, default=30)
+    sub.add_argument("--repetitions", type=int, default=30, help="analysis, minutes each: a tenth as many")
     sub.add_argument("--out", type=Path, help="folder for the CSV")
 
     sub = command("audit", "Say, layer by layer, what a scheme really quantizes in a network.")
@@ -438,7 +438,8 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{found[0]} already exists; choose another --out")
     result: dict[str, Any] = {}
     for name in names:
-        frame = getattr(bench, f"measure_latency_{name}")(repetitions=args.repetitions, device=device)
+        repetitions = -(-args.repetitions // 10) if name == "analysis" else args.repetitions
+        frame = getattr(bench, f"measure_latency_{name}")(repetitions=repetitions, device=device)
         if paths:
             args.out.mkdir(parents=True, exist_ok=True)
             data.write_csv(paths[name], frame)
