@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.checks import check_batches, forward, typed
+from granq.checks import check_batches, forward, one_of, typed
 from granq.distributed import gather, joint_range, joint_var_mean
 from granq.quantizer import (
+    GRANULARITIES,
     QParams,
     _check_bits,
     at_least_float32,
@@ -60,7 +61,13 @@ class Scheme:
     fold: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("weights", "activations"):
+            if getattr(self, name) is not None:
+                one_of(f"{name} granularity", getattr(self, name), GRANULARITIES)
+        one_of("places", self.places, ("relu", "inputs"))
         static = self.tracked and self.activations in ("per_channel", "per_tensor")
+        if self.tracked and self.activations and not static:
+            raise ValueError(f"{self.activations} ranges belong to single images: only per_channel or per_tensor track")
         if self.fold and not (static and self.places == "inputs" and self.weights in ("per_out_channel", "per_tensor")):
             raise ValueError(
                 "scales fold into weights only if activation ranges are tracked, per_channel or per_tensor, at the "

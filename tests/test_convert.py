@@ -207,6 +207,18 @@ def test_only_the_image_has_bits_of_its_own(tiny):
         quantize_model(tiny, "strict", 3, 3, image_bits=9)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("per_chanel", None), "unknown weights granularity 'per_chanel'"), (("per_kernel", "row"), "activations"),
+        ((None, "per_sample", True), "belong to single images"), ((None, None, False, "input"), "unknown places"),
+    ],
+)  # fmt: skip
+def test_a_scheme_says_at_once_what_is_wrong_with_it(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Scheme(*fields)
+
+
 def test_learned_steps_start_as_they_are_and_are_saved(tiny):
     images = torch.randn(4, 3, 8, 8)
     student = quantize_model(tiny, "foldable", 3, 3)
