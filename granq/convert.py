@@ -318,8 +318,6 @@ def quantize_model(
             bits = image_bits if image_bits and node.op == "placeholder" else act_bits
             quantizers[node.name] = ActQuantizer(bits, scheme, rows)
             _insert_after(graph, node, student, scheme.places, set(layers))
-    if image_bits and not any(node.op == "placeholder" and node.name in quantizers for node in graph.nodes):
-        raise ValueError("image_bits needs a scheme that quantizes the image, and a model whose first layer reads it")
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
     for name, module in student.named_modules(
@@ -327,6 +325,8 @@ def quantize_model(
     ):  # fx drops what the forward does not reach; keep its keys
         if name and not _has_module(quantized, name):
             quantized.add_submodule(name, module)
+    if image_bits:
+        image_place(quantized)
     if scheme.weights is not None:
         sources = _input_quantizers(quantized, layers) if scheme.fold else {}
         for layer in dict.fromkeys(layers.values()):  # a layer under two names once
@@ -390,6 +390,15 @@ def calibrate(
     freeze_ranges(model)
 
 
+def image_place(model: nn.Module) -> ActQuantizer:
+    """Where a quantized model quantizes the image. Raises ValueError if it does not."""
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else []:
+        place = _module(model, node)
+        if isinstance(place, ActQuantizer) and _layer_input(node).op == "placeholder":
+            return place
+    raise ValueError("the image is not quantized: needs a scheme with places 'inputs' and a layer that reads the image")
+
+
 @typed
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
     """Set the static range of the image, which is known without any: pixels end at black and white.
@@ -402,17 +411,15 @@ def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
     Raises:
         ValueError: other shapes, or the scheme has no static range for the image.
     """
-    nodes: Iterable[fx.Node] = model.graph.nodes if isinstance(model, fx.GraphModule) else []
-    for place, source in ((_module(model, node), _layer_input(node)) for node in nodes):
-        if isinstance(place, ActQuantizer) and place.seen and source.op == "placeholder":
-            if place.granularity == "per_tensor":
-                low, high = low.amin().view(1, 1, 1, 1), high.amax().view(1, 1, 1, 1)
-            if not low.shape == high.shape == place.running_min.shape:
-                shapes = (tuple(bound.shape) for bound in (place.running_min, low, high))
-                raise ValueError("low and high of the image are {}, got {} and {}".format(*shapes))
-            place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)
-            return
-    raise ValueError("the image has no calibrated static range in this model, such as scheme foldable gives it")
+    place = image_place(model)
+    if not place.seen:
+        raise ValueError("the image has no calibrated static range in this model, such as scheme foldable gives it")
+    if place.granularity == "per_tensor":
+        low, high = low.amin().view(1, 1, 1, 1), high.amax().view(1, 1, 1, 1)
+    if not low.shape == high.shape == place.running_min.shape:
+        shapes = (tuple(bound.shape) for bound in (place.running_min, low, high))
+        raise ValueError("low and high of the image are {}, got {} and {}".format(*shapes))
+    place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from granq.convert import (
     freeze_ranges,
     frozen_ranges,
     get_scheme,
+    image_place,
     learn_steps,
     quantize_model,
     reestimate_batchnorm,
@@ -302,6 +303,8 @@ class Trainer:
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.student = config.quantized(self.teacher).requires_grad_(True)
+        if config.pixel_range:
+            image_place(self.student)  # tells now what the end of the warm-up would
         with torch.inference_mode():
             size = (1, 3, config.image_size, config.image_size)
             classes = self.teacher(torch.zeros(size, device=self.device)).shape[1]

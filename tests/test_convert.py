@@ -199,7 +199,7 @@ def test_only_the_image_has_bits_of_its_own(tiny):
     bits = {name: place.bits for name, place in activation_places(student).items()}
     assert bits.pop("x") == 8 and set(bits.values()) == {4}
     for scheme in ("release", Scheme("per_out_channel", None)):
-        with pytest.raises(ValueError, match="quantizes the image"):
+        with pytest.raises(ValueError, match="image is not quantized"):
             quantize_model(tiny, scheme, 3, 3, image_bits=6)
         with pytest.raises(ValueError, match="quantizes the image"):
             QATConfig(scheme=scheme, image_bits=6)

@@ -271,6 +271,19 @@ def test_recipe_layers_from_the_command_to_integers(folder, teacher, tmp_path, c
     torch.testing.assert_close(place.running_max - place.running_min, (high - low) / 2)
 
 
+def test_an_image_that_no_layer_reads_has_no_range_of_its_own():
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    config, pixels = (
+        replace(TINY, scheme="foldable", pixel_range=1.0),
+        (-torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1)),
+    )
+    with pytest.raises(ValueError, match="image is not quantized"):  # before the warm-up
+        Trainer(Doubled(*tiny_network()), config, pixels=pixels)
+
+
 def test_teacher_command_on_digits(tmp_path, capsys):
     out = tmp_path / "t.safetensors"
     args = f"teacher --data digits --network resnet20_cifar10 --out {out} --epochs 4 --json --device cpu".split()
