@@ -75,7 +75,7 @@ class Scheme:
             )
 
 
-#: method.md section 2. ``layerwise`` and ``per_channel`` quantize where ``release`` does, so that granularity and
+#: docs/method.md section 2. ``layerwise`` and ``per_channel`` quantize where ``release`` does, so that granularity and
 #: range tracking are what differs; ``strict`` quantizes every layer's input.
 SCHEMES: dict[str, Scheme] = {
     "release": Scheme("per_kernel", "per_sample_channel", places="relu", clamp=False, promote=False),

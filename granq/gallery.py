@@ -1,6 +1,6 @@
 """Six traps of low-bit quantization, each with its cure: small functions that return (wrong, right).
 
-Every one was met in published code or numbers of this method family (method.md section 2), and every one is silent:
+Every one was met in published code or numbers of this method family (docs/method.md section 2), and every one is silent:
 nothing crashes, and the accuracy looks plausible.
 """
 

@@ -67,7 +67,7 @@ CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a 
 
 @dataclass(frozen=True)
 class QATConfig:
-    """Everything that decides a run besides the teacher. Defaults: method.md section 6, CIFAR, in a short budget."""
+    """Everything that decides a run besides the teacher. Defaults: docs/method.md section 6, CIFAR, in a short budget."""
 
     scheme: str | Scheme = "release"
     weight_bits: int = 3
@@ -154,7 +154,7 @@ class QATConfig:
 
     @classmethod
     def paper(cls, dataset: str, network: str, bits: int, **changes: Any) -> QATConfig:
-        """The published settings (method.md section 6) for CIFAR ResNet-20, ResNet-18/50 and MobileNetV2."""
+        """The published settings (docs/method.md section 6) for CIFAR ResNet-20, ResNet-18/50 and MobileNetV2."""
         common: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
         if dataset in ("cifar10", "cifar100", "digits") or "cifar" in network:
             chosen = dict(epochs=200, batch_size=200, milestones=(100, 200, 300))

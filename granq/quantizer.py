@@ -116,7 +116,7 @@ def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = 
     _check_bits(bits)
     if promote:
         low, high = at_least_float32(low), at_least_float32(high)
-    # As in method.md: the epsilon bounds the range from below, it is not added to it. A tensor, not a Python float,
+    # As in docs/method.md: the epsilon bounds the range from below, it is not added to it. A tensor, not a Python float,
     # so that in float16 it becomes zero just as in the release.
     span = torch.maximum(high - low, torch.tensor(EPS, dtype=low.dtype, device=low.device))
     scale_inv = (2**bits - 1) / span

@@ -1,4 +1,4 @@
-"""Where the scale goes: one quantized convolution, executed in four ways (method.md section 3).
+"""Where the scale goes: one quantized convolution, executed in four ways (docs/method.md section 3).
 
 With ``u = q + z`` the integers of the input, ``s`` their multiplier, ``v`` and ``t`` those of the weight, every way
 computes ``y[o] = sum_c 1/(s_c t_oc) * conv(u[c], v[o, c])``:
