@@ -364,8 +364,9 @@ def plot_scaling_latency(
     if (rows[quantity] > 0).all():
         ax.set_yscale("log")
     else:  # executions that need none lie on the axis, a decade below the fewest of the others
-        ax.set_yscale("symlog", linthresh=rows[quantity][rows[quantity] > 0].min())
-        ax.set_ylim(0)
+        fewest = rows[quantity][rows[quantity] > 0].min()
+        ax.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(fewest)))  # a power of ten, whose tick is not near 0
+        ax.set_ylim(0, 3 * rows[quantity].max())
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set(xlabel=f"{against} ({other} {rows[other].iloc[0]})", ylabel=SCALING_LABELS[quantity])
     if legend:
