@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from granq.checks import check_batches, check_images, forward, typed
-from granq.convert import LAYERS, ActQuantizer, calibrate, frozen_ranges, quantize_model
+from granq.convert import LAYERS, calibrate, frozen_ranges, input_places, quantize_model
 from granq.data import DataSpec
 from granq.generator import LATENT, Generator
 from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
@@ -206,9 +206,13 @@ def measure_channel_histograms(
             forward(model, _images(batch).to(_device(model)))
     frames = []
     for name in layers:
+        if (name, source) not in seen:
+            raise ValueError(f"the forward never reaches layer {name!r}")
         x = seen[name, source]  # of the last source
         spread = (x.amax((0, 2, 3)) - x.amin((0, 2, 3))).sort()  # (C,)
         live = spread.indices[spread.values > 0]
+        if not len(live):
+            raise ValueError(f"every channel in front of {name!r} is constant on these images: nothing to show")
         picked = live[torch.linspace(0, len(live) - 1, min(channels, len(live))).round().long()]
         for source, k, granularity in product(images, bits, granularities):
             values: dict[str, Any] = dict(source=source, layer=name, bits=k, granularity=granularity)
@@ -331,7 +335,7 @@ def measure_layer_error(
         stack.enter_context(parametrize.cached())  # weights are quantized once, not once a batch
         for student in students.values():
             stack.enter_context(frozen_ranges(student))
-        quantizers = {scheme: _input_quantizers(student) for scheme, student in students.items()}
+        quantizers = {scheme: dict(input_places(student)) for scheme, student in students.items()}
         for batch in tqdm(chain([first], rest), desc="layer error", unit="batch"):
             images = _images(batch).to(device)
             count += len(images)
@@ -563,17 +567,6 @@ def _decibel(signal: float, noise: float) -> float:
     if not noise:
         return float("inf") if signal else float("nan")
     return float(10 * np.log10(signal / noise)) if signal else float("-inf")
-
-
-def _input_quantizers(student: fx.GraphModule) -> dict[str, ActQuantizer]:
-    """The activation quantizer directly in front of each layer, where there is one."""
-    found = {}
-    for node in student.graph.nodes:
-        if node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
-            module = student.get_submodule(str(source.target)) if source.op == "call_module" else None
-            if isinstance(module, ActQuantizer):
-                found[str(node.target)] = module
-    return found
 
 
 def _quantiles(flat: Tensor, count: int) -> Tensor:

@@ -56,7 +56,8 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         calls.setdefault(module, []).append((tuple(args[0].shape), _macs(module, args[0], output)))
 
-    training, places = model.training, activation_places(model).values()
+    training = {module: module.training for module in model.modules()}
+    places = activation_places(model).values()
     unset = [q for q in places if q.tracked and not q.seen]
     hooks = [m.register_forward_hook(note) for m in dict.fromkeys(m for _, m in found)]
     try:
@@ -71,8 +72,9 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         for hook in hooks:
             hook.remove()
         for quantizer in unset:
-            quantizer.running_min = quantizer.running_max = torch.empty(0)
-        model.train(training)
+            quantizer.running_min = quantizer.running_max = quantizer.running_min.new_empty(0)
+        for module, before in training.items():
+            module.training = before
     frame = pd.DataFrame(rows)
     for count, share in (("weights", "weight_share"), ("macs", "macs_share")):
         frame[share] = frame[count] / max(frame[count].sum(), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -126,11 +127,11 @@ class PlainTrainer(qat.Trainer):
 
 def compiled_release(x: Tensor, bits: int) -> Tensor:
     """The library's quantizer under ``torch.compile``."""
-    compile_quantizer()
+    before = compile_quantizer()
     try:
         return fake_quantize(x, bits, "per_sample_channel", clamp=False)
     finally:
-        compile_quantizer(False)
+        compile_quantizer(before)
 
 
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -161,8 +162,7 @@ def measure_latency_quantizer(
         ratio_to_copy (medians of the ratios within one repetition, with their quartiles ``..._q25`` and ``..._q75``),
         threads, torch, device. ``release`` is the library's vectorized quantizer, ``copy`` the floor: ``x.clone()``.
     """
-    facts = versions(device)
-    frames = []
+    rows = []
     for shape in tqdm(shapes, desc="quantizer", unit="shape"):
         generator = torch.Generator(device).manual_seed(0)
         x = torch.rand(shape, generator=generator, device=device).requires_grad_(backward)
@@ -178,15 +178,15 @@ def measure_latency_quantizer(
         for name in METHODS:
             row: dict[str, object] = {
                 "method": name, "shape": str(shape), "bytes": x.numel() * x.element_size(), "bits": bits,
-                "backward": backward, "repetitions": repetitions, **_quartiles(times[name]),
+                "backward": backward, **_quartiles(times[name]),
             }  # fmt: skip
             for reference in ("textbook", "copy"):
                 ratios = times[name] / times[reference]
                 row[f"ratio_to_{reference}"] = ratios.median()
                 row[f"ratio_to_{reference}_q25"] = ratios.quantile(0.25)
                 row[f"ratio_to_{reference}_q75"] = ratios.quantile(0.75)
-            frames.append(row | {"threads": torch.get_num_threads()} | _only(facts, "torch", "device"))
-    return pd.DataFrame(frames)
+            rows.append(row)
+    return _table(rows, repetitions, device)
 
 
 @typed
@@ -222,9 +222,8 @@ def measure_latency_scaling(
         threads, torch, device.
     """
     integer = torch.int32 if device == "cpu" else torch.float32
-    facts = versions(device)
     shapes = list(dict.fromkeys([(c, fixed[1]) for c in channels] + [(fixed[0], n) for n in batches]))
-    frames = []
+    rows = []
     for c, n in tqdm(shapes, desc="scaling", unit="shape"):
         rng = torch.Generator(device).manual_seed(0)
         x = torch.randn(n, c, size, size, generator=rng, device=device).relu()
@@ -247,14 +246,11 @@ def measure_latency_scaling(
         times = _alternate(runs, repetitions)
         counts = scaling.count_scaling(tuple(x.shape), tuple(weight.values.shape), conv).set_index("execution")
         for name, run in runs.items():
-            values = dict(execution=name, channels=c, batch=n, size=size, bits=bits)
+            values: dict[str, Any] = dict(execution=name, channels=c, batch=n, size=size, bits=bits)
             values |= _quartiles(times[name]) | {"peak_mb": _peak_mb(run, device)}
             count = counts.loc[name.removesuffix(", float32")]
-            values |= dict(
-                scale_multiplications=count.scale_multiplications, bytes=count.bytes, repetitions=repetitions
-            )
-            frames.append(values | {"threads": torch.get_num_threads()} | _only(facts, "torch", "device"))
-    return pd.DataFrame(frames)
+            rows.append(values | dict(scale_multiplications=count.scale_multiplications, bytes=count.bytes))
+    return _table(rows, repetitions, device)
 
 
 def measure_latency_step(
@@ -287,7 +283,7 @@ def measure_latency_step(
 
     torch.manual_seed(0)
     teacher = teacher or build_network("resnet20_cifar10", 10)
-    facts, frames = versions(device), []
+    rows = []
     for batch in tqdm(batches, desc="step", unit="batch size"):
         config = qat.QATConfig(
             weight_bits=bits, act_bits=bits, batch_size=batch, image_size=image_size, device=device, seed=0
@@ -296,11 +292,11 @@ def measure_latency_step(
         half = qat.Trainer(teacher, replace(config, bf16=True))
 
         def compiled_step(trainer: qat.Trainer) -> None:
-            compile_quantizer()
+            before = compile_quantizer()
             try:
                 trainer.step(True)
             finally:
-                compile_quantizer(False)
+                compile_quantizer(before)
 
         trainers = {"plain": plain, "granq": ours, "granq bf16": half}
         runs: dict[str, Callable[[], object]] = {name: partial(t.step, True) for name, t in trainers.items()}
@@ -314,10 +310,8 @@ def measure_latency_step(
             for column, values in (("ms", times[name]), ("speedup", ratio)):
                 low, middle, high = (f"{q}_{column}" for q in ("q25", "median", "q75"))
                 row |= {middle: values.median(), low: values.quantile(0.25), high: values.quantile(0.75)}
-            frames.append(
-                row | {"repetitions": repetitions, "threads": torch.get_num_threads()} | _only(facts, "torch", "device")
-            )
-    return pd.DataFrame(frames).rename(columns=lambda c: c.replace("median_speedup", "speedup"))
+            rows.append(row)
+    return _table(rows, repetitions, device).rename(columns=lambda c: c.replace("median_speedup", "speedup"))
 
 
 def measure_latency_evaluation(
@@ -344,7 +338,7 @@ def measure_latency_evaluation(
     from granq.models import build_network
 
     torch.manual_seed(0)
-    model = (model or build_network("resnet20_cifar10", 10)).to(device).eval()
+    model = copy.deepcopy(model or build_network("resnet20_cifar10", 10)).to(device).eval()
     student = quantize_model(model, scheme, bits, bits).to(device)
     images = torch.randn(batch, 3, image_size, image_size, device=device)
     calibrate(student, [images])
@@ -358,14 +352,13 @@ def measure_latency_evaluation(
         return network(images)
 
     times = _alternate({name: partial(run, network) for name, network in networks.items()}, repetitions)
-    facts, frames = _only(versions(device), "torch", "device"), []
+    rows = []
     for name in networks:
         kind = ", compiled" if name.endswith("compiled") else ""
         ratio = (times[name] / times["full precision" + kind]).median()
         row: dict[str, object] = {"method": name, "batch": batch, "scheme": scheme, "bits": bits}
-        row |= _quartiles(times[name]) | {"ratio_to_full_precision": ratio, "repetitions": repetitions}
-        frames.append(row | {"threads": torch.get_num_threads()} | facts)
-    return pd.DataFrame(frames)
+        rows.append(row | _quartiles(times[name]) | {"ratio_to_full_precision": ratio})
+    return _table(rows, repetitions, device)
 
 
 def measure_latency_analysis(
@@ -409,12 +402,11 @@ def measure_latency_analysis(
     }
     measure_layer_error(model, data[:1], ["strict"], bits)  # warm-up, in place of a whole run
     times = _alternate(runs, repetitions, warm=0)
-    facts, frames = _only(versions(device), "torch", "device"), []
+    rows = []
     for name in times:
-        ratio = {"ratio_to_forwards": (times[name] / times.forwards).median(), "repetitions": repetitions}
         row = {"method": name, "network": network, "images": len(data) * batch} | _quartiles(times[name])
-        frames.append(row | ratio | {"threads": torch.get_num_threads()} | facts)
-    return pd.DataFrame(frames)
+        rows.append(row | {"ratio_to_forwards": (times[name] / times.forwards).median()})
+    return _table(rows, repetitions, device)
 
 
 def measure_latency_cost(
@@ -465,12 +457,11 @@ def measure_latency_cost(
         facts = part.facts | {"operations": counter.total, "predicted_ms": predicted}
         rows.append(facts | _quartiles(times[part.key]))
     order = ["part", "name", "kind", "batch", "size", "operations", "bytes"]
-    frame = pd.DataFrame(rows).set_index(order).reset_index()
+    frame = _table(rows, repetitions, device).set_index(order).reset_index()
     single = frame[~frame.kind.isin(["network", "step"])]
     for share, column in (("predicted_share", "predicted_ms"), ("measured_share", "median_ms")):
         frame[share] = single[column] / single.groupby("part")[column].transform("sum")
-    facts = {"repetitions": repetitions, "threads": torch.get_num_threads()}
-    return frame.assign(**facts, **_only(versions(device), "torch", "device"))
+    return frame
 
 
 class _Part(NamedTuple):
@@ -582,9 +573,11 @@ def _calls(network: nn.Module, *inputs: Tensor) -> list[tuple[str, nn.Module, Te
         for name, module in network.named_modules()
         if (isinstance(module, LAYERS) or not list(module.children())) and not isinstance(module, WeightQuantizer)
     ]
-    network(*inputs)
-    for hook in hooks:
-        hook.remove()
+    try:
+        network(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return seen
 
 
@@ -611,7 +604,7 @@ def measure_latency_import(*, repetitions: int = 30, device: str = "cpu") -> pd.
     times = _alternate(runs, repetitions, warm=0)
     more = times.sub(times["import torch"], axis=0).median()
     rows = [{"command": n} | _quartiles(times[n]) | {"more_than_torch_ms": more[n]} for n in IMPORTS]
-    return pd.DataFrame(rows).assign(repetitions=repetitions, **_only(versions(device), "torch", "device"))
+    return _table(rows, repetitions, device)
 
 
 def _quartiles(times: pd.Series) -> dict[str, float]:
@@ -647,8 +640,12 @@ def profile_step(
     return frame.assign(share=frame.self_ms / frame.self_ms.sum()).reset_index(drop=True)
 
 
-def _only(facts: Mapping[str, str], *names: str) -> dict[str, str]:
-    return {name: facts[name] for name in names}
+def _table(rows: Sequence[Mapping[str, object]], repetitions: int, device: str) -> pd.DataFrame:
+    """Rows of timings with what it takes to trust them."""
+    facts = versions(device)
+    return pd.DataFrame(rows).assign(
+        repetitions=repetitions, threads=torch.get_num_threads(), torch=facts["torch"], device=facts["device"]
+    )
 
 
 def growth(

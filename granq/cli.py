@@ -184,10 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         result = globals()[f"_{args.command}"](args)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         print(f"granq: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a name contains
         return 2
-    except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+    except (OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         print(f"granq: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -206,6 +206,12 @@ def parse_bits(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+def _at_least(args: argparse.Namespace, **least: int) -> None:
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+
+
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     from granq import data, models, qat, runs
 
@@ -216,8 +222,7 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     partial = args.out.with_name(args.out.name + ".partial")
     if partial.exists() and not args.resume:
         raise ValueError(f"{partial} holds an unfinished training; pass --resume to continue it, or remove it")
-    if args.epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+    _at_least(args, epochs=1)
     spec = data.describe_data(args.data, args.network, args.image_size)
     device = qat.resolve_device(args.device)
     models.build_network(args.network, spec.classes)  # an unknown name is told before any image is read
@@ -226,12 +231,10 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
         model, spec = models.load_teacher(args.network, spec, None, device)
         top1 = models.top1_on(model, data.load_split(spec, "test"), spec, device)
     else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         options = {name: getattr(args, name) for name in ("epochs", "lr", "seed", "bf16", "init")}
         with runs.hold(args.out, lock := partial.with_suffix(".lock")):
             model, top1 = models.train_teacher(args.network, spec, device=device, checkpoint=partial, **options)
         lock.unlink(missing_ok=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     data.save_atomically(args.out, lambda path: models.save_teacher(path, model, args.network, spec, top1))
     partial.unlink(missing_ok=True)
     facts = dict(out=str(args.out), data=args.data, network=args.network, top1=top1, seed=args.seed)
@@ -336,6 +339,7 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:
     from granq import convert, qat, sweep
 
+    _at_least(args, jobs=1)
     if args.data or args.schemes:
         if not (args.data and args.network and args.schemes and args.bits):
             raise ValueError("a new plan needs --data, --network, --schemes and --bits")
@@ -345,15 +349,16 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
             convert.get_scheme(scheme)
         for recipe in args.recipes:
             qat.QATConfig(recipe=recipe)
-        for bits in args.bits:
-            parse_bits(bits)
+        bits = [",".join(map(str, parse_bits(text))) for text in args.bits]
+        if len(set(args.network)) < len(args.network):
+            raise ValueError("--network names one network twice: a sweep has one teacher for each")
         names = ("data", *BUDGET, *COUNTS, *RATES, "generator", "device")
         given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in names]
         options = [str(part) for pair in given if pair[1] is not None for part in pair]
         switches = {n: getattr(args, n) for n in SWITCHES if getattr(args, n) is not None}
         options += [f"--{'' if on else 'no-'}{n.replace('_', '-')}" for n, on in switches.items()]
         teachers = dict(zip(args.network, args.teacher or [None] * len(args.network), strict=True))
-        plan = sweep.plan_sweep(teachers, args.schemes, args.bits, args.seeds, args.recipes, options)
+        plan = sweep.plan_sweep(teachers, args.schemes, bits, args.seeds, args.recipes, options)
         sweep.write_plan(args.out, plan)
     status = sweep.sweep_status(args.out) if args.status else sweep.run_sweep(args.out, args.jobs, args.engine)
     print(status.to_string(index=False, na_rep=""), file=sys.stderr)
@@ -428,8 +433,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
     from granq import bench, data, qat
 
-    if args.repetitions < 1:
-        raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
+    _at_least(args, repetitions=1)
     device = qat.resolve_device(args.device)
     names = bench.BENCHMARKS if args.what == "all" else (args.what,)
     files = {name: "cost_model.csv" if name == "cost" else f"{name}_latency.csv" for name in names}
@@ -495,9 +499,7 @@ def _factorial(args: argparse.Namespace) -> dict[str, Any]:
     bits = [int(b) if b.strip().isdecimal() else 0 for b in args.bits.split(",")]
     if not all(2 <= b <= 8 for b in bits) or len(set(bits)) < len(bits):
         raise ValueError(f"--bits takes different numbers from 2 to 8, such as 2,3,4; got {args.bits!r}")
-    for name, least in (("seeds", 1), ("train_epochs", 0), ("iterations", 1), ("images", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    _at_least(args, seeds=1, train_epochs=0, iterations=1, images=1)
     if args.out.exists() and not args.resume:
         raise ValueError(f"{args.out} already exists; choose another --out or pass --resume to add what it lacks")
     options = {name: getattr(args, name) for name in ("data", "network", "teacher", "device")}
@@ -558,6 +560,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 
     from granq import analysis, data, figures, models, qat, runs
 
+    _at_least(args, seeds=1, epochs=1)
     runs.RunFolder(args.out).check_free()
     args.out.mkdir(parents=True, exist_ok=True)
     device, network = qat.resolve_device(args.device), "resnet20_cifar10"

@@ -7,7 +7,6 @@ Weights become parametrizations of their layer; activations become ``ActQuantize
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -320,15 +319,14 @@ def quantize_model(
             _insert_after(graph, node, student, scheme.places, set(layers))
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
-    for name, module in student.named_modules(
-        remove_duplicate=False
-    ):  # fx drops what the forward does not reach; keep its keys
-        if name and not _has_module(quantized, name):
+    kept = dict(quantized.named_modules(remove_duplicate=False))
+    for name, module in student.named_modules(remove_duplicate=False):
+        if name not in kept:  # fx drops what the forward does not reach; keep its keys
             quantized.add_submodule(name, module)
     if image_bits:
         image_place(quantized)
     if scheme.weights is not None:
-        sources = _input_quantizers(quantized, layers) if scheme.fold else {}
+        sources = _folded_places(quantized, layers) if scheme.fold else {}
         for layer in dict.fromkeys(layers.values()):  # a layer under two names once
             groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
             weight_quantizer = WeightQuantizer(
@@ -370,24 +368,32 @@ def calibrate(
     check_batches(images)
     if not 0.5 < quantile <= 1:
         raise ValueError(f"quantile must be above 0.5 and at most 1, got {quantile}")
-    places = activation_places(model).values()
-    freeze_ranges(model, False)
+    places = [place for place in activation_places(model).values() if place.tracked]
+    if any(place.learned for place in places):
+        raise ValueError("the steps of this model are learned: they no longer follow ranges")
+    before = [(place.running_min, place.running_max) for place in places]
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     for quantizer in quantizers:
         quantizer.bypassed = full_precision
     for place in places:
-        place.quantile = quantile
-        if quantile < 1 and place.tracked:  # what was tracked before were extremes
+        place.quantile, place.frozen = quantile, False
+        if quantile < 1:  # what was tracked before were extremes
             place.running_min = place.running_max = place.running_min.new_empty(0)
     try:
         for batch in images:
             forward(model, batch)
+        if not all(place.seen for place in places):
+            raise ValueError("no images to calibrate on")
+    except BaseException:
+        for place, (low, high) in zip(places, before, strict=True):
+            place.running_min, place.running_max = low, high
+        raise
     finally:
+        freeze_ranges(model)
         for quantizer in quantizers:
             quantizer.bypassed = False
         for place in places:
             place.quantile = 1.0
-    freeze_ranges(model)
 
 
 def image_place(model: nn.Module) -> ActQuantizer:
@@ -412,7 +418,7 @@ def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
         ValueError: other shapes, or the scheme has no static range for the image.
     """
     place = image_place(model)
-    if not place.seen:
+    if place.learned is not None or not place.seen:
         raise ValueError("the image has no calibrated static range in this model, such as scheme foldable gives it")
     if place.granularity == "per_tensor":
         low, high = low.amin().view(1, 1, 1, 1), high.amax().view(1, 1, 1, 1)
@@ -531,16 +537,21 @@ def _places(graph: fx.Graph, root: nn.Module, scheme: Scheme, layers: set[str]) 
     return list(dict.fromkeys(value for n in calls if isinstance(value := _layer_input(n), fx.Node)))
 
 
-def _input_quantizers(model: fx.GraphModule, layers: Mapping[str, nn.Module]) -> dict[nn.Module, ActQuantizer]:
+def input_places(model: fx.GraphModule) -> Iterator[tuple[str, ActQuantizer]]:
+    """Every call of a layer that reads a quantizer directly: its name and the quantizer."""
+    for node in model.graph.nodes:
+        if node.op == "call_module" and isinstance(value := _layer_input(node), fx.Node):
+            source = _module(model, value)
+            if isinstance(source, ActQuantizer) and isinstance(_module(model, node), LAYERS):
+                yield str(node.target), source
+
+
+def _folded_places(model: fx.GraphModule, layers: Mapping[str, nn.Module]) -> dict[nn.Module, ActQuantizer]:
     """The quantizer in front of every layer. Raises ValueError where a layer reads two: its weight folds only once."""
     sources: dict[nn.Module, ActQuantizer] = {}
-    for node in model.graph.nodes:
-        if node.op == "call_module" and node.target in layers and isinstance(_layer_input(node), fx.Node):
-            layer, source = layers[str(node.target)], _module(model, _layer_input(node))
-            if not isinstance(source, ActQuantizer):
-                continue
-            if sources.setdefault(layer, source) is not source:
-                raise ValueError(f"layer {node.target} is called on two inputs: the scales of both cannot fold into it")
+    for name, source in input_places(model):
+        if name in layers and sources.setdefault(layers[name], source) is not source:
+            raise ValueError(f"layer {name} is called on two inputs: the scales of both cannot fold into it")
     return sources
 
 
@@ -553,14 +564,6 @@ def _insert_after(graph: fx.Graph, node: fx.Node, root: nn.Module, places: str, 
     for user in list(node.users):  # only the layers read the quantized value; a residual sum reads the original
         if user.op == "call_module" and user.target in layers:
             user.replace_input_with(node, quantized)
-
-
-def _has_module(root: nn.Module, name: str) -> bool:
-    try:
-        operator.attrgetter(name)(root)
-    except AttributeError:
-        return False
-    return True
 
 
 _STORED = "parametrizations.weight.original"

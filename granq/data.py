@@ -75,7 +75,7 @@ def describe_data(name: str, network: str = "", image_size: int | None = None) -
         root = Path(name.removeprefix("folder:")).expanduser()
         if not root.is_dir():
             raise ValueError(f"folder {str(root)!r} does not exist; it should hold train/ and test/ (or val/)")
-        classes = len([d for d in _split_folder(root, "test").iterdir() if d.is_dir()])
+        classes = len(_class_names(_split_folder(root, "test")))
         if not classes:
             raise ValueError(f"folder {str(root)!r} has no class folders in its test split")
         small = "cifar" in network or "svhn" in network
@@ -96,6 +96,10 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
+def _class_names(folder: Path) -> list[str]:
+    return sorted(d.name for d in folder.iterdir() if d.is_dir())
+
+
 @typed
 def load_split(spec: DataSpec, split: str) -> ImageData:
     """Dataset of (uint8 image (3, size, size), label) for ``split`` 'train' or 'test'; downloads where it can."""
@@ -113,6 +117,13 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         data: ImageData = cls(spec.root, train=split == "train", transform=transform, download=True)
     else:
         folder = _split_folder(Path(spec.root), split)
+        if split == "train":  # each split numbers its own folders
+            train, test = (_class_names(f) for f in (folder, _split_folder(Path(spec.root), "test")))
+            if train != test:
+                odd = sorted(set(train) ^ set(test))[0]
+                raise ValueError(
+                    f"{spec.root!r} has a class folder {odd!r} in one split only, so labels would not match"
+                )
         _refuse_links(folder)
         data = datasets.ImageFolder(str(folder), transform=transform, loader=_open_image)
     if not small:

@@ -662,7 +662,7 @@ def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes 
     ax.set_yticks(range(len(rows)), names, fontsize=6)
     ax.axvline(0, color=_GREY, linestyle=":", linewidth=1)
     left = len(every) - len(rows)
-    more = f"\n{left} more in the table" if left else ""
+    more = f"\n{left} published without their teacher" if left else ""
     ax.set(xlabel="points lost")
     ax.set_title(f"{every.bits.iloc[0]}{more}", loc="right")  # in the middle it would leave a narrow panel
     return ax

@@ -1,7 +1,7 @@
 """Six traps of low-bit quantization, each with its cure: small functions that return (wrong, right).
 
-Every one was met in published code or numbers of this method family (docs/method.md section 2), and every one is silent:
-nothing crashes, and the accuracy looks plausible.
+Every one was met in published code or numbers of this method family (docs/method.md section 2), and every one is
+silent: nothing crashes, and the accuracy looks plausible.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ class IntegerLayer(nn.Module):
         self.register_buffer("offset", offset.to(original.dtype))
         fan_in, largest = self.weight[0].numel(), 2**quantizer.bits * 2**quantizer.source.bits
         if fan_in * largest >= 2**31:
-            raise OverflowError(f"a sum over {fan_in} products below {largest} may not fit int32")
+            raise ValueError(f"a sum over {fan_in} products below {largest} may not fit int32")
         self.conv: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.options: dict[str, Any] = {}
         self.dilation: tuple[int, ...] = (1, 1)
@@ -148,11 +149,7 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
         raise ValueError("the activation ranges were never set; run granq.calibrate or train the student first")
     modules = dict(student.named_modules())
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(student.graph, values)
-    for node in student.graph.nodes:
-        if node.op == "output":
-            graph.output(fx.map_arg(node.args[0], lambda n: values[n]))
+    graph.output(graph.graph_copy(student.graph, {}))
     replaced: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -169,7 +166,7 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
                 norm.replace_all_uses_with(node)
                 graph.erase_node(norm)
     root = {str(n.target): modules[str(n.target)] for n in graph.nodes if n.op == "call_module"} | replaced
-    attributes = {str(n.target): _attribute(student, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    attributes = {str(n.target): attrgetter(str(n.target))(student) for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule(root | attributes, graph).eval()
 
 
@@ -179,13 +176,6 @@ def _norm_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None
     if len(users) == 1 and users[0].op == "call_module" and isinstance(modules[str(users[0].target)], nn.BatchNorm2d):
         return users[0]
     return None
-
-
-def _attribute(root: nn.Module, path: str) -> Any:
-    value: Any = root
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 @torch.no_grad()

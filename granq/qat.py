@@ -67,7 +67,7 @@ CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a 
 
 @dataclass(frozen=True)
 class QATConfig:
-    """Everything that decides a run besides the teacher. Defaults: docs/method.md section 6, CIFAR, in a short budget."""
+    """Everything that decides a run besides the teacher. Defaults: CIFAR, docs/method.md section 6, a short budget."""
 
     scheme: str | Scheme = "release"
     weight_bits: int = 3
@@ -193,8 +193,11 @@ class QATConfig:
             raise TypeError(f"settings are a dictionary, got {type(values).__name__}")
         if unknown := values.keys() - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        steps = values.get("milestones", ())
-        return cls(**(values | {"milestones": tuple(steps) if isinstance(steps, list) else steps}))
+        steps, scheme = values.get("milestones", ()), values.get("scheme", cls.scheme)
+        if isinstance(scheme, dict):  # one of the user's own
+            scheme = Scheme(**(scheme | {"skip": tuple(scheme.get("skip", ()))}))
+        read = {"milestones": tuple(steps) if isinstance(steps, list) else steps, "scheme": scheme}
+        return cls(**(values | read))
 
 
 def disagreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
@@ -268,8 +271,12 @@ def generator_trouble(row: dict[str, float], classes: int) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` becomes cuda, mps or cpu, whichever is there first."""
+    """``auto`` becomes cuda, mps or cpu, whichever is there first. Raises ValueError for what torch does not know."""
     if device != "auto":
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, mps") from None
         return device
     if torch.cuda.is_available():
         return "cuda"
@@ -624,7 +631,9 @@ def versions(device: str = "cpu") -> dict[str, str]:
     import torchvision
 
     name = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"{platform.machine()} {torch.get_num_threads()} threads"
     )
     return {
         "python": platform.python_version(),

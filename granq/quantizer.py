@@ -116,8 +116,8 @@ def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = 
     _check_bits(bits)
     if promote:
         low, high = at_least_float32(low), at_least_float32(high)
-    # As in docs/method.md: the epsilon bounds the range from below, it is not added to it. A tensor, not a Python float,
-    # so that in float16 it becomes zero just as in the release.
+    # As in docs/method.md: the epsilon bounds the range from below, it is not added to it. A tensor, not a float of
+    # Python, so that in float16 it becomes zero just as in the release.
     span = torch.maximum(high - low, torch.tensor(EPS, dtype=low.dtype, device=low.device))
     scale_inv = (2**bits - 1) / span
     return QParams(scale_inv, torch.round(scale_inv * low) + 2 ** (bits - 1))
@@ -178,14 +178,16 @@ def fake_quantize(
     return fake_quantize_with(x, choose_qparams(x, bits, granularity, promote=promote), bits, clamp)
 
 
-def compile_quantizer(enabled: bool = True) -> None:
+def compile_quantizer(enabled: bool = True) -> bool:
     """Switch ``fake_quantize`` between its plain form and one that ``torch.compile`` fuses into two passes over memory.
 
     Codes are the same; only at ties of the rounding may they differ by one, where the compiler contracts ``s * x - z``.
-    Without a working compiler the first call warns once and the plain form goes on.
+    Without a working compiler the first call warns once and the plain form goes on. Returns what it was before.
     """
     global _fused
+    before = _fused is not None
     _fused = _compiled() if enabled else None
+    return before
 
 
 @cache
@@ -249,30 +251,23 @@ class _LearnedStep(torch.autograd.Function):
         return grad * inside, slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(_StraightThrough):
     """``_StraightThrough`` around the compiled function, which finds the ranges as well."""
 
     @staticmethod
-    def forward(x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool) -> Tensor:
+    def forward(  # type: ignore[override]
+        x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool
+    ) -> Tensor:
         global _fused
         if _fused is not None:
             try:
-                return _fused(
-                    x.detach(), bits, granularity, clamp, promote
-                )  # a plain tensor: compiled once, not per kind
+                # a plain tensor: compiled once, not per kind
+                return _fused(x.detach(), bits, granularity, clamp, promote)
             except Exception as error:  # whatever a missing or broken compiler raises
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 warnings.warn(f"the quantizer runs uncompiled: {reason}", stacklevel=2)
                 _fused = None
         return _plain(x, bits, granularity, clamp, promote)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0], None, None, None, None
 
 
 def _dequantized_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:

@@ -8,7 +8,6 @@ them once, at first use.
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from tqdm.auto import tqdm
 from granq import analysis, auditing, factorial, figures, models, qat
 from granq.checks import one_of, typed
 from granq.convert import SCHEMES, quantize_model
-from granq.data import DataSpec, ImageData, batches, describe_data, load_split, write_csv
+from granq.data import DataSpec, ImageData, batches, describe_data, load_split, save_atomically, write_csv
 from granq.figures import Panels
 from granq.generator import Generator
+from granq.runs import RunFolder
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 RESULTS = "results_cifar10.csv"
@@ -98,8 +98,8 @@ class Setting:
         for run in runs:
             if not all((run / name).is_file() for name in ("config.json", "checkpoint.pt", "history.csv")):
                 raise ValueError(f"{run} holds no run (config.json, checkpoint.pt, history.csv)")
-            if (other := json.loads((run / "config.json").read_text())["network"]) != network:
-                raise ValueError(f"{run} is a run of {other}, not of {network}")
+            if (other := RunFolder(run).read_config().get("network")) != network:
+                raise ValueError(f"{run} is a run of {other or 'a network without a name'}, not of {network}")
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec, float]:
@@ -185,7 +185,7 @@ class Setting:
         return trainer.generator, history, pd.concat(frames, ignore_index=True)
 
     def _read_runs(self) -> tuple[Generator, pd.DataFrame, pd.DataFrame]:
-        configs = [qat.QATConfig.from_dict(json.loads((r / "config.json").read_text())["config"]) for r in self.runs]
+        configs = [qat.QATConfig.from_dict(RunFolder(r).read_config()["config"]) for r in self.runs]
         history = [_history(pd.read_csv(r / "history.csv"), c) for r, c in zip(self.runs, configs, strict=True)]
         generator = qat.load_generator(self.runs[0], self.device).train()
         drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, per_class=3, seed=self.seed)
@@ -490,14 +490,20 @@ FIGURES: dict[str, Figure] = {
 def make_figures(names: Sequence[str], setting: Setting) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``setting.out``, and the gallery in its README.
 
+    Without names, a CSV that its own command measured (``Figure.command``) is left as it is.
+
     Raises:
         ValueError: an unknown name, missing rows of long runs, or a folder that holds figures of another preset.
     """
-    names = _known(names)
-    for name in names:
-        path = setting.out / f"{name}.csv"
-        if path.is_file() and setting.preset not in set(pd.read_csv(path, nrows=1).get("preset", [setting.preset])):
-            raise ValueError(f"{path} was measured with another preset; choose another --out")
+    asked, names = names, _known(names)
+    there = {name: setting.out / f"{name}.csv" for name in names if (setting.out / f"{name}.csv").is_file()}
+    for name, path in there.items():
+        presets = set(pd.read_csv(path, nrows=1).get("preset", ["that of its own command"]))
+        if setting.preset in presets:
+            continue
+        if asked or not FIGURES[name].command:
+            raise ValueError(f"{path} was measured with another preset, {presets.pop()}; choose another --out")
+        names.remove(name)  # not asked for by name: what another command measured stays
     if setting.preset == "cifar10" and {"accuracy_bits", "results_table"} & set(names):
         if not (setting.out / RESULTS).is_file():
             raise ValueError(f"{setting.out / RESULTS} is missing: a row for each run of granq quantize --json")
@@ -542,9 +548,13 @@ def write_gallery(folder: Path) -> None:
     middle = "\n".join([GALLERY[0], "", *(_gallery_entry(name, folder) for name in shown), GALLERY[1]])
     readme = folder / "README.md"
     text = readme.read_text() if readme.is_file() else "# Figures\n"
-    start, _, rest = text.partition(GALLERY[0])
-    end = rest.partition(GALLERY[1])[2]
-    readme.write_text(f"{start.rstrip()}\n\n{middle}{end.rstrip()}\n")
+    start, opened, rest = text.partition(GALLERY[0])
+    _, closed, end = rest.partition(GALLERY[1])
+    if opened and not closed:
+        raise ValueError(
+            f"{readme} has the line {GALLERY[0]!r} and below it no {GALLERY[1]!r}: nothing tells what to keep"
+        )
+    save_atomically(readme, lambda path: path.write_text(f"{start.rstrip()}\n\n{middle}{end.rstrip()}\n"))
 
 
 def _gallery_entry(name: str, folder: Path) -> str:

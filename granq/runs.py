@@ -141,7 +141,7 @@ def hold(path: Path, lock: Path) -> Iterator[None]:
     """Keep other processes from writing ``path``. Raises ValueError if one does already."""
     held = FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=1)  # not 0: ``in_use`` holds it for an instant
     except Timeout:
         raise ValueError(f"{path} is in use by another process; wait for it or choose another --out") from None
     try:

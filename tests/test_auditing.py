@@ -130,3 +130,11 @@ def test_command(capsys):
     assert main(args) == 1
     assert "99.5" in capsys.readouterr().err
     assert main(["audit", "--network", "resnet19"]) == 2
+
+
+def test_the_audit_leaves_every_mode_as_it_was(tiny):
+    student = quantize_model(tiny, "foldable", 3, 3).train()
+    next(m for m in student.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    before = [m.training for m in student.modules()]
+    audit(student, torch.randn(2, 3, 8, 8))
+    assert [m.training for m in student.modules()] == before and len(set(before)) == 2

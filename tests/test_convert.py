@@ -257,3 +257,20 @@ def test_ranges_of_the_full_precision_network(tiny):
     last = list(activation_places(quantized).values())[-1]
     assert not torch.allclose(last.running_max, a.running_max, rtol=0.05, atol=0.02)
     assert not torch.equal(student(images), tiny(images))  # and it quantizes again
+
+
+def test_calibration_that_fails_changes_nothing(tiny):
+    student, images = quantize_model(tiny, "foldable", 3, 3), torch.randn(4, 3, 8, 8)
+    calibrate(student, [images])
+    places = activation_places(student).values()
+    before = [place.running_max.clone() for place in places]
+    for batches, quantile in (([], 0.99), ([images, images[0, 0]], 1.0), ([10 * images, "nothing"], 0.9)):
+        with pytest.raises((ValueError, TypeError)):
+            calibrate(student, batches, quantile)
+        assert all(place.frozen and place.quantile == 1 and not place.bypassed for place in places)
+        assert all(torch.equal(place.running_max, high) for place, high in zip(places, before, strict=True))
+    learn_steps(student)
+    with pytest.raises(ValueError, match="learned"):  # the range would change nothing
+        calibrate(student, [images])
+    with pytest.raises(ValueError, match="no calibrated static range"):
+        set_image_range(student, before[0], before[0])

@@ -133,3 +133,16 @@ def test_audit_of_a_layer_named_like_a_formula(tmp_path, monkeypatch):
 
 def test_limit_is_below_what_pillow_refuses_itself():
     assert data._MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+
+
+def test_splits_with_other_classes_are_refused(folder):
+    """Each split numbers its folders: label 0 would be one class in training and another in the test."""
+    root = Path(folder.removeprefix("folder:"))
+    other = sorted((root / "train").iterdir())[0]
+    other.rename(other.with_name("zebra"))
+    try:
+        with pytest.raises(ValueError, match="in one split only"):
+            load_split(describe_data(folder, "resnet20_cifar10"), "train")
+        load(folder)  # a test split alone is enough to quantize
+    finally:
+        other.with_name("zebra").rename(other)

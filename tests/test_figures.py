@@ -1,6 +1,8 @@
 """Every plot draws what its frame holds, into the Axes it is given; redrawing gives the same bytes; colors differ."""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -231,6 +233,7 @@ def test_command_draws_from_csv_and_refuses_bad_input(frames: dict[str, pd.DataF
     frames["training_curves"].to_csv(tmp_path / "training_curves.csv", index=False)
     assert main(["figures", "--from-csv", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "training_curves.svg").is_file()
+    frames["training_curves"].drop(columns="preset", errors="ignore").to_csv(tmp_path / "quantizer_latency.csv")
     before = sorted(p.name for p in tmp_path.iterdir())
     for wrong, sentence in (
         (["nonsense"], "unknown figure 'nonsense'; known: granularity_maps"),
@@ -239,6 +242,7 @@ def test_command_draws_from_csv_and_refuses_bad_input(frames: dict[str, pd.DataF
         (["--teacher", "nowhere.safetensors"], "'nowhere.safetensors' does not exist"),
         (["--run", "nowhere"], "nowhere holds no run"),
         (["training_curves", "--preset", "cifar10"], "measured with another preset"),
+        (["quantizer_latency"], "another preset, that of its own command"),
         (["accuracy_bits", "--preset", "cifar10"], "results_cifar10.csv is missing"),
     ):
         assert main(["figures", *wrong, "--out", str(tmp_path)]) == 2
@@ -297,3 +301,24 @@ def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
     layers = row | {"recipe": "layers", "reestimate_batchnorm": True, "bf16": True}
     assert name(layers | {"image_bits": 6.0, "pixel_range": 1.0}) == "foldable + layers, 120 steps + image 6 bits"
     assert name(layers) == "foldable + layers, 120 steps"
+
+
+def test_what_another_command_measured_is_left_as_it_is(tmp_path, monkeypatch) -> None:
+    """``make_figures`` without names measures what it can, and not again what ``granq bench`` took half an hour for."""
+    kept, made, shipped = "quantizer_latency", "true_bits", Path(__file__).parents[1] / "figures"
+    frame = pd.read_csv(shipped / f"{made}.csv").assign(preset="quick")
+    figure = replace(registry.FIGURES[made], measure=lambda setting: frame)
+    monkeypatch.setattr(registry, "FIGURES", {kept: registry.FIGURES[kept], made: figure})
+    frame.to_csv(tmp_path / f"{made}.csv", index=False)
+    pd.read_csv(shipped / f"{kept}.csv").to_csv(tmp_path / f"{kept}.csv", index=False)
+    before = (tmp_path / f"{kept}.csv").read_bytes()
+    assert registry.make_figures([], registry.Setting("quick", device="cpu", out=tmp_path)) == [made]
+    assert (tmp_path / f"{kept}.csv").read_bytes() == before
+
+
+def test_a_readme_with_one_mark_is_not_written(tmp_path) -> None:
+    text = f"# Mine\n\n{registry.GALLERY[0]}\n\nwhat I wrote below\n"
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="nothing tells what to keep"):
+        registry.write_gallery(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text

@@ -10,7 +10,7 @@ from torch import nn
 
 from granq import QATConfig, describe_data, load_split, load_teacher, train
 from granq.cli import _load_run, main
-from granq.convert import SCHEMES, ActQuantizer, LearnedSteps, activation_places
+from granq.convert import SCHEMES, ActQuantizer, LearnedSteps, Scheme, activation_places
 from granq.data import pixel_bounds
 from granq.generator import (
     batchnorm_inputs,
@@ -350,3 +350,25 @@ def test_a_run_starts_from_the_generator_of_another(tmp_path):
         train(wide, replace(config, image_size=16), generator=generator)
     with pytest.raises(ValueError, match="holds no run"):
         load_generator(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("demo --seeds 0", "--seeds must be at least 1"), ("demo --epochs 0", "--epochs must be at least 1"),
+        ("sweep --jobs 0", "--jobs must be at least 1"), ("bench --repetitions 0", "--repetitions must be at least 1"),
+        ("teacher --data digits --network resnet20_cifar10 --device foo", "unknown device 'foo'"),
+        ("sweep --data digits --network a a --schemes strict --bits 3,3", "names one network twice"),
+    ],
+)  # fmt: skip
+def test_numbers_and_devices_are_checked_first(command, message, tmp_path, capsys):
+    assert main([*command.split(), "--out", str(tmp_path / "new.safetensors")]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_of_a_scheme_of_ones_own_is_read_again(tmp_path):
+    scheme = Scheme("per_kernel", "per_sample", skip=("4",))
+    config = replace(TINY, scheme=scheme, epochs=1, warmup_epochs=0)
+    train(tiny_network(), config, out=tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert QATConfig.from_dict(saved) == config
