@@ -364,9 +364,11 @@ def plot_scaling_latency(
     if (rows[quantity] > 0).all():
         ax.set_yscale("log")
     else:  # executions that need none lie on the axis, a decade below the fewest of the others
-        fewest = rows[quantity][rows[quantity] > 0].min()
-        ax.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(fewest)))  # a power of ten, whose tick is not near 0
-        ax.set_ylim(0, 3 * rows[quantity].max())
+        low, high = np.log10([rows[quantity][rows[quantity] > 0].min(), rows[quantity].max()])
+        powers = 10.0 ** np.arange(np.floor(low), np.ceil(high) + 1)
+        ax.set_yscale("symlog", linthresh=powers[0])
+        ax.set_yticks([0, *powers])  # no tick between 0 and the first power, where there is no room
+        ax.set_ylim(0, powers[-1])
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set(xlabel=f"{against} ({other} {rows[other].iloc[0]})", ylabel=SCALING_LABELS[quantity])
     if legend:
@@ -649,11 +651,11 @@ def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes 
     ax = ax or plt.gca()
     every = _select(data, bits=bits)
     rows = every[every["drop"].notna()].iloc[::-1].reset_index(drop=True)
-    names = []
+    names, seeds = [], rows.n[rows.kind == "measured"].unique()
     for y, row in enumerate(rows.to_dict("records")):
         own = row["kind"] == "measured"
         look = role(row["method"]) if own else Role(row["method"], "#6b6b70", "o")
-        names.append(f"{look.label}, n = {row['n']:.0f}" if own else look.label)
+        names.append(f"{look.label}, n = {row['n']:.0f}" if own and len(seeds) > 1 else look.label)
         spread = None if pd.isna(row["std"]) else row["std"]
         style: dict[str, Any] = dict(
             color=look.color, markerfacecolor=look.color if own else "none", markersize=4, linewidth=1
@@ -664,7 +666,9 @@ def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes 
     left = len(every) - len(rows)
     more = f"\n{left} published without their teacher" if left else ""
     ax.set(xlabel="points lost")
-    ax.set_title(f"{every.bits.iloc[0]}{more}", loc="right")  # in the middle it would leave a narrow panel
+    same = f", n = {seeds[0]:.0f} where measured" if len(seeds) == 1 else ""
+    ax.set_title(f"{every.bits.iloc[0]}{same}{more}", loc="right")  # in the middle it would leave a narrow panel
+    ax.margins(x=0.12)
     return ax
 
 

@@ -479,7 +479,7 @@ FIGURES: dict[str, Figure] = {
         "How do these results compare with published ones?",
         lambda s: figures.results_table(s.accuracy).assign(teacher_test_top1=s.accuracy.teacher_test_top1.iloc[0]),
         [Panels(figures.plot_results_table, columns={"bits": None})],
-        (6.8, 3.6),
+        (6.8, 4.2),
         "One panel per bit width, one line per method, the position is the number of points lost against the method's "
         "own teacher; measured methods filled with their spread, published ones open.",
     ),
