@@ -232,12 +232,12 @@ class Setting:
 def method_name(row: Mapping[Any, Any]) -> str:
     """The scheme, and in what else a run differs from the plain recipe: such a run is a method of its own."""
     steps = f"{row['epochs'] * row['iterations']:.0f} steps"
-    layers = row["recipe"] == "layers"
+    layers, image_bits = row["recipe"] == "layers", row.get("image_bits", 0)  # NaN where a table has no such column
     differs = {
         f"layers, {steps}" if layers else row["recipe"]: row["recipe"] != "adadfq",
         "BatchNorm": row["reestimate_batchnorm"] and not layers,  # belongs to that recipe
-        f"image {row.get('image_bits', 0):.0f} bits": (bits := row.get("image_bits", 0)) > 0,
-        "pixel range": row.get("pixel_range", 0) > 0 and not bits > 0,  # not measured: NaN
+        f"image {image_bits:.0f} bits": image_bits > 0,
+        "pixel range": row.get("pixel_range", 0) > 0 and not image_bits > 0,  # goes with them
         "bfloat16": row.get("bf16") is True and not layers,
     }
     return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])
