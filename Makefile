@@ -7,6 +7,9 @@ LOWEST := $(addprefix tests/test_,quantizer.py convert.py scaling.py integer.py 
 
 .PHONY: help demo test lowest lint notebooks browser figures lab
 
+# threads that wait leave their core to others sooner; as granq's own commands do (docs/speed.md)
+export GOMP_SPINCOUNT ?= 3000
+
 PYTHON ?= python3
 OUT ?= runs/demo
 BIN := .venv/bin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -181,6 +182,9 @@ def _add_budget(sub: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Exit code 0: done; 1: failed on the way; 2: bad input; 130: interrupted."""
+    # Before torch starts its threads: waiting threads of GNU OpenMP keep their core busy for so long that beside other
+    # work they hold up the one they wait for. A step then took 30 times as long; this way 3 times (docs/speed.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     args = build_parser().parse_args(argv)
     try:
         result = globals()[f"_{args.command}"](args)

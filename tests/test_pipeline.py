@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -364,6 +365,15 @@ def test_a_run_starts_from_the_generator_of_another(tmp_path):
 def test_numbers_and_devices_are_checked_first(command, message, tmp_path, capsys):
     assert main([*command.split(), "--out", str(tmp_path / "new.safetensors")]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_threads_spin_as_long_as_the_user_says(monkeypatch):
+    for given, wanted in ((None, "3000"), ("7", "7")):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        if given:
+            monkeypatch.setenv("GOMP_SPINCOUNT", given)
+        main(["bench", "--repetitions", "0"])
+        assert os.environ["GOMP_SPINCOUNT"] == wanted
 
 
 def test_a_run_of_a_scheme_of_ones_own_is_read_again(tmp_path):
