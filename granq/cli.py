@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, epilog=f"example: {EXAMPLES[name]}")
         sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        if name != "export":  # integer convolutions run on the CPU
+            sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
         return sub
 
     sub = command("demo", "Digits, W2A2: teacher, three schemes, three seeds, a table and pictures; offline.")
@@ -462,9 +463,9 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 def _audit(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from granq import auditing, convert, data, models
+    from granq import auditing, convert, data, models, qat
 
-    bits = parse_bits(args.bits)
+    bits, device = parse_bits(args.bits), qat.resolve_device(args.device)
     convert.get_scheme(args.scheme)
     if args.out and args.out.exists():
         raise ValueError(f"{args.out} already exists; choose another --out")
@@ -478,8 +479,8 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         model = models.build_network(args.network, classes)
     torch.manual_seed(0)
-    student = convert.quantize_model(model, args.scheme, *bits)
-    frame = auditing.audit(student, torch.randn(2, 3, size, size))
+    student = convert.quantize_model(model, args.scheme, *bits).to(device)
+    frame = auditing.audit(student, torch.randn(2, 3, size, size).to(device))
     if args.out:
         data.write_csv(args.out, frame)
     elif not args.json:
