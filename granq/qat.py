@@ -72,7 +72,7 @@ class QATConfig:
     scheme: str | Scheme = "release"
     weight_bits: int = 3
     act_bits: int = 3
-    image_bits: int = 0  # of the image; 0: act_bits
+    image_bits: int = 0  # of the image, with static ranges best beside pixel_range=1; 0: act_bits
     recipe: str = "adadfq"
     epochs: int = 10
     iterations: int = 100  # per epoch
