@@ -75,7 +75,7 @@ def describe_data(name: str, network: str = "", image_size: int | None = None) -
         root = Path(name.removeprefix("folder:")).expanduser()
         if not root.is_dir():
             raise ValueError(f"folder {str(root)!r} does not exist; it should hold train/ and test/ (or val/)")
-        classes = len(_class_names(_split_folder(root, "test")))
+        classes = len(class_names(split_folder(root, "test")))
         if not classes:
             raise ValueError(f"folder {str(root)!r} has no class folders in its test split")
         small = "cifar" in network or "svhn" in network
@@ -87,7 +87,8 @@ def describe_data(name: str, network: str = "", image_size: int | None = None) -
     return replace(spec, image_size=image_size) if image_size else spec
 
 
-def _split_folder(root: Path, split: str) -> Path:
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split below ``root``. Raises ValueError if there is none."""
     for name in ("train",) if split == "train" else ("test", "val"):
         if (root / name).is_dir():
             return root / name
@@ -96,7 +97,8 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _class_names(folder: Path) -> list[str]:
+def class_names(folder: Path) -> list[str]:
+    """Names of the class folders, in the order of their labels."""
     return sorted(d.name for d in folder.iterdir() if d.is_dir())
 
 
@@ -116,9 +118,9 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         cls = datasets.CIFAR10 if spec.name == "cifar10" else datasets.CIFAR100
         data: ImageData = cls(spec.root, train=split == "train", transform=transform, download=True)
     else:
-        folder = _split_folder(Path(spec.root), split)
+        folder = split_folder(Path(spec.root), split)
         if split == "train":  # each split numbers its own folders
-            train, test = (_class_names(f) for f in (folder, _split_folder(Path(spec.root), "test")))
+            train, test = (class_names(f) for f in (folder, split_folder(Path(spec.root), "test")))
             if train != test:
                 odd = sorted(set(train) ^ set(test))[0]
                 raise ValueError(

@@ -24,7 +24,17 @@ from tqdm.auto import tqdm
 from granq import analysis, auditing, factorial, figures, models, qat
 from granq.checks import one_of, typed
 from granq.convert import SCHEMES, quantize_model
-from granq.data import DataSpec, ImageData, batches, describe_data, load_split, save_atomically, write_csv
+from granq.data import (
+    DataSpec,
+    ImageData,
+    batches,
+    class_names,
+    describe_data,
+    load_split,
+    save_atomically,
+    split_folder,
+    write_csv,
+)
 from granq.figures import Panels
 from granq.generator import Generator
 from granq.runs import RunFolder
@@ -135,8 +145,7 @@ class Setting:
     def class_names(self) -> list[str]:
         """Names of the labels, where the data have them, else their numbers."""
         if self.spec.name.startswith("folder:"):  # small images are kept without their class names
-            test = next(d for d in (Path(self.spec.root) / "test", Path(self.spec.root) / "val") if d.is_dir())
-            return sorted(d.name for d in test.iterdir() if d.is_dir())
+            return class_names(split_folder(Path(self.spec.root), "test"))
         return [str(name) for name in getattr(self.test, "classes", range(self.spec.classes))]
 
     @property
