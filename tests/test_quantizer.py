@@ -188,6 +188,18 @@ def test_compiled_equals_plain_but_for_ties(memory_format, clamp, compiled):
     assert off.float().mean() < 1e-6 and ((value - plain).abs() < 1.001 * step).all()
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_compiled_equals_plain_at_every_granularity(granularity, compiled):
+    for shape in ((3, 5, 4, 6), (6, 10), (0, 5, 4, 6)):
+        x = torch.randn(shape)
+        value = fake_quantize(x, 4, granularity)
+        compile_quantizer(False)
+        step = choose_qparams(x, 4, granularity).scale
+        off = (value - fake_quantize(x, 4, granularity)).abs()
+        compile_quantizer()
+        assert value.shape == x.shape and (off < 1.001 * step).all() and (off > 1e-5 * step).sum() <= 1
+
+
 def test_compiled_refuses_like_plain(compiled):
     for bad, message in (
         ((torch.ones(2, 2), 9), "from 2 to 8"),
