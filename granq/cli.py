@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +295,7 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         teacher, config, evaluate=evaluate, out=args.out, resume=args.resume, facts=facts, generator=generator,
         pixels=data.pixel_bounds(spec),
     )  # fmt: skip
-    row = _row(args.data, args.network, config, teacher_top1, result, len(test)) | qat.versions(device)
+    row = result.row(args.data, args.network, teacher_top1, len(test))
     row |= dict(teacher=str(args.teacher), generator=str(args.generator or ""), run_preset=args.preset)
     row["out"] = str(args.out)
     if rank == 0:
@@ -373,40 +373,15 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(args.out), "runs": len(status), **counts}
 
 
-def _row(dataset: str, network: str, config: Any, teacher_top1: float, result: Any, test_images: int) -> dict[str, Any]:
-    """What a results table keeps of a run: the accuracies, and every setting that ``granq rerun`` needs."""
-    return {
-        "dataset": dataset, "network": network, "scheme": config.scheme,
-        "bits": f"W{config.weight_bits}A{config.act_bits}", "recipe": config.recipe, "seed": config.seed,
-        "teacher_top1": teacher_top1, "ptq_top1": result.ptq_top1, "last_top1": result.last_top1,
-        "best_top1": result.best_top1, "seconds": round(result.seconds, 1), "test_images": test_images,
-        **{k: v for k, v in asdict(config).items() if k not in ("scheme", "weight_bits", "act_bits", "device")},
-    }  # fmt: skip
+def _run_on(args: argparse.Namespace, device: str) -> Any:
+    """The run of ``args.run``, with ``args.data`` in place of the data that measured it."""
+    from granq import data, qat
 
-
-def _load_run(run: Path, dataset: str, device: str) -> tuple[Any, Any, dict[str, Any], int]:
-    """Student with frozen ranges, data specification, ``config.json`` and epoch of a run folder."""
-    from granq import convert, data, models, qat, runs
-
-    folder = runs.RunFolder(run)
-    if not folder.config.is_file():
-        raise ValueError(f"{run} holds no run (no config.json); make one with granq quantize --out {run}")
-    facts = folder.read_config()
-    if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
-        raise ValueError(f"{folder.config} lacks {', '.join(sorted(missing))}; it is not of granq quantize")
-    state = folder.load()
-    if state is None:
-        raise ValueError(f"{run} has no finished epoch yet")
-    config = qat.QATConfig.from_dict(facts["config"])
-    spec, saved = data.describe_data(dataset, facts["network"]), facts["spec"]
-    if spec.classes != saved["classes"]:
-        raise ValueError(f"{dataset} has {spec.classes} classes but the run's network has {saved['classes']}")
-    spec = data.replace(spec, image_size=saved["image_size"], mean=tuple(saved["mean"]), std=tuple(saved["std"]))
-    network = models.build_network(facts["network"], spec.classes)
-    student = config.quantized(network)
-    student.load_state_dict(state["student"])
-    convert.freeze_ranges(student)
-    return student.to(device), spec, facts, state["epoch"]
+    saved = qat.load_run(args.run, device)
+    spec = data.describe_data(args.data, saved.facts["network"])
+    if spec.classes != saved.spec.classes:
+        raise ValueError(f"{args.data} has {spec.classes} classes but the run's network has {saved.spec.classes}")
+    return saved._replace(spec=data.replace(saved.spec, name=spec.name, root=spec.root))
 
 
 def _figures(args: argparse.Namespace) -> dict[str, Any]:
@@ -425,12 +400,12 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from granq import data, models, qat
 
     device = qat.resolve_device(args.device)
-    student, spec, facts, epoch = _load_run(args.run, args.data, device)
+    student, config, spec, facts, epoch = _run_on(args, device)
     test = data.load_split(spec, "test")
-    top1, config = models.top1_on(student, test, spec, device), facts["config"]
+    top1 = models.top1_on(student, test, spec, device)
     return {
-        "run": str(args.run), "data": args.data, "network": facts["network"], "scheme": config["scheme"],
-        "bits": f"W{config['weight_bits']}A{config['act_bits']}", "epoch": epoch, "top1": top1,
+        "run": str(args.run), "data": args.data, "network": facts["network"], "scheme": config.scheme,
+        "bits": f"W{config.weight_bits}A{config.act_bits}", "epoch": epoch, "top1": top1,
         "images": len(test), "teacher_top1": facts["teacher_top1"],
     } | qat.versions(device)  # fmt: skip
 
@@ -540,7 +515,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from granq import data, integer, models, runs
 
     runs.RunFolder(args.out).check_free()
-    student, spec, facts, epoch = _load_run(args.run, args.data, "cpu")
+    student, _, spec, facts, epoch = _run_on(args, "cpu")
     twin = integer.integer_model(student)
     test = data.load_split(spec, "test")
     images, _ = next(data.batches(test, spec))
@@ -581,7 +556,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
                 warmup_epochs=args.epochs // 2, batch_size=32, student_lr=1e-3, seed=seed, device=device,
             )  # fmt: skip
             result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
-            rows.append(_row("digits", network, config, teacher_top1, result, len(test)) | qat.versions(device))
+            rows.append(result.row("digits", network, teacher_top1, len(test)))
             data.write_csv(args.out / "results.csv", pd.DataFrame(rows))
     results, columns = pd.DataFrame(rows), ["ptq_top1", "last_top1", "best_top1"]
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -42,6 +42,7 @@ from granq.convert import (
     reestimate_batchnorm,
     set_image_range,
 )
+from granq.data import DataSpec
 from granq.distributed import average_gradients, from_first, gather, joint_var_mean, own_part, world
 from granq.generator import (
     Generator,
@@ -53,6 +54,7 @@ from granq.generator import (
     synthesize,
     vary,
 )
+from granq.models import build_network
 from granq.quantizer import at_least_float32
 from granq.runs import RunFolder, fingerprint
 
@@ -289,11 +291,23 @@ class Result:
 
     student: nn.Module
     generator: Generator
+    config: QATConfig
     history: pd.DataFrame
     ptq_top1: float
     last_top1: float
     best_top1: float
     seconds: float
+
+    def row(self, dataset: str, network: str, teacher_top1: float, test_images: int) -> dict[str, Any]:
+        """What a results table keeps of a run: accuracies, every setting that ``granq rerun`` needs, versions."""
+        c = self.config
+        settings = {k: v for k, v in asdict(c).items() if k not in ("scheme", "weight_bits", "act_bits", "device")}
+        return {
+            "dataset": dataset, "network": network, "scheme": c.scheme, "bits": f"W{c.weight_bits}A{c.act_bits}",
+            "recipe": c.recipe, "seed": c.seed, "teacher_top1": teacher_top1, "ptq_top1": self.ptq_top1,
+            "last_top1": self.last_top1, "best_top1": self.best_top1, "seconds": round(self.seconds, 1),
+            "test_images": test_images, **settings, **versions(resolve_device(c.device)),
+        }  # fmt: skip
 
 
 class Trainer:
@@ -593,6 +607,7 @@ def train(
     return Result(
         trainer.student,
         trainer.generator,
+        config,
         history,
         trainer.ptq_top1,
         float(last),
@@ -601,13 +616,52 @@ def train(
     )
 
 
-def load_generator(run: Path, device: str = "cpu") -> Generator:
-    """The generator of a run folder. Raises ValueError if it holds no finished epoch."""
+class SavedRun(NamedTuple):
+    """What ``load_run`` reads: the student, and where it comes from."""
+
+    student: fx.GraphModule  #: in eval mode, its ranges frozen
+    config: QATConfig
+    spec: DataSpec  #: the data that measured it, and the normalization of its images
+    facts: dict[str, Any]  #: ``config.json``: network, data, teacher, its accuracy, versions
+    epoch: int  #: finished epochs
+
+
+@typed
+def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
+    """The student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
+
+    Args:
+        run: the folder.
+        device: where to put the student.
+
+    Raises:
+        ValueError: it holds no run with a finished epoch, or one of ``train`` alone, which does not know the network.
+    """
+    state, facts = _read_run(run, "cpu")
+    if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
+        raise ValueError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
+    config, saved = QATConfig.from_dict(facts["config"]), facts["spec"]
+    spec = DataSpec(**(saved | {"mean": tuple(saved["mean"]), "std": tuple(saved["std"])}))
+    student = config.quantized(build_network(facts["network"], spec.classes))
+    student.load_state_dict(state["student"])
+    freeze_ranges(student)
+    return SavedRun(student.to(device), config, spec, facts, state["epoch"])
+
+
+def _read_run(run: str | Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Newest checkpoint and ``config.json`` of a run folder."""
     folder = RunFolder(run)
     state = folder.load(device=device) if folder.config.is_file() else None
     if state is None:
         raise ValueError(f"{run} holds no run with a finished epoch; make one with granq quantize --out {run}")
-    size = folder.read_config()["config"]["image_size"]
+    return state, folder.read_config()
+
+
+@typed
+def load_generator(run: str | Path, device: str = "cpu") -> Generator:
+    """The generator of a run folder. Raises ValueError if it holds no finished epoch."""
+    state, facts = _read_run(run, device)
+    size = facts["config"]["image_size"]
     classes = next(len(v) for k, v in state["generator"].items() if "embedding" in k or k == "norm0.weight.weight")
     generator = build_generator(classes, size).to(device)
     generator.load_state_dict(state["generator"])

@@ -217,9 +217,8 @@ class Setting:
         for bits, scheme, seed in itertools.product(self.budget.accuracy_bits, SCHEMES, seeds):
             config = self.config(scheme=scheme, weight_bits=bits, act_bits=bits, seed=seed)
             result = qat.train(self.teacher, config, evaluate=self.evaluate)
-            values = dict(scheme=scheme, bits=f"W{bits}A{bits}", recipe=config.recipe, seed=seed)
-            values |= dict(ptq_top1=result.ptq_top1, last_top1=result.last_top1, best_top1=result.best_top1)
-            rows.append(self.facts() | {"teacher_top1": self.top1} | values | {"seconds": round(result.seconds, 1)})
+            row = result.row(figures.dataset_name(self.data), self.network, self.top1, len(self.test))
+            rows.append(self.facts() | row)
         return pd.DataFrame(rows)
 
     def layers(self, count: int) -> list[str]:

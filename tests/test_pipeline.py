@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from granq import QATConfig, describe_data, load_split, load_teacher, train
-from granq.cli import _load_run, main
+from granq.cli import main
 from granq.convert import SCHEMES, ActQuantizer, LearnedSteps, Scheme, activation_places
 from granq.data import pixel_bounds
 from granq.generator import (
@@ -23,7 +23,16 @@ from granq.generator import (
     upsample_conv_plain,
     vary,
 )
-from granq.qat import Trainer, agreement_loss, disagreement_loss, entropy, load_generator, margin_loss, student_loss
+from granq.qat import (
+    Trainer,
+    agreement_loss,
+    disagreement_loss,
+    entropy,
+    load_generator,
+    load_run,
+    margin_loss,
+    student_loss,
+)
 from granq.quantizer import fake_quantize
 
 T = torch.tensor([[2.0, 0, -1], [0.5, 0.5, 0]])
@@ -262,12 +271,12 @@ def test_recipe_layers_from_the_command_to_integers(folder, teacher, tmp_path, c
     assert main(args + wide) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["image_bits"], row["pixel_range"]) == (6, 1.0) and 95 < row["macs_low_bit"] < 100
-    student = _load_run(tmp_path / "wide", folder, "cpu")[0]
+    student = load_run(tmp_path / "wide").student
     assert [place.bits for place in activation_places(student).values()][:2] == [6, 3]
     fixed = ["--no-learned-steps", "--pixel-range", "0.5", "--out", str(tmp_path / "fixed"), "--refined-images", "0"]
     assert main([*args[:-2], *fixed]) == 0
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["learned_steps"]
-    place = next(iter(activation_places(_load_run(tmp_path / "fixed", folder, "cpu")[0]).values()))
+    place = next(iter(activation_places(load_run(tmp_path / "fixed").student).values()))
     low, high = pixel_bounds(describe_data(folder, "resnet20_cifar10"))
     torch.testing.assert_close(place.running_max - place.running_min, (high - low) / 2)
 
