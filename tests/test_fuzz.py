@@ -125,6 +125,7 @@ def good_arguments() -> dict[str, tuple]:
         "measure_activation_distortion": (model, [x], ["0"], [3]), "measure_generated_images": (generator, model, spec),
         "measure_channel_histograms": (model, {"real": x}, ["0"], [3]), "measure_integer_agreement": (foldable, x),
         "measure_latency_quantizer": ([(1, 2, 4, 4)], 0), "measure_latency_scaling": ([0], [1]),
+        "load_generator": ("nowhere",), "load_run": ("nowhere", "cpu"),
         "redraw_figures": (["nothing"], Path("nowhere")),
         "reestimate_batchnorm": (foldable, model, x), "set_image_range": (foldable, x[:1, :, :1, :1], x[:1, :, :1, :1]),
         "pixel_bounds": (spec,),
@@ -151,7 +152,16 @@ def test_one_wrong_argument(name, draw):
 
 
 #: what others return, a switch, and what trains or writes: each has tests of its own
-ELSEWHERE = {"Result", "Scheme", "Setting", "QParams", "compile_quantizer", "digits_teacher", "train_teacher"}
+ELSEWHERE = {
+    "Result",
+    "SavedRun",
+    "Scheme",
+    "Setting",
+    "QParams",
+    "compile_quantizer",
+    "digits_teacher",
+    "train_teacher",
+}
 ELSEWHERE |= {"export_onnx", "save_integers", "save_teacher", "save_figure"}
 
 
