@@ -371,7 +371,7 @@ def calibrate(
     places = [place for place in activation_places(model).values() if place.tracked]
     if any(place.learned for place in places):
         raise ValueError("the steps of this model are learned: they no longer follow ranges")
-    before = [(place.running_min, place.running_max) for place in places]
+    before = [(place.running_min, place.running_max, place.frozen) for place in places]
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     for quantizer in quantizers:
         quantizer.bypassed = full_precision
@@ -384,12 +384,12 @@ def calibrate(
             forward(model, batch)
         if not all(place.seen for place in places):
             raise ValueError("no images to calibrate on")
+        freeze_ranges(model)
     except BaseException:
-        for place, (low, high) in zip(places, before, strict=True):
-            place.running_min, place.running_max = low, high
+        for place, was in zip(places, before, strict=True):
+            place.running_min, place.running_max, place.frozen = was
         raise
     finally:
-        freeze_ranges(model)
         for quantizer in quantizers:
             quantizer.bypassed = False
         for place in places:

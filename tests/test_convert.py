@@ -170,6 +170,17 @@ def test_quantile_ranges_leave_out_the_stated_share(tiny, scheme):
         calibrate(student, [images], quantile=0.5)
 
 
+def test_a_calibration_that_fails_changes_nothing(tiny):
+    student, images = quantize_model(tiny, "foldable", 3, 3), torch.randn(4, 3, 8, 8)
+    with pytest.raises(ValueError, match="no images"):
+        calibrate(student, [])
+    student(images)  # still tracks
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    with pytest.raises(ValueError):
+        calibrate(student, [100 * images, images[:, :2]])
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
 def test_image_range_is_that_of_the_image_alone(tiny):
     spec = DataSpec("any", 3, 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     low, high = pixel_bounds(spec)
