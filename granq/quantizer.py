@@ -191,17 +191,20 @@ def compile_quantizer(enabled: bool = True) -> bool:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(_plain, dynamic=True)
 
 
-def _plain(x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool) -> Tensor:
-    """``fake_quantize`` without its gradient, as one function for the compiler."""
+def _plain(x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool) -> tuple[Tensor, ...]:
+    """``fake_quantize`` without its gradient, as one function for the compiler: values, scales, zero points.
+
+    What is not an output the compiler computes again wherever it is read: a division for every 16 values.
+    """
     qparams = choose_qparams(x, bits, granularity, promote=promote)
-    return _dequantized_codes(x, *qparams, bits, clamp)
+    return _dequantized_codes(x, *qparams, bits, clamp), *qparams
 
 
-_fused: Callable[..., Tensor] | None = None  # compile_quantizer
+_fused: Callable[..., tuple[Tensor, ...]] | None = None  # compile_quantizer
 
 
 def fake_quantize_with(x: Tensor, qparams: QParams, bits: int, clamp: bool = True) -> Tensor:
@@ -212,13 +215,9 @@ def fake_quantize_with(x: Tensor, qparams: QParams, bits: int, clamp: bool = Tru
 class _StraightThrough(torch.autograd.Function):
     """Forward: quantize and dequantize. Backward: identity (Bengio et al. 2013, straight-through estimator)."""
 
-    @staticmethod
-    def forward(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
+    @staticmethod  # with ctx: torch inspects the signature of a forward without it at every call, 50 microseconds
+    def forward(ctx: Any, x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
         return _dequantized_codes(x, scale_inv, zero_point, bits, clamp)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass  # nothing to remember: the gradient does not depend on x
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -256,34 +255,18 @@ class _Fused(_StraightThrough):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool
+        ctx: Any, x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool
     ) -> Tensor:
         global _fused
         if _fused is not None:
             try:
                 # a plain tensor: compiled once, not per kind
-                rows = _as_rows(x.detach(), granularity)
-                if rows is None:
-                    return _fused(x.detach(), bits, granularity, clamp, promote)
-                return _fused(rows, bits, "per_sample", clamp, promote).view(x.shape)
+                return _fused(x.detach(), bits, granularity, clamp, promote)[0]
             except Exception as error:  # whatever a missing or broken compiler raises
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 warnings.warn(f"the quantizer runs uncompiled: {reason}", stacklevel=2)
                 _fused = None
-        return _plain(x, bits, granularity, clamp, promote)
-
-
-def _as_rows(x: Tensor, granularity: str) -> Tensor | None:
-    """``x`` as a matrix, a row for each group, where a group lies in one piece of memory.
-
-    Of four dimensions of unknown sizes the compiler makes a loop that divides for every element; of a matrix one that
-    reads each row twice, the second time from the cache.
-    """
-    dims = _reduced_dims(x, granularity)
-    first = dims[0] if dims else 0
-    if not first or dims != tuple(range(first, x.dim())) or not x.is_contiguous():
-        return None
-    return x.flatten(0, first - 1).flatten(1)
+        return _plain(x, bits, granularity, clamp, promote)[0]
 
 
 def _dequantized_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
