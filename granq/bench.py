@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
@@ -26,9 +25,11 @@ from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
 from granq import qat, scaling
+from granq.analysis import layer_calls, measure_layer_error
 from granq.checks import typed
-from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, calibrate, quantize_model
+from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, quantize_model
 from granq.generator import LATENT, Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
+from granq.models import build_network
 from granq.qat import versions
 from granq.quantizer import choose_qparams, compile_quantizer, fake_quantize
 
@@ -125,21 +126,30 @@ class PlainTrainer(qat.Trainer):
         self.optimizers[name].step()
 
 
-def compiled_release(x: Tensor, bits: int) -> Tensor:
-    """The library's quantizer under ``torch.compile``."""
-    before = compile_quantizer()
-    try:
-        return fake_quantize(x, bits, "per_sample_channel", clamp=False)
-    finally:
-        compile_quantizer(before)
+def release(x: Tensor, bits: int) -> Tensor:
+    """The library's vectorized quantizer, as scheme ``release`` uses it."""
+    return fake_quantize(x, bits, "per_sample_channel", clamp=False)
+
+
+def under_compile(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with the library's quantizer under ``torch.compile``."""
+
+    def compiled(*args: Any) -> Any:
+        before = compile_quantizer()
+        try:
+            return run(*args)
+        finally:
+            compile_quantizer(before)
+
+    return compiled
 
 
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "layerwise": lambda x, bits: fake_quantize(x, bits, "per_tensor", clamp=False),
     "channel loop": channel_loop,
     "textbook": textbook_chain,
-    "release": lambda x, bits: fake_quantize(x, bits, "per_sample_channel", clamp=False),
-    "release, compiled": compiled_release,
+    "release": release,
+    "release, compiled": under_compile(release),
     "copy": lambda x, bits: x.clone(),
 }
 
@@ -151,40 +161,33 @@ def measure_latency_quantizer(
     *,
     repetitions: int = 30,
     device: str = "cpu",
-    backward: bool = True,
 ) -> pd.DataFrame:
-    """Time of fake quantization per method and activation shape, float32, forward and (by default) backward.
+    """Time of fake quantization per method and activation shape, float32, forward and backward.
 
     Every repetition runs each method once, in turn, so that a disturbance meets all of them.
 
     Returns:
-        Columns method, shape, bytes, bits, backward, repetitions, median_ms, q25_ms, q75_ms, ratio_to_textbook and
+        Columns method, shape, bytes, bits, repetitions, median_ms, q25_ms, q75_ms, ratio_to_textbook and
         ratio_to_copy (medians of the ratios within one repetition, with their quartiles ``..._q25`` and ``..._q75``),
         threads, torch, device. ``release`` is the library's vectorized quantizer, ``copy`` the floor: ``x.clone()``.
     """
     rows = []
     for shape in tqdm(shapes, desc="quantizer", unit="shape"):
         generator = torch.Generator(device).manual_seed(0)
-        x = torch.rand(shape, generator=generator, device=device).requires_grad_(backward)
+        x = torch.rand(shape, generator=generator, device=device).requires_grad_()
         gradient = torch.ones_like(x)
 
         def once(method: Callable[[Tensor, int], Tensor], x: Tensor, gradient: Tensor) -> None:
-            output = method(x, bits)
-            if backward:
-                torch.autograd.grad(output, x, gradient)
+            torch.autograd.grad(method(x, bits), x, gradient)
 
         runs = {name: partial(once, method, x, gradient) for name, method in METHODS.items()}
         times = _alternate(runs, repetitions)
         for name in METHODS:
-            row: dict[str, object] = {
-                "method": name, "shape": str(shape), "bytes": x.numel() * x.element_size(), "bits": bits,
-                "backward": backward, **_quartiles(times[name]),
-            }  # fmt: skip
-            for reference in ("textbook", "copy"):
-                ratios = times[name] / times[reference]
-                row[f"ratio_to_{reference}"] = ratios.median()
-                row[f"ratio_to_{reference}_q25"] = ratios.quantile(0.25)
-                row[f"ratio_to_{reference}_q75"] = ratios.quantile(0.75)
+            row: dict[str, object] = {"method": name, "shape": str(shape), "bytes": _bytes(x), "bits": bits}
+            row |= _quartiles(times[name])
+            for ratio in ("ratio_to_textbook", "ratio_to_copy"):
+                reference = times[ratio.removeprefix("ratio_to_")]
+                row |= _quartiles(times[name] / reference, (ratio, f"{ratio}_q25", f"{ratio}_q75"))
             rows.append(row)
     return _table(rows, repetitions, device)
 
@@ -257,7 +260,6 @@ def measure_latency_step(
     teacher: nn.Module | None = None,
     batches: Sequence[int] = (64, 200),
     *,
-    bits: int = 3,
     image_size: int = 32,
     repetitions: int = 30,
     device: str = "cpu",
@@ -268,7 +270,6 @@ def measure_latency_step(
     Args:
         teacher: ResNet-20 for CIFAR-10 with random weights by default; times do not depend on them.
         batches: images per step.
-        bits: of weights and activations.
         image_size: of the generated images.
         repetitions: of each step.
         device: cpu or cuda.
@@ -279,69 +280,38 @@ def measure_latency_step(
         q25_ms, q75_ms, speedup (plain over this, median of the ratios within a repetition) with quartiles,
         repetitions, threads, torch, device.
     """
-    from granq.models import build_network
-
     torch.manual_seed(0)
     teacher = teacher or build_network("resnet20_cifar10", 10)
     rows = []
     for batch in tqdm(batches, desc="step", unit="batch size"):
-        config = qat.QATConfig(
-            weight_bits=bits, act_bits=bits, batch_size=batch, image_size=image_size, device=device, seed=0
-        )
-        plain, ours = PlainTrainer(teacher, config), qat.Trainer(teacher, config)
-        half = qat.Trainer(teacher, replace(config, bf16=True))
-
-        def compiled_step(trainer: qat.Trainer) -> None:
-            before = compile_quantizer()
-            try:
-                trainer.step(True)
-            finally:
-                compile_quantizer(before)
-
-        trainers = {"plain": plain, "granq": ours, "granq bf16": half}
+        config = qat.QATConfig(batch_size=batch, image_size=image_size, device=device)
+        ours, half = (qat.Trainer(teacher, c) for c in (config, replace(config, bf16=True)))
+        trainers = {"plain": PlainTrainer(teacher, config), "granq": ours, "granq bf16": half}
         runs: dict[str, Callable[[], object]] = {name: partial(t.step, True) for name, t in trainers.items()}
         if compiled:
-            runs["granq compiled"] = partial(compiled_step, ours)
-            runs["granq bf16 compiled"] = partial(compiled_step, half)
+            runs |= {f"{name} compiled": under_compile(runs[name]) for name in ("granq", "granq bf16")}
         times = _alternate(runs, repetitions, warm=0)
         for name in times:
-            ratio = times.plain / times[name]
-            row: dict[str, object] = {"method": name, "batch": batch, "bits": bits, "image_size": image_size}
-            for column, values in (("ms", times[name]), ("speedup", ratio)):
-                low, middle, high = (f"{q}_{column}" for q in ("q25", "median", "q75"))
-                row |= {middle: values.median(), low: values.quantile(0.25), high: values.quantile(0.75)}
-            rows.append(row)
-    return _table(rows, repetitions, device).rename(columns=lambda c: c.replace("median_speedup", "speedup"))
+            row: dict[str, object] = {"method": name, "batch": batch, "bits": config.act_bits, "image_size": image_size}
+            speedup = _quartiles(times.plain / times[name], ("speedup", "q25_speedup", "q75_speedup"))
+            rows.append(row | _quartiles(times[name]) | speedup)
+    return _table(rows, repetitions, device)
 
 
-def measure_latency_evaluation(
-    model: nn.Module | None = None, batch: int = 250, *, scheme: str = "release", bits: int = 3, image_size: int = 32,
-    repetitions: int = 30, device: str = "cpu",
-) -> pd.DataFrame:  # fmt: skip
+def measure_latency_evaluation(*, repetitions: int = 30, device: str = "cpu") -> pd.DataFrame:
     """Forward of a quantized network beside the full-precision one, both as they are and under ``torch.compile``.
 
-    The student's weights are quantized once, before the clock starts, as they are while accuracy is measured.
-
-    Args:
-        model: ResNet-20 for CIFAR-10 with random weights by default.
-        batch: images.
-        scheme: of the student.
-        bits: of weights and activations.
-        image_size: of the images.
-        repetitions: of each forward.
-        device: cpu or cuda.
+    ResNet-20 for CIFAR-10 with random weights, scheme ``release``, 3 bits, 250 images. The student's weights are
+    quantized once, before the clock starts, as they are while accuracy is measured.
 
     Returns:
         Columns method (full precision, quantized; each also compiled), batch, scheme, bits, median_ms, q25_ms, q75_ms,
         ratio_to_full_precision (of the same kind, median within repetitions), repetitions, threads, torch, device.
     """
-    from granq.models import build_network
-
     torch.manual_seed(0)
-    model = copy.deepcopy(model or build_network("resnet20_cifar10", 10)).to(device).eval()
-    student = quantize_model(model, scheme, bits, bits).to(device)
-    images = torch.randn(batch, 3, image_size, image_size, device=device)
-    calibrate(student, [images])
+    scheme, bits, model = "release", 3, build_network("resnet20_cifar10", 10).to(device)
+    student = quantize_model(model, scheme, bits, bits)
+    images = torch.randn(250, 3, 32, 32, device=device)
     for layer in [m for m in student.modules() if parametrize.is_parametrized(m, "weight")]:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     networks: dict[str, Any] = {"full precision": model, "quantized": student}
@@ -356,15 +326,20 @@ def measure_latency_evaluation(
     for name in networks:
         kind = ", compiled" if name.endswith("compiled") else ""
         ratio = (times[name] / times["full precision" + kind]).median()
-        row: dict[str, object] = {"method": name, "batch": batch, "scheme": scheme, "bits": bits}
+        row: dict[str, object] = {"method": name, "batch": len(images), "scheme": scheme, "bits": bits}
         rows.append(row | _quartiles(times[name]) | {"ratio_to_full_precision": ratio})
     return _table(rows, repetitions, device)
 
 
 def measure_latency_analysis(
-    network: str = "resnet50", images: int = 256, *, batch: int = 4, image_size: int = 224, bits: int = 3,
-    repetitions: int = 3, device: str = "cpu",
-) -> pd.DataFrame:  # fmt: skip
+    network: str = "resnet50",
+    images: int = 256,
+    *,
+    batch: int = 4,
+    image_size: int = 224,
+    repetitions: int = 3,
+    device: str = "cpu",
+) -> pd.DataFrame:
     """The layer error of one scheme, all layers, beside the plain forwards that it cannot do without.
 
     Measuring one scheme locally and accumulated takes three forwards: full precision, quantized, and each layer on its
@@ -375,7 +350,6 @@ def measure_latency_analysis(
         images: how many.
         batch: at once.
         image_size: of the images.
-        bits: of weights and activations.
         repetitions: of each.
         device: cpu or cuda.
 
@@ -383,9 +357,6 @@ def measure_latency_analysis(
         Columns method (forwards, layer_error), network, images, median_ms, q25_ms, q75_ms, ratio_to_forwards (three
         plain forwards; median within repetitions), repetitions, threads, torch, device.
     """
-    from granq.analysis import measure_layer_error
-    from granq.models import build_network
-
     torch.manual_seed(0)
     model = build_network(network, 10 if "cifar10" in network else 1000).to(device)
     data = [torch.randn(batch, 3, image_size, image_size, device=device) for _ in range(-(-images // batch))]
@@ -398,9 +369,9 @@ def measure_latency_analysis(
 
     runs: dict[str, Callable[[], object]] = {
         "forwards": forwards,
-        "layer_error": partial(measure_layer_error, model, data, ["strict"], bits),
+        "layer_error": partial(measure_layer_error, model, data, ["strict"], 3),
     }
-    measure_layer_error(model, data[:1], ["strict"], bits)  # warm-up, in place of a whole run
+    measure_layer_error(model, data[:1], ["strict"], 3)  # warm-up, in place of a whole run
     times = _alternate(runs, repetitions, warm=0)
     rows = []
     for name in times:
@@ -410,9 +381,8 @@ def measure_latency_analysis(
 
 
 def measure_latency_cost(
-    model: nn.Module | None = None, batch: int = 64, *, bits: int = 3, image_size: int = 32, repetitions: int = 30,
-    device: str = "cpu",
-) -> pd.DataFrame:  # fmt: skip
+    model: nn.Module | None = None, batch: int = 64, *, image_size: int = 32, repetitions: int = 30, device: str = "cpu"
+) -> pd.DataFrame:
     """Predicted beside measured time: every layer and quantizer of a ``release`` student, and a training step.
 
     The prediction is a roofline: the longer of operations over the rate of a matrix product and of bytes over the rate
@@ -424,7 +394,6 @@ def measure_latency_cost(
     Args:
         model: ResNet-20 for CIFAR-10 with random weights by default.
         batch: images; the whole forward is also measured at a half and a quarter of them.
-        bits: of weights and activations.
         image_size: side of the images, a multiple of 8; the whole forward is also measured at a half and the double.
         repetitions: of each.
         device: cpu or cuda.
@@ -436,15 +405,11 @@ def measure_latency_cost(
         of the totals are ``growth(frame[frame.kind == "network"], ("median_ms", "operations", "bytes"), ("batch",
         "size"))``.
     """
-    from granq.models import build_network
-
     torch.manual_seed(0)
     if model is None:
         model = build_network("resnet20_cifar10", 10)
         model.get_submodule("features").final_pool = nn.AdaptiveAvgPool2d(1)  # the same at 32 pixels; takes any size
-    config = qat.QATConfig(
-        weight_bits=bits, act_bits=bits, batch_size=batch, image_size=image_size, device=device, seed=0
-    )
+    config = qat.QATConfig(batch_size=batch, image_size=image_size, device=device)
     trainer = qat.Trainer(model, config)
     parts = _forward_parts(trainer.student, batch, image_size, device) + _step_parts(trainer)
     speed, bandwidth = _machine_rates(device)
@@ -568,16 +533,17 @@ def _bytes(x: Tensor) -> int:
 def _calls(network: nn.Module, *inputs: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
     """Name, module, input and output of every call of a module without children (parametrizations are none)."""
     seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-    hooks = [
-        module.register_forward_hook(lambda m, args, out, name=name: seen.append((name, m, args[0], out.detach())))
+    names = [
+        name
         for name, module in network.named_modules()
         if (isinstance(module, LAYERS) or not list(module.children())) and not isinstance(module, WeightQuantizer)
     ]
-    try:
+
+    def visit(name: str, x: Tensor, y: Tensor) -> None:
+        seen.append((name, network.get_submodule(name), x, y.detach()))
+
+    with layer_calls(network, names, visit):
         network(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 
@@ -607,37 +573,8 @@ def measure_latency_import(*, repetitions: int = 30, device: str = "cpu") -> pd.
     return _table(rows, repetitions, device)
 
 
-def _quartiles(times: pd.Series) -> dict[str, float]:
-    return {name: float(times.quantile(q)) for name, q in (("median_ms", 0.5), ("q25_ms", 0.25), ("q75_ms", 0.75))}
-
-
-def profile_step(
-    teacher: nn.Module | None = None, batch: int = 64, *, device: str = "cpu", top: int = 12
-) -> pd.DataFrame:
-    """Where one training step spends its time: the ``top`` operators by their own time, and the rest as ``others``.
-
-    Returns:
-        Columns operator, calls, self_ms, share (0 to 1).
-    """
-    from granq.models import build_network
-
-    torch.manual_seed(0)
-    trainer = qat.Trainer(
-        teacher or build_network("resnet20_cifar10", 10), qat.QATConfig(batch_size=batch, device=device)
-    )
-    for _ in range(2):
-        trainer.step(True)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]) as profiler:
-        trainer.step(True)
-    time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    rows = [(e.key, e.count, getattr(e, time) / 1e3) for e in profiler.key_averages()]
-    frame = pd.DataFrame(rows, columns=["operator", "calls", "self_ms"]).sort_values("self_ms", ascending=False)
-    rest = frame.iloc[top:]
-    frame = pd.concat(
-        [frame.head(top), pd.DataFrame([("others", rest.calls.sum(), rest.self_ms.sum())], columns=frame.columns)]
-    )
-    return frame.assign(share=frame.self_ms / frame.self_ms.sum()).reset_index(drop=True)
+def _quartiles(values: pd.Series, names: tuple[str, str, str] = ("median_ms", "q25_ms", "q75_ms")) -> dict[str, float]:
+    return dict(zip(names, values.quantile([0.5, 0.25, 0.75]), strict=True))
 
 
 def _table(rows: Sequence[Mapping[str, object]], repetitions: int, device: str) -> pd.DataFrame:

@@ -18,7 +18,6 @@ from granq.bench import (
     measure_latency_scaling,
     measure_latency_step,
     plain_batchnorm_loss,
-    profile_step,
     textbook_chain,
 )
 from granq.generator import batchnorm_loss, build_generator, synthesize
@@ -54,8 +53,6 @@ def test_step_evaluation_and_analysis_rows(tiny):
     assert (
         list(frame.method) == ["plain", "granq", "granq bf16"] and frame.speedup[0] == 1 and (frame.median_ms > 0).all()
     )
-    rows = profile_step(tiny, 4)
-    assert abs(rows.share.sum() - 1) < 1e-6 and rows.operator.iloc[-1] == "others"
     frame = measure_latency_analysis("resnet20_cifar10", 2, batch=2, image_size=32, repetitions=1)
     assert list(frame.method) == ["forwards", "layer_error"] and frame.ratio_to_forwards[0] == 1
 
