@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.analysis import sqnr_db
+from granq.analysis import layer_calls, sqnr_db
 from granq.checks import forward, needs, typed
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, activation_places, frozen_ranges
 from granq.quantizer import min_max
@@ -53,15 +53,16 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer to audit")
     calls: dict[nn.Module, list[tuple[tuple[int, ...], int]]] = {}
 
-    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.setdefault(module, []).append((tuple(args[0].shape), _macs(module, args[0], output)))
+    def note(name: str, x: Tensor, output: Tensor) -> None:
+        module = model.get_submodule(name)
+        calls.setdefault(module, []).append((tuple(x.shape), _macs(module, x, output)))
 
     training = {module: module.training for module in model.modules()}
     places = activation_places(model).values()
     unset = [q for q in places if q.tracked and not q.seen]
-    hooks = [m.register_forward_hook(note) for m in dict.fromkeys(m for _, m in found)]
+    once = {m: n for n, m in found}.values()  # a layer under two names is watched under one
     try:
-        with torch.no_grad(), frozen_ranges(model.eval()):
+        with torch.no_grad(), frozen_ranges(model.eval()), layer_calls(model, once, note):
             for quantizer in unset:
                 quantizer.frozen = False
             forward(model, example)
@@ -69,8 +70,6 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
             first: dict[nn.Module, str] = {}
             rows = [_row(n, m, calls.get(m, []), sources, first) for n, m in found]
     finally:
-        for hook in hooks:
-            hook.remove()
         for quantizer in unset:
             quantizer.running_min = quantizer.running_max = quantizer.running_min.new_empty(0)
         for module, before in training.items():

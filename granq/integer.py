@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +19,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from granq.analysis import layer_calls, layer_names
 from granq.checks import forward, typed
 from granq.convert import LAYERS, ActQuantizer, activation_places, frozen_ranges
+from granq.scaling import Conv, convolve
 
 
 def _storage(bits: int) -> torch.dtype:
@@ -92,19 +93,15 @@ class IntegerLayer(nn.Module):
         fan_in, largest = self.weight[0].numel(), 2**quantizer.bits * 2**quantizer.source.bits
         if fan_in * largest >= 2**31:
             raise ValueError(f"a sum over {fan_in} products below {largest} may not fit int32")
-        self.conv: Callable[[Tensor, Tensor], Tensor] = F.linear
-        self.options: dict[str, Any] = {}
-        self.dilation: tuple[int, ...] = (1, 1)
-        if isinstance(layer, nn.Conv2d):
-            if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-                raise ValueError("only numeric zero padding is executed in integers")
-            self.options = {k: getattr(layer, k) for k in ("stride", "padding", "groups")}
-            self.dilation = layer.dilation
-            self.conv = F.conv2d
+        self.conv = Conv.of(layer) if isinstance(layer, nn.Conv2d) else None
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer does, without a bias, to an input and a weight of any one type."""
+        return F.linear(x, weight) if self.conv is None else convolve(x, weight, self.conv)
 
     def accumulate(self, u: Tensor) -> Tensor:
         """The int32 sums, exact: construction checked that the largest possible one fits."""
-        return self.conv(u.to(torch.int32), _spread(self.weight, self.dilation).to(torch.int32), **self.options)
+        return self.product(u.to(torch.int32), self.weight.to(torch.int32))
 
     def forward(self, u: Tensor) -> Tensor:
         return self.rescaled(self.accumulate(u))
@@ -113,16 +110,6 @@ class IntegerLayer(nn.Module):
         """The layer's output from its sums."""
         shape = (-1, *(1,) * (sums.dim() - 2))
         return sums * self.rescale.view(shape) + self.offset.view(shape)
-
-
-def _spread(weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
-    """A dilated kernel written out with its zeros: PyTorch has no dilated integer convolution on the CPU."""
-    if weight.dim() == 2 or dilation == (1, 1):
-        return weight
-    (dy, dx), (*io, h, w) = dilation, weight.shape
-    wide = weight.new_zeros((*io, dy * (h - 1) + 1, dx * (w - 1) + 1))
-    wide[..., ::dy, ::dx] = weight
-    return wide
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -198,13 +185,14 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
     integer, eps = integer_model(student), torch.finfo(torch.float32).eps
     rows: list[dict[str, Any]] = []
 
-    def compare(name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, twin = inputs[0], IntegerLayer(layer, None)
-        quantizer = cast(Any, layer.parametrizations).weight[0].source
+    def compare(name: str, x: Tensor, output: Tensor) -> None:
+        layer = cast(Any, student.get_submodule(name))
+        twin = IntegerLayer(layer, None)
+        quantizer = layer.parametrizations.weight[0].source
         u = (x * quantizer.qparams().scale_inv).round().to(torch.int32)  # x lies on the grid: exact
         sums = twin.accumulate(u)
         difference = (twin.rescaled(sums) - output).abs()
-        magnitude = twin.conv(x.abs(), _spread(layer.weight.abs(), twin.dilation), **twin.options)
+        magnitude = twin.product(x.abs(), layer.weight.abs())
         if layer.bias is not None:
             magnitude = magnitude + layer.bias.abs().view(-1, *(1,) * (output.dim() - 2))
         fan_in = layer.weight[0].numel()
@@ -216,17 +204,8 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
             }
         )  # fmt: skip
 
-    hooks = [
-        m.register_forward_hook(lambda m, args, out, name=n: compare(name, m, args, out))
-        for n, m in student.named_modules()
-        if isinstance(m, LAYERS)
-    ]
-    try:
-        with frozen_ranges(student):
-            logits = forward(student, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with frozen_ranges(student), layer_calls(student, layer_names(student), compare):
+        logits = forward(student, images)
     own = integer(images)
     same = int((own.argmax(1) == logits.argmax(1)).sum())
     rows.append(
@@ -276,7 +255,7 @@ class _ExportLayer(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         weight = torch.ops.quantized_decomposed.dequantize_per_tensor(self.source.weight, 1.0, 0, -128, 127, torch.int8)
-        return self.source.rescaled(self.source.conv(u, _spread(weight, self.source.dilation), **self.source.options))
+        return self.source.rescaled(self.source.product(u, weight))
 
 
 def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from granq.convert import Scheme, get_scheme
-from granq.integer import _spread
 from granq.quantizer import QParams, quantize
 
 Pair = tuple[int, int]
@@ -97,14 +96,17 @@ def accumulate(values: Tensor, weight: Tensor, conv: Conv, carrier: torch.dtype 
     limit = 2**31 if carrier == torch.int32 else int(2 / torch.finfo(carrier).eps)  # 2**24 for float32
     if largest >= limit:
         raise OverflowError(f"a sum may reach {largest}, which {carrier} does not hold exactly")
-    return _conv(values.to(carrier), weight.to(carrier), conv)
+    return convolve(values.to(carrier), weight.to(carrier), conv)
 
 
-def _conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-    dilation = conv.dilation
-    if not x.is_floating_point():  # PyTorch has no dilated integer convolution
-        weight, dilation = _spread(weight, dilation), (1, 1)
-    return F.conv2d(x, weight, None, conv.stride, conv.padding, dilation, conv.groups)
+def convolve(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    """``F.conv2d``, also of integers with a dilated kernel, which PyTorch has not: it is written out with its zeros."""
+    (dy, dx), (*io, h, w) = conv.dilation, weight.shape
+    if not x.is_floating_point() and (dy, dx) != (1, 1):
+        wide = weight.new_zeros((*io, dy * (h - 1) + 1, dx * (w - 1) + 1))
+        wide[..., ::dy, ::dx] = weight
+        weight, conv = wide, conv._replace(dilation=(1, 1))
+    return F.conv2d(x, weight, None, *conv)
 
 
 def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.dtype = torch.int32) -> Tensor:
@@ -159,7 +161,7 @@ def prescaled(x: Integers, weight: Tensor, conv: Conv = PLAIN) -> Tensor:
         weight: dequantized, floating point; this was done once.
         conv: the arguments.
     """
-    return _conv(x.dequantize(), weight, conv)
+    return convolve(x.dequantize(), weight, conv)
 
 
 def fold(weight: Integers, scale_inv: Tensor, conv: Conv = PLAIN) -> Tensor:
@@ -182,7 +184,7 @@ def fold(weight: Integers, scale_inv: Tensor, conv: Conv = PLAIN) -> Tensor:
 
 def folded(x: Integers, folded_weight: Tensor, conv: Conv = PLAIN) -> Tensor:
     """One dense convolution of the integers with the weight of ``fold``; no rescale is left: (N, O, H', W')."""
-    return _conv(x.values.to(folded_weight.dtype), folded_weight, conv)
+    return convolve(x.values.to(folded_weight.dtype), folded_weight, conv)
 
 
 def float_bound(x: Integers, weight: Integers, conv: Conv = PLAIN) -> Tensor:
@@ -193,7 +195,7 @@ def float_bound(x: Integers, weight: Integers, conv: Conv = PLAIN) -> Tensor:
     apart by at most twice that to first order (Higham 2002, section 3.1); one more eps covers the second order.
     """
     fan_in = weight.values[0].numel()
-    magnitude = _conv(x.dequantize().abs().double(), weight.dequantize().abs().double(), conv)
+    magnitude = convolve(x.dequantize().abs().double(), weight.dequantize().abs().double(), conv)
     return (fan_in + 4) * torch.finfo(x.scale_inv.dtype).eps * magnitude
 
 
