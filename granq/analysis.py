@@ -321,14 +321,22 @@ def measure_layer_error(
     for student in students.values():
         calibrate(student, warm)
     del warm
-    sums: dict[tuple[str, str, str], Tensor] = {}  # (scheme, layer, mode) -> (4, C)
+    sums = _Sums()  # (scheme, layer, mode) -> (4, C)
+    clean: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by layer, for each of its calls: output and its energy
 
     def add(scheme: str, name: str, mode: str, reference: Tensor, energy: Tensor, value: Tensor) -> None:
-        error = _energy(value - reference)
         count = torch.full_like(energy, reference.numel() / len(energy))
-        new = torch.stack([count, energy, _energy(value), error]).cpu()
-        key = (scheme, name, mode)
-        sums[key] = sums[key] + new if key in sums else new
+        sums.add((scheme, name, mode), torch.stack([count, energy, _energy(value), _energy(value - reference)]))
+
+    def visit_clean(name: str, x: Tensor, out: Tensor) -> None:
+        energy = _energy(out)
+        if "local" in modes:
+            for scheme, student in students.items():
+                quantizer = quantizers[scheme].get(name)
+                value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
+                add(scheme, name, "local", out, energy, value)
+        if "accumulated" in modes:  # a copy: an in-place ReLU behind the layer would change it
+            clean.setdefault(name, []).append((out.clone(), energy))
 
     count = 0
     with ExitStack() as stack:
@@ -339,50 +347,28 @@ def measure_layer_error(
         for batch in tqdm(chain([first], rest), desc="layer error", unit="batch"):
             images = _images(batch).to(device)
             count += len(images)
-            clean: dict[str, list[tuple[Tensor, Tensor]]] = {}  # outputs and their energy
-
-            def visit_clean(
-                name: str, x: Tensor, out: Tensor, clean: dict[str, list[tuple[Tensor, Tensor]]] = clean
-            ) -> None:
-                energy = _energy(out)
-                if "local" in modes:
-                    for scheme, student in students.items():
-                        quantizer = quantizers[scheme].get(name)
-                        value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
-                        add(scheme, name, "local", out, energy, value)
-                if "accumulated" in modes:  # a copy: an in-place ReLU behind the layer would change it
-                    clean.setdefault(name, []).append((out.clone(), energy))
-
+            clean.clear()
             with layer_calls(model, layers, visit_clean):
                 forward(model, images)
-            if "accumulated" not in modes:
-                continue
-            for scheme, student in students.items():
+            for scheme, student in students.items() if "accumulated" in modes else ():
                 calls = {name: iter(values) for name, values in clean.items()}
 
-                def visit_student(
-                    name: str,
-                    x: Tensor,
-                    out: Tensor,
-                    scheme: str = scheme,
-                    calls: dict[str, Iterator[tuple[Tensor, Tensor]]] = calls,
-                ) -> None:
-                    add(scheme, name, "accumulated", *next(calls[name]), out)
+                def visit_student(name: str, x: Tensor, out: Tensor, scheme: str = scheme, calls: Any = calls) -> None:
+                    reference, energy = next(calls[name])
+                    add(scheme, name, "accumulated", reference, energy, out)
 
                 with layer_calls(student, layers, visit_student):
                     student(images)
 
     rows = []
-    for scheme in schemes:
-        for mode in modes:
-            for name in layers:
-                if (scheme, name, mode) not in sums:
-                    continue  # the forward never calls this layer
-                values = sums[scheme, name, mode]
-                groups = values.T.tolist() if per_channel else [values.sum(1).tolist()]
-                for channel, group in enumerate(groups):
-                    key = (name, scheme, weight_bits, act_bits, mode) + ((channel,) if per_channel else ())
-                    rows.append((*key, *_error_metrics(*group), count))
+    for scheme, mode, name in product(schemes, modes, layers):
+        if (scheme, name, mode) not in sums:
+            continue  # the forward never calls this layer
+        values = sums[scheme, name, mode]
+        groups = values.T.tolist() if per_channel else [values.sum(1).tolist()]
+        for channel, group in enumerate(groups):
+            key = (name, scheme, weight_bits, act_bits, mode) + ((channel,) if per_channel else ())
+            rows.append((*key, *_error_metrics(*group), count))
     columns = ["layer", "scheme", "weight_bits", "act_bits", "mode"] + (["channel"] if per_channel else [])
     return pd.DataFrame(rows, columns=[*columns, "mse", "sqnr_db", "cosine_similarity", "images"])
 
