@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from granq.checks import check_batches, check_images, forward, typed
+from granq.checks import check_batches, check_images, forward, one_of, typed
 from granq.convert import LAYERS, calibrate, frozen_ranges, input_places, quantize_model
 from granq.data import DataSpec
 from granq.generator import LATENT, Generator
@@ -307,8 +307,8 @@ def measure_layer_error(
         exact output has an SQNR of infinity.
     """
     weight_bits, act_bits = (bits, bits) if isinstance(bits, int) else bits
-    if unknown := set(modes) - set(MODES):
-        raise ValueError(f"unknown mode {sorted(unknown)[0]!r}; known: {', '.join(MODES)}")
+    for mode in modes:
+        one_of("mode", mode, MODES)
     layers = _checked(model, layer_names(model) if layers is None else layers)
     device = _device(model)
     check_batches(batches)

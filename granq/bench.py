@@ -33,9 +33,6 @@ from granq.models import build_network
 from granq.qat import versions
 from granq.quantizer import choose_qparams, compile_quantizer, fake_quantize
 
-#: ``measure_latency_<name>``, in the order of ``granq bench all``
-BENCHMARKS = ("quantizer", "scaling", "step", "evaluation", "analysis", "cost", "import")
-
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = (
     (200, 16, 32, 32), (200, 32, 16, 16), (200, 64, 8, 8), (16, 64, 56, 56), (16, 512, 7, 7),

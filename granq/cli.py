@@ -28,6 +28,8 @@ EXAMPLES = {
     "release --bits 2,2 3,3 --seeds 0 1 2 --jobs 2 --out runs/sweep",
     "export": "granq export runs/foldable --data digits --out runs/integers",
 }
+#: ``bench.measure_latency_<name>``, in the order of ``granq bench all``
+BENCHMARKS = ("quantizer", "scaling", "step", "evaluation", "analysis", "cost", "import")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--recipe", default="adadfq", help="adadfq, gdfq, or layers (follow the teacher in each)")
     sub.add_argument("--seed", type=int, default=0)
-    _add_budget(sub)
+    _add_settings(sub)
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--deterministic", action="store_true", help="same seed, same bits on CUDA too, at some speed")
 
@@ -91,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--bits", nargs="+", help="such as 3,3 4,4")
     sub.add_argument("--recipes", nargs="+", default=["adadfq"])
     sub.add_argument("--seeds", nargs="+", type=int, default=[0])
-    _add_budget(sub)
+    _add_settings(sub)
     sub.add_argument("--jobs", type=int, default=1, help="runs at once")
     sub.add_argument("--engine", default="joblib", help="joblib, or submitit for Slurm")
     sub.add_argument("--status", action="store_true", help="print the table and start nothing")
@@ -114,8 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True)
 
     sub = command("bench", "Time the parts of the package against plain baselines and against a model of their cost.")
-    names = ("quantizer", "scaling", "step", "evaluation", "analysis", "cost", "import", "all")
-    sub.add_argument("what", nargs="?", choices=names, default="all")
+    sub.add_argument("what", nargs="?", choices=(*BENCHMARKS, "all"), default="all")
     sub.add_argument("--repetitions", type=int, default=30, help="analysis, minutes each: a tenth as many")
     sub.add_argument("--out", type=Path, help="folder for the CSV")
 
@@ -151,34 +152,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-BUDGET = ("preset", "epochs", "iterations", "batch_size", "warmup_epochs", "image_size")
-COUNTS = {
-    "refined_images": "recipe layers: train on so many refined images, 0 for none",
-    "image_bits": "bits of the image, such as 6: two passes of a 3-bit first layer; a static range is then that of all "
-    "pixels unless --pixel-range says otherwise; default as other activations",
-}
-RATES = {
-    "student_lr": "peak learning rate of the student",
-    "range_quantile": "share of the values inside static ranges, such as 0.99; default 1, the extremes",
-    "pixel_range": "static range of the image: a share of that of all pixels; default 0, that of generated images",
-}
-SWITCHES = {
-    "reestimate_batchnorm": "undo the shift that quantization causes",
-    "learned_steps": "train quantization steps too (LSQ)",
-    "bf16": "train under bfloat16 autocast (faster where supported); accuracies stay those of float32",
-}
+#: options of a run that ``granq quantize`` and ``granq sweep`` share, besides --preset: type and help
+SETTINGS: dict[str, tuple[type, str | None]] = {
+    "epochs": (int, None),
+    "iterations": (int, None),
+    "batch_size": (int, None),
+    "warmup_epochs": (int, None),
+    "image_size": (int, None),
+    "refined_images": (int, "recipe layers: train on so many refined images, 0 for none"),
+    "image_bits": (int, "bits of the image, such as 6: two passes of a 3-bit first layer; a static range is then that "
+                   "of all pixels unless --pixel-range says otherwise; default as other activations"),
+    "student_lr": (float, "peak learning rate of the student"),
+    "range_quantile": (float, "share of the values inside static ranges, such as 0.99; default 1, the extremes"),
+    "pixel_range": (float, "static range of the image: a share of that of all pixels; default 0, that of generated "
+                    "images"),
+    "generator": (Path, "start from the generator of this run, without a warm-up; in a sweep {seed} stands for the "
+                  "seed"),
+    "reestimate_batchnorm": (bool, "undo the shift that quantization causes"),
+    "learned_steps": (bool, "train quantization steps too (LSQ)"),
+    "bf16": (bool, "train under bfloat16 autocast (faster where supported); accuracies stay those of float32"),
+}  # fmt: skip
 
 
-def _add_budget(sub: argparse.ArgumentParser) -> None:
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _add_settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", choices=("quick", "paper"), default="quick")
-    for name in BUDGET[1:]:
-        sub.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name, text in (COUNTS | RATES).items():
-        sub.add_argument(f"--{name.replace('_', '-')}", type=int if name in COUNTS else float, help=text)
-    text = "start from the generator of this run, without a warm-up; in a sweep {seed} stands for the seed"
-    sub.add_argument("--generator", type=Path, help=text)
-    for name, text in SWITCHES.items():
-        sub.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
+    for name, (kind, text) in SETTINGS.items():
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        sub.add_argument(_option(name), help=text, **how)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,7 +218,7 @@ def parse_bits(text: str) -> tuple[int, int]:
 def _at_least(args: argparse.Namespace, **least: int) -> None:
     for name, low in least.items():
         if (value := getattr(args, name)) is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+            raise ValueError(f"{_option(name)} must be at least {low}, got {value}")
 
 
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
@@ -357,11 +361,11 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         bits = [",".join(map(str, parse_bits(text))) for text in args.bits]
         if len(set(args.network)) < len(args.network):
             raise ValueError("--network names one network twice: a sweep has one teacher for each")
-        names = ("data", *BUDGET, *COUNTS, *RATES, "generator", "device")
-        given = [(f"--{n.replace('_', '-')}", getattr(args, n)) for n in names]
-        options = [str(part) for pair in given if pair[1] is not None for part in pair]
-        switches = {n: getattr(args, n) for n in SWITCHES if getattr(args, n) is not None}
-        options += [f"--{'' if on else 'no-'}{n.replace('_', '-')}" for n, on in switches.items()]
+        names = ("data", "preset", *SETTINGS, "device")
+        given = {n: value for n in names if (value := getattr(args, n)) is not None}
+        switches = {n: given.pop(n) for n, (kind, _) in SETTINGS.items() if kind is bool and n in given}
+        options = [part for n, value in given.items() for part in (_option(n), str(value))]
+        options += [_option(n if on else f"no_{n}") for n, on in switches.items()]
         teachers = dict(zip(args.network, args.teacher or [None] * len(args.network), strict=True))
         plan = sweep.plan_sweep(teachers, args.schemes, bits, args.seeds, args.recipes, options)
         sweep.write_plan(args.out, plan)
@@ -415,7 +419,7 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 
     _at_least(args, repetitions=1)
     device = qat.resolve_device(args.device)
-    names = bench.BENCHMARKS if args.what == "all" else (args.what,)
+    names = BENCHMARKS if args.what == "all" else (args.what,)
     files = {name: "cost_model.csv" if name == "cost" else f"{name}_latency.csv" for name in names}
     paths = {name: args.out / file for name, file in files.items()} if args.out else {}
     if found := [path for path in paths.values() if path.exists()]:

@@ -241,19 +241,16 @@ def train_teacher(
     return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
 
 
-def digits_teacher(network: str = "resnet20_cifar10", *, epochs: int = 12, batch_size: int = 64, seed: int = 0) -> Path:
+def digits_teacher(network: str = "resnet20_cifar10") -> Path:
     """File of a teacher of the digits, trained at first use (about 25 s on two cores) and kept under ``data_root()``.
 
     Args:
         network: name in pytorchcv or torchvision.
-        epochs: passes over the train split.
-        batch_size: images per step.
-        seed: as in ``train_teacher``. The settings are part of the file name: others make another file.
     """
-    path = data_root() / f"digits-{network.replace(':', '-')}-epochs{epochs}-batch{batch_size}-seed{seed}.safetensors"
+    path = data_root() / f"digits-{network.replace(':', '-')}-epochs12-batch64-seed0.safetensors"
     if not path.is_file():
         spec = describe_data("digits", network)
-        model, top1 = train_teacher(network, spec, epochs=epochs, batch_size=batch_size, seed=seed)
+        model, top1 = train_teacher(network, spec, epochs=12, batch_size=64)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(path, lambda temporary: save_teacher(temporary, model, network, spec, top1))
     return path

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from granq.checks import one_of
 from granq.data import save_atomically, write_csv
 from granq.runs import RunFolder
 
@@ -125,8 +126,7 @@ def run_sweep(out: Path, jobs: int = 1, engine: str = "joblib", **slurm: Any) ->
         engine: ``joblib`` on this machine, ``submitit`` for Slurm (locally where there is no Slurm).
         slurm: parameters of submitit's executor, such as ``timeout_min`` and ``slurm_partition``.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+    one_of("engine", engine, ENGINES)
     status = sweep_status(out)
     open_names = set(status.run[~status.state.isin(["done", "running"])])  # running: in another sweep of this folder
     open_runs = [(n, a) for n, a in read_plan(out).items() if n in open_names]
