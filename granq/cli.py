@@ -445,7 +445,6 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
     from granq import auditing, convert, data, models, qat
 
     bits, device = parse_bits(args.bits), qat.resolve_device(args.device)
-    convert.get_scheme(args.scheme)
     if args.out and args.out.exists():
         raise ValueError(f"{args.out} already exists; choose another --out")
     cifar = "cifar" in args.network

@@ -56,13 +56,11 @@ class RunFolder:
         """Whether a process holds the folder."""
         if not (self.path / ".lock").exists():
             return False
-        lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
         except Timeout:
             return True
-        lock.release()
-        return False
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
