@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from granq.analysis import layer_calls, layer_names
 from granq.checks import forward, typed
 from granq.convert import LAYERS, ActQuantizer, activation_places, frozen_ranges
+from granq.quantizer import quantize
 from granq.scaling import Conv, convolve
 
 
@@ -77,9 +78,8 @@ class IntegerLayer(nn.Module):
         quantizer = cast(Any, layer.parametrizations).weight[0]
         original = cast(Any, layer.parametrizations).weight.original.detach()
         scale_inv, zero_point = quantizer.folded_qparams(original)
-        half = 2 ** (quantizer.bits - 1)
         folded = original * quantizer.input_step(original)
-        integers = (folded * scale_inv).sub_(zero_point).round_().clamp_(-half, half - 1).add_(zero_point)
+        integers = quantize(folded, scale_inv, zero_point, quantizer.bits) + zero_point
         rescale, offset = 1 / scale_inv.flatten().double(), torch.zeros(integers.shape[0], dtype=torch.float64)
         rescale = rescale.expand(integers.shape[0])
         if layer.bias is not None:
@@ -234,8 +234,6 @@ class _ExportInput(nn.Module):
 
     def __init__(self, source: IntegerInput) -> None:
         super().__init__()
-        if source.dtype is not torch.int8:
-            raise ValueError("ONNX export stores int8, which holds activations and weights of at most 7 bits")
         self.source = source
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,8 +247,6 @@ class _ExportLayer(nn.Module):
 
     def __init__(self, source: IntegerLayer) -> None:
         super().__init__()
-        if source.weight.dtype is not torch.int8:
-            raise ValueError("ONNX export stores int8, which holds activations and weights of at most 7 bits")
         self.source = source
 
     def forward(self, u: Tensor) -> Tensor:
@@ -265,6 +261,10 @@ def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
 
+    stored = {m.dtype for m in model.modules() if isinstance(m, IntegerInput)}
+    stored |= {m.weight.dtype for m in model.modules() if isinstance(m, IntegerLayer)}
+    if stored != {torch.int8}:
+        raise ValueError("ONNX export stores int8, which holds activations and weights of at most 7 bits")
     portable = copy.deepcopy(model)
     for name, module in list(portable.named_modules()):
         if isinstance(module, IntegerInput):
