@@ -38,7 +38,7 @@ _PUBLIC = {
     "integer": "export_onnx integer_model measure_integer_agreement save_integers",
     "models": "build_network digits_teacher load_teacher save_teacher top1_on train_teacher",
     "registry": "FIGURES Setting make_figures redraw_figures",
-    "qat": "QATConfig Result SavedRun load_generator load_run quick train",
+    "qat": "QATConfig Result SavedRun load_generator load_run train",
     "quantizer": "GRANULARITIES QParams choose_qparams compile_quantizer dequantize fake_quantize quantize",
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -316,7 +316,7 @@ def quantize_model(
             rows = any(isinstance(_module(student, user), nn.Linear) for user in node.users)
             bits = image_bits if image_bits and node.op == "placeholder" else act_bits
             quantizers[node.name] = ActQuantizer(bits, scheme, rows)
-            _insert_after(graph, node, student, scheme.places, set(layers))
+            _insert_after(graph, node, scheme.places, set(layers))
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
     kept = dict(quantized.named_modules(remove_duplicate=False))
@@ -555,7 +555,7 @@ def _folded_places(model: fx.GraphModule, layers: Mapping[str, nn.Module]) -> di
     return sources
 
 
-def _insert_after(graph: fx.Graph, node: fx.Node, root: nn.Module, places: str, layers: set[str]) -> None:
+def _insert_after(graph: fx.Graph, node: fx.Node, places: str, layers: set[str]) -> None:
     with graph.inserting_after(node):
         quantized = graph.call_module(f"act_quant.{node.name}", (node,))
     if places == "relu":

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -434,8 +435,8 @@ def plot_granularity_factorial(
     Args:
         data: columns weights, activations (granularities), ranges (static, dynamic; none with full-precision
             activations, which belong to both), bits, epochs (0 without training; optional), top1; rows that differ in
-            nothing else (seeds) are averaged. Colors are points below the best row of the frame; a dash marks what no
-            row has.
+            nothing else (seeds) are averaged. Colors are points below the best row of the frame; what no row has stays
+            empty.
         bits: default the lowest.
         ranges: default the first.
         epochs: default the fewest.
@@ -453,16 +454,16 @@ def plot_granularity_factorial(
     best = data.top1.max()
     # points lost, on a logarithmic scale: from 4 bits on the cells differ by tenths of what 2 bits cost
     norm = LogNorm(LEAST_LOST, max(best - data.top1.min(), 10 * LEAST_LOST), clip=True)
-    mesh = ax.imshow((best - grid).clip(lower=LEAST_LOST), cmap="cividis_r", norm=norm, aspect="auto")
-    for (y, x), value in np.ndenumerate(grid.to_numpy()):
-        text, dark = f"{value:.1f}" if value == value else "\u2013", norm(best - value) > 0.5
-        ax.text(x, y, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
-    ax.set_xticks(range(grid.shape[1]), [_plain(v) for v in grid.columns], rotation=90, fontsize=6)
-    ax.set_yticks(range(grid.shape[0]), [_plain(v) for v in grid.index], fontsize=6)
+    sns.heatmap(
+        (best - grid).clip(lower=LEAST_LOST),
+        annot=grid, fmt=".1f", annot_kws={"fontsize": 5}, cmap="cividis_r", norm=norm, cbar=False,
+        xticklabels=[_plain(v) for v in grid.columns], yticklabels=[_plain(v) for v in grid.index], ax=ax,
+    )  # fmt: skip
+    ax.tick_params(labelsize=6)
     trained = ", trained" if rows.epochs.iloc[0] else ""
     ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{trained}")
     if colorbar:
-        plain_log(ax.figure.colorbar(mesh, ax=ax, label="points below the best").ax.yaxis)
+        plain_log(ax.figure.colorbar(ax.collections[0], ax=ax, label="points below the best").ax.yaxis)
     return ax
 
 

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -695,8 +695,3 @@ def versions(device: str = "cpu") -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "device": f"{device} ({name})",
     }
-
-
-def quick(**changes: Any) -> QATConfig:
-    """Settings for minutes on two cores."""
-    return replace(QATConfig(), **changes)

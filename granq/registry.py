@@ -456,7 +456,7 @@ FIGURES: dict[str, Figure] = {
         [Panels(figures.plot_granularity_factorial, {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None})],
         (6.8, 3.6),
         "Test accuracy in cells colored by the points lost, weight granularities down and activation granularities "
-        "across, one map per bit width, dynamic ranges above and static ones below; a dash where no range exists.",
+        "across, one map per bit width, dynamic ranges above and static ones below; empty where no range exists.",
         command="granq factorial --network resnet20_cifar10 --run RUN --out FILE.csv",
     ),
     "training_curves": Figure(

@@ -161,7 +161,7 @@ def test_latency_factorial_and_true_bits() -> None:
     cells = [dict(weights=w, activations=a, ranges="dynamic", bits=3, seed=k, top1=50.0 + k) for w, a, k in names]
     ax = figures.plot_granularity_factorial(pd.DataFrame(cells))
     assert [text.get_text() for text in ax.texts] == ["50.5"] * 4, "seeds are averaged"
-    assert ax.images[0].get_array().tolist() == [[0.5, 0.5], [0.5, 0.5]], "below the best seed"
+    assert ax.collections[0].get_array().tolist() == [[0.5, 0.5], [0.5, 0.5]], "below the best seed"
     plt.figure()
     bits = [dict(network=n, scheme="release", weight_bits=3, bits_per_weight=9.0, quantized_percent=2.0) for n in "ab"]
     ax = figures.plot_true_bits(pd.DataFrame(bits))
