@@ -34,7 +34,7 @@ _PUBLIC = {
     "plot_channel_scales plot_granularity_factorial plot_granularity_maps plot_layer_error "
     "plot_quantizer_latency plot_results_table plot_scaling_latency plot_synthetic_gap "
     "plot_synthetic_images plot_training_curves plot_true_bits results_table save_figure",
-    "generator": "Generator build_generator refine synthesize vary",
+    "generator": "Generator build_generator random_shapes refine synthesize vary",
     "integer": "export_onnx integer_model measure_integer_agreement save_integers",
     "models": "build_network digits_teacher load_teacher save_teacher top1_on train_teacher",
     "registry": "FIGURES Setting make_figures redraw_figures",

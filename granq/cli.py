@@ -169,6 +169,7 @@ SETTINGS: dict[str, tuple[type, str | None]] = {
     "generator": (Path, "start from the generator of this run, without a warm-up; in a sweep {seed} stands for the "
                   "seed"),
     "reestimate_batchnorm": (bool, "undo the shift that quantization causes"),
+    "random_shapes": (bool, "recipe layers: every other batch of refined images starts from random shapes"),
     "learned_steps": (bool, "train quantization steps too (LSQ)"),
     "bf16": (bool, "train under bfloat16 autocast (faster where supported); accuracies stay those of float32"),
 }  # fmt: skip

@@ -151,6 +151,43 @@ def vary(images: Tensor, spread: float) -> Tensor:
     return torch.where(one.uniform_() < 0.5, images.flip(3), images) * contrast + shift
 
 
+SHAPES = 40  # at most, in an image of random_shapes
+
+
+@typed
+def random_shapes(count: int, image_size: int, device: str = "cpu") -> Tensor:
+    """Images of shapes that hide each other, from no data at all: (count, 3, image_size, image_size), standardized.
+
+    Dead leaves (Lee, Mumford and Huang, IJCV 2001): 5 to 40 turned ellipses and rectangles, many small and few large as
+    in photographs of any scale, each of one color with a slope of light. Baradad et al. (NeurIPS 2021) train networks
+    on such images. Draws from the global random state.
+
+    Raises:
+        ValueError: ``count`` or ``image_size`` below 1.
+    """
+    if count < 1 or image_size < 1:
+        raise ValueError(f"count and image_size must be at least 1, got {count} and {image_size}")
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(count, 1, 1, 1, device=device).uniform_(low, high)
+
+    def normal(spread: float, channels: int = 1) -> Tensor:
+        return spread * torch.randn(count, channels, 1, 1, device=device)
+
+    axis = (torch.arange(image_size, device=device) + 0.5) / image_size  # the side is 1
+    images = normal(0.6, 3).expand(-1, -1, image_size, image_size)
+    shapes = torch.randint(5, SHAPES + 1, (count, 1, 1, 1), device=device)
+    for i in range(SHAPES):
+        x, y, angle = axis - uniform(-0.125, 1.125), axis[:, None] - uniform(-0.125, 1.125), uniform(0, math.pi)
+        along = x * angle.cos() + y * angle.sin()
+        across = (y * angle.cos() - x * angle.sin()) / uniform(0.4, 1)
+        # round ones and straight ones; the reciprocal of a uniform number has the sizes of dead leaves
+        reach = torch.where(uniform(0, 1) < 0.5, along.hypot(across), along.abs().maximum(across.abs()))
+        inside = (reach < (0.0625 / uniform(0.05, 1)).clamp_max(0.75)) & (i < shapes)
+        images = torch.where(inside, normal(0.9) + normal(0.4, 3) + normal(1.0) * along, images)
+    return images
+
+
 @typed
 def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, lr: float = 0.03) -> Tensor:
     """Move the pixels of generated images toward the teacher's BatchNorm statistics, and toward their labels.

@@ -50,6 +50,7 @@ from granq.generator import (
     batchnorm_loss,
     batchnorm_outputs,
     build_generator,
+    random_shapes,
     refine,
     synthesize,
     vary,
@@ -60,7 +61,8 @@ from granq.runs import RunFolder, fingerprint
 
 RECIPES = ("adadfq", "gdfq", "layers")
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
-STEP_RATE = 10  # learned steps: their logarithms move by shares, weights by absolute amounts
+STEP_RATE = 20  # times student_lr for learned steps, whose logarithms move by shares, weights by absolute amounts
+NORM_RATE = 4  # recipe layers: times student_lr for the scale and shift of BatchNorm
 Bounds = tuple[Tensor, Tensor]  # low and high, of each channel
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # of recipe layers: weight and temperature of the soft labels
@@ -87,6 +89,7 @@ class QATConfig:
     pixel_range: float = 0.0  # static range of the image: this share of that of all pixels; 0: of generated images
     reestimate_batchnorm: bool = False  # before the student trains; see convert.reestimate_batchnorm
     refined_images: int = 0  # recipe layers trains on this many, made once (generator.refine); 0: on new ones each time
+    random_shapes: bool = False  # every other batch of refined images is made from generator.random_shapes
     learned_steps: bool = False  # quantization steps are trained too; convert.learn_steps
     temperature: float = 20.0
     alpha_ds: float = 0.2
@@ -141,6 +144,8 @@ class QATConfig:
             )
         if self.refined_images and self.recipe != "layers":
             raise ValueError("refined_images is for recipe layers: in the others the generator trains on")
+        if self.random_shapes and not self.refined_images:
+            raise ValueError("random_shapes are images to refine: needs refined_images above 0")
         if self.learned_steps and not scheme.clamp:
             raise ValueError(f"learned_steps needs a scheme that clamps its codes, which {self.scheme} does not")
         if not 0 <= self.seed < 2**63:
@@ -183,8 +188,9 @@ class QATConfig:
     def layers(cls, **changes: Any) -> QATConfig:
         """Recipe ``layers`` with what belongs to it where the scheme allows; what each buys: ``docs/moonshot.md``."""
         scheme = get_scheme(changes.get("scheme", cls.scheme))
-        chosen: dict[str, Any] = {"recipe": "layers", "student_lr": 1e-3, "reestimate_batchnorm": True}
+        chosen: dict[str, Any] = {"recipe": "layers", "student_lr": 5e-4, "reestimate_batchnorm": True}
         chosen["refined_images"] = 32 * changes.get("batch_size", cls.batch_size)
+        chosen["random_shapes"] = bool(changes.get("refined_images", chosen["refined_images"]))
         chosen |= {"learned_steps": scheme.clamp, "range_quantile": 0.99 if scheme.tracked else 1.0}
         return cls(**(chosen | changes))
 
@@ -351,17 +357,24 @@ class Trainer:
         self.seconds = 0.0
 
     def _optimize_student(self) -> None:
-        """The student's optimizer; learned steps move by shares of themselves, hence at a higher rate."""
-        c, parameters = self.config, list(self.student.parameters())
-        learned = {id(m.log_step) for m in self.student.modules() if isinstance(m, LearnedSteps)}
-        weights = [p for p in parameters if id(p) not in learned]
-        steps = [p for p in parameters if id(p) in learned]
-        self.student_params = weights + steps
-        groups = [{"params": p, "lr": c.student_lr * rate} for p, rate in ((weights, 1), (steps, STEP_RATE)) if p]
-        if c.recipe == "layers":
-            self.optimizers["student"] = torch.optim.Adam(groups)
+        """The student's optimizer, with rates of their own for learned steps and, in recipe ``layers``, BatchNorm."""
+        c, rates = self.config, dict.fromkeys(self.student.parameters(), 1)
+        layers = c.recipe == "layers"
+        for module in self.student.modules():
+            if isinstance(module, LearnedSteps):
+                rates[module.log_step] = STEP_RATE
+            elif layers and isinstance(module, nn.BatchNorm2d):
+                rates |= dict.fromkeys(module.parameters(), NORM_RATE)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in rates if rates[p] == r], "rate": r} for r in sorted(set(rates.values()))
+        ]
+        self.student_params = [p for group in groups for p in group["params"]]
+        if layers:
+            self.optimizers["student"] = torch.optim.Adam(groups, c.student_lr)
         else:
-            self.optimizers["student"] = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-4)
+            self.optimizers["student"] = torch.optim.SGD(
+                groups, c.student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4
+            )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.bf16)
@@ -415,6 +428,14 @@ class Trainer:
         chosen = torch.randint(0, len(self.refined), (c.batch_size,))
         return own_part(vary(self.refined[chosen], SPREAD / 2)), own_part(self.refined_labels[chosen])
 
+    @torch.no_grad()
+    def _draw_varied(self, generator: Generator) -> tuple[Tensor, Tensor]:
+        """A batch of generated images as smooth as photographs are, in different light."""
+        with self._autocast():
+            images, labels = synthesize(generator, self.config.batch_size, self.device)
+        smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
+        return own_part(vary(gather((images + smooth) / 2), SPREAD)), labels
+
     def _refine_images(self) -> None:
         """Images to train on; the same in a run that was resumed, for they depend on seed and generator only."""
         c, generator = self.config, copy.deepcopy(self.generator)  # drawing moves the running statistics of its norms
@@ -422,11 +443,12 @@ class Trainer:
         with torch.random.fork_rng(cuda):
             torch.manual_seed(c.seed)
             batches = []
-            for _ in range(c.refined_images // c.batch_size):
-                with torch.no_grad(), self._autocast():
-                    images, labels = synthesize(generator, c.batch_size, self.device)
-                    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
-                    images = own_part(vary(gather((images + smooth) / 2), SPREAD))
+            for number in range(c.refined_images // c.batch_size):
+                if c.random_shapes and number % 2:
+                    images = own_part(random_shapes(c.batch_size, c.image_size, self.device))
+                    labels = own_part(torch.randint(0, generator.classes, (c.batch_size,), device=self.device))
+                else:
+                    images, labels = self._draw_varied(generator)
                 with self._autocast():
                     images = refine(self.teacher, images, labels)
                 batches.append((gather(images), gather(labels)))
@@ -479,8 +501,8 @@ class Trainer:
             done = (self.epoch + iteration / c.iterations - c.warmup_epochs) / (c.epochs - c.warmup_epochs or 1)
             decay *= (1 + math.cos(math.pi * max(done, 0))) / 2
         for name, lr in (("student", c.student_lr), ("generator", c.generator_lr)):
-            for group, factor in zip(self.optimizers[name].param_groups, (1, STEP_RATE), strict=False):
-                group["lr"] = lr * decay * factor
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = lr * decay * group.get("rate", 1)
 
     def _begin_training(self, evaluate: Callable[[nn.Module], float] | None) -> None:
         """The student as its training finds it: ranges frozen, accuracy measured."""

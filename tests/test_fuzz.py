@@ -130,6 +130,7 @@ def good_arguments() -> dict[str, tuple]:
         "reestimate_batchnorm": (foldable, model, x), "set_image_range": (foldable, x[:1, :, :1, :1], x[:1, :, :1, :1]),
         "pixel_bounds": (spec,),
         "vary": (x, 0.5), "refine": (model, x, torch.tensor([0, 1]), 1), "synthesize": (generator, 2),
+        "random_shapes": (2, 8),
         "make_figures": (["nothing"], 5),
         "results_table": (PLOTS["plot_accuracy_bits"],),
         "sqnr_db": (x, x, (0,)), "top1_on": (model, [], spec),
