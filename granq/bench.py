@@ -39,6 +39,8 @@ SHAPES = (
     (200, 64, 32, 32), (16, 256, 56, 56),
 )  # fmt: skip
 
+UNCACHED = 50e6  # bytes that no cache holds: nothing is left there by a run before
+
 
 class _TextbookRound(torch.autograd.Function):
     """Rounding with the straight-through gradient."""
@@ -178,7 +180,7 @@ def measure_latency_quantizer(
             torch.autograd.grad(method(x, bits), x, gradient)
 
         runs = {name: partial(once, method, x, gradient) for name, method in METHODS.items()}
-        times = _alternate(runs, repetitions)
+        times = _alternate(runs, repetitions, warm=2 if _bytes(x) < UNCACHED else 0)
         for name in METHODS:
             row: dict[str, object] = {"method": name, "shape": str(shape), "bytes": _bytes(x), "bits": bits}
             row |= _quartiles(times[name])
