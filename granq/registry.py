@@ -244,7 +244,7 @@ def method_name(row: Mapping[Any, Any]) -> str:
     differs = {
         f"layers, {steps}" if layers else row["recipe"]: row["recipe"] != "adadfq",
         "BatchNorm": row["reestimate_batchnorm"] and not layers,  # belongs to that recipe
-        "random shapes": row.get("random_shapes") is True,
+        "no random shapes": layers and row.get("random_shapes") is False,
         f"image {image_bits:.0f} bits": image_bits > 0,
         "pixel range": row.get("pixel_range", 0) > 0 and not image_bits > 0,  # goes with them
         "bfloat16": row.get("bf16") is True and not layers,

@@ -300,7 +300,8 @@ def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
     assert name(row | {"bf16": True, "pixel_range": 1.0}) == "foldable + pixel range + bfloat16"
     layers = row | {"recipe": "layers", "reestimate_batchnorm": True, "bf16": True}
     assert name(layers | {"image_bits": 6.0, "pixel_range": 1.0}) == "foldable + layers, 120 steps + image 6 bits"
-    assert name(layers) == "foldable + layers, 120 steps"
+    assert name(layers) == name(layers | {"random_shapes": True}) == "foldable + layers, 120 steps"
+    assert name(layers | {"random_shapes": False}) == "foldable + layers, 120 steps + no random shapes"
 
 
 def test_what_another_command_measured_is_left_as_it_is(tmp_path, monkeypatch) -> None:
