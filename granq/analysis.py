@@ -59,7 +59,7 @@ def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Signal to quantization noise ratio in decibels over ``dims``, in float64; exact values give infinity."""
     if reference.shape != value.shape:
         raise ValueError(f"reference and value must have one shape, got {tuple(reference.shape)}, {tuple(value.shape)}")
-    signal, noise = reference.double().square().sum(dims), (reference - value).double().square().sum(dims)
+    signal, noise = (where_float64_is(x).double().square().sum(dims) for x in (reference, reference - value))
     return 10 * torch.log10(signal / noise)
 
 
@@ -398,7 +398,7 @@ def measure_synthetic_gap(
                 edges[name] = _quantiles(flat, BINS)
             # bin b holds the values in (edge[b-1], edge[b]]; the cumulative sum is the distribution function
             index = torch.searchsorted(edges[name], flat)
-            counts = torch.zeros(len(flat), BINS + 1, dtype=torch.float64, device=x.device)
+            counts = torch.zeros(len(flat), BINS + 1, dtype=torch.float64, device=flat.device)
             counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
             values = flat.double()
             moments = torch.stack([torch.full_like(values[:, 0], flat.shape[1]), values.sum(1), values.square().sum(1)])
@@ -509,8 +509,13 @@ def _checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """(N, C, H, W) and (N, F) as they are, (..., F) as rows (N, F)."""
-    return x if x.dim() in (2, 4) else x.flatten(0, -2)
+    """(N, C, H, W) and (N, F) as they are, (..., F) as rows (N, F); where they can be summed in float64."""
+    return where_float64_is(x if x.dim() in (2, 4) else x.flatten(0, -2))
+
+
+def where_float64_is(x: Tensor) -> Tensor:
+    """``x``, on the CPU if its device has no float64: Apple's MPS."""
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def _histograms(x: Tensor, channels: Tensor, bits: int, granularity: str) -> pd.DataFrame:
@@ -537,9 +542,9 @@ def _histograms(x: Tensor, channels: Tensor, bits: int, granularity: str) -> pd.
 def _energy(x: Tensor) -> Tensor:
     """Sum of squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, float64 between."""
     if x.dim() != 4:
-        return x.flatten(0, -2).double().square().sum(0)
+        return where_float64_is(x.flatten(0, -2)).double().square().sum(0)
     rows = x.flatten(2)
-    return torch.linalg.vecdot(rows, rows).double().sum(0)  # dot products: no temporary, and faster than a norm
+    return where_float64_is(torch.linalg.vecdot(rows, rows)).double().sum(0)  # dot products: no temporary, and faster than a norm
 
 
 def _error_metrics(count: float, reference: float, value: float, error: float) -> tuple[float, float, float]:

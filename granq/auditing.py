@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.analysis import layer_calls, sqnr_db
+from granq.analysis import layer_calls, sqnr_db, where_float64_is
 from granq.checks import forward, needs, typed
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, activation_places, frozen_ranges
 from granq.quantizer import min_max
@@ -167,7 +167,7 @@ def _status(layer: nn.Module, reached: bool) -> str:
 
 def _levels(weight: Tensor, groups: int) -> int:
     """Distinct values in the group that has most; equal up to float error, one part in 10^4 of the group's range."""
-    rows = weight.reshape(groups, -1).double()
+    rows = where_float64_is(weight.reshape(groups, -1)).double()
     step = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)).clamp_min(1e-30) * 1e-4
     ordered = rows.sort(1).values
     return int(((ordered.diff(dim=1) > step).sum(1) + 1).max())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from granq import analysis
 from granq.convert import calibrate, quantize_model
@@ -216,3 +217,16 @@ def test_bad_input_is_told(tiny: nn.Module) -> None:
     for measure in (analysis.measure_channel_scales, lambda m, b: analysis.measure_layer_error(m, b, ["strict"], 3)):
         with pytest.raises(ValueError, match="batch"):
             measure(tiny, [])
+
+
+def test_sums_in_float64_leave_a_device_that_has_none() -> None:
+    """Apple's MPS refuses float64. Fake tensors carry its name without such a machine."""
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 4, device="mps")
+        for sums in (
+            analysis._energy(x),
+            analysis._energy(x.flatten(2)),
+            analysis.sqnr_db(x, x, (0,)),
+            analysis._channels_first(x),
+        ):
+            assert sums.device.type == "cpu"
