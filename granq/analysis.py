@@ -544,7 +544,8 @@ def _energy(x: Tensor) -> Tensor:
     if x.dim() != 4:
         return where_float64_is(x.flatten(0, -2)).double().square().sum(0)
     rows = x.flatten(2)
-    return where_float64_is(torch.linalg.vecdot(rows, rows)).double().sum(0)  # dot products: no temporary, and faster than a norm
+    squares = torch.linalg.vecdot(rows, rows)  # dot products: no temporary, and faster than a norm
+    return where_float64_is(squares).double().sum(0)
 
 
 def _error_metrics(count: float, reference: float, value: float, error: float) -> tuple[float, float, float]:

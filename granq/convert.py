@@ -144,12 +144,11 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         if self.bypassed:
             return weight
-        if self.learned is not None:
-            step = self.input_step(weight).detach()
-            return fake_quantize_learned(weight * step, self.learned(), self.bits) / step
-        if self.source is None:
+        if self.learned is None and self.source is None:
             return fake_quantize(weight, self.bits, self.granularity, self.clamp, promote=self.promote)
         step = self.input_step(weight)
+        if self.learned is not None:  # the input's step learns from here too: folded, it scales the grid of the weight
+            return fake_quantize_learned(weight * step, self.learned(), self.bits) / step
         return fake_quantize_with(weight * step, self.folded_qparams(weight), self.bits, self.clamp) / step
 
     @property

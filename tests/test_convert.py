@@ -252,6 +252,24 @@ def test_learned_steps_start_as_they_are_and_are_saved(tiny):
     assert learn_steps(quantize_model(tiny, "strict", 3, 3))  # of the weights; activation ranges are each image's
 
 
+def test_a_folded_step_learns_from_the_weight_it_scales(tiny):
+    """value = Q(w t) / t: a weight inside its range has the slope w - value in log t, a clamped one -value."""
+    student = quantize_model(tiny, "foldable", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    learn_steps(student)
+    layer = student.get_submodule("conv2").parametrizations.weight
+    quantizer, weight = layer[0], layer.original
+    with torch.no_grad():
+        quantizer.learned.log_step -= 0.3  # a shorter range: some weights are clamped
+    value, step = quantizer(weight), quantizer.input_step(weight)
+    (slope,) = torch.autograd.grad(value.sum(), quantizer.source.learned.log_step)
+    half = step.reciprocal() * quantizer.learned().scale / 2
+    inside = (weight - value).abs() <= 1.001 * half
+    assert 0 < inside.float().mean() < 1
+    expected = torch.where(inside, weight - value, -value).sum((0, 2, 3))
+    torch.testing.assert_close(slope.flatten(), expected.detach())
+
+
 def test_ranges_of_the_full_precision_network(tiny):
     images = torch.randn(8, 3, 8, 8)
     student, same = (
