@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from granq import qat, scaling
 from granq.analysis import layer_calls, measure_layer_error
-from granq.checks import typed
+from granq.checks import has_bfloat16, typed
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, quantize_model
 from granq.generator import LATENT, Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.models import build_network
@@ -275,8 +275,8 @@ def measure_latency_step(
         compiled: also with ``compile_quantizer``, and with it and ``QATConfig(bf16=True)``.
 
     Returns:
-        Columns method (plain, granq, granq bf16, and the latter two compiled), batch, bits, image_size, median_ms,
-        q25_ms, q75_ms, speedup (plain over this, median of the ratios within a repetition) with quartiles,
+        Columns method (plain; granq; granq bf16 where the device has it; the latter compiled), batch, bits, image_size,
+        median_ms, q25_ms, q75_ms, speedup (plain over this, median of the ratios within a repetition) with quartiles,
         repetitions, threads, torch, device.
     """
     torch.manual_seed(0)
@@ -284,11 +284,12 @@ def measure_latency_step(
     rows = []
     for batch in tqdm(batches, desc="step", unit="batch size"):
         config = qat.QATConfig(batch_size=batch, image_size=image_size, device=device)
-        ours, half = (qat.Trainer(teacher, c) for c in (config, replace(config, bf16=True)))
-        trainers = {"plain": PlainTrainer(teacher, config), "granq": ours, "granq bf16": half}
+        trainers = {"plain": PlainTrainer(teacher, config), "granq": qat.Trainer(teacher, config)}
+        if has_bfloat16(device):
+            trainers["granq bf16"] = qat.Trainer(teacher, replace(config, bf16=True))
         runs: dict[str, Callable[[], object]] = {name: partial(t.step, True) for name, t in trainers.items()}
         if compiled:
-            runs |= {f"{name} compiled": under_compile(runs[name]) for name in ("granq", "granq bf16")}
+            runs |= {f"{name} compiled": under_compile(runs[name]) for name in [*runs][1:]}
         times = _alternate(runs, repetitions, warm=0)
         for name in times:
             row: dict[str, object] = {"method": name, "batch": batch, "bits": config.act_bits, "image_size": image_size}

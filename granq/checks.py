@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from inspect import signature
@@ -35,6 +36,19 @@ def forward(model: nn.Module, images: Tensor) -> Any:
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{type(model).__name__} cannot take images of {tuple(images.shape)}: {reason}") from error
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether ``device`` computes in bfloat16: GPUs do, of x86 processors those with AVX512."""
+    if not device.startswith("cpu"):
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def expect_bfloat16(device: str) -> None:
+    """Warn where bfloat16 costs time instead of saving it; 7 times as long was measured (docs/speed.md)."""
+    if not has_bfloat16(device):
+        warnings.warn("this processor cannot compute in bfloat16: without bf16 it will be faster", stacklevel=3)
 
 
 def check_batches(batches: object) -> None:

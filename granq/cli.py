@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--lr", type=float, default=0.2, help="peak learning rate")
     sub.add_argument("--init", type=Path, help="continue from the weights of this teacher file")
-    sub.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast (faster where supported)")
+    sub.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast (faster on AVX512 and GPUs)")
     sub.add_argument("--resume", action="store_true", help="continue from OUT.partial, written after every epoch")
     sub.add_argument("--image-size", type=int)
 
@@ -171,7 +171,7 @@ SETTINGS: dict[str, tuple[type, str | None]] = {
     "reestimate_batchnorm": (bool, "undo the shift that quantization causes"),
     "random_shapes": (bool, "recipe layers: every other batch of refined images starts from random shapes"),
     "learned_steps": (bool, "train quantization steps too (LSQ)"),
-    "bf16": (bool, "train under bfloat16 autocast (faster where supported); accuracies stay those of float32"),
+    "bf16": (bool, "train under bfloat16 autocast (faster on AVX512 and GPUs); accuracies stay those of float32"),
 }  # fmt: skip
 
 

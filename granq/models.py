@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.checks import typed
+from granq.checks import expect_bfloat16, typed
 from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize, save_atomically
 from granq.runs import read_checkpoint, write_checkpoint
 
@@ -188,6 +188,8 @@ def train_teacher(
     Raises:
         ValueError: ``checkpoint`` is damaged or of another training.
     """
+    if bf16:
+        expect_bfloat16(device)
     torch.manual_seed(seed)
     model = load_teacher(network, spec, init)[0] if init else build_network(network, spec.classes)
     model = model.to(device).to(memory_format=torch.channels_last).train()

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from granq.checks import one_of, typed
+from granq.checks import expect_bfloat16, one_of, typed
 from granq.convert import (
     LearnedSteps,
     Scheme,
@@ -325,6 +325,8 @@ class Trainer:
         self.config, self.device, self.pixels = config, resolve_device(config.device), pixels
         if config.pixel_range and pixels is None:
             raise ValueError("pixel_range is a share of what pixels can be: pass pixels, see granq.data.pixel_bounds")
+        if config.bf16:
+            expect_bfloat16(self.device)
         if config.batch_size % world()[1]:
             raise ValueError(f"batch_size {config.batch_size} does not divide among {world()[1]} processes")
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
@@ -709,7 +711,7 @@ def versions(device: str = "cpu") -> dict[str, str]:
     name = (
         torch.cuda.get_device_name(device)
         if device.startswith("cuda")
-        else f"{platform.machine()} {torch.get_num_threads()} threads"
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
     )
     return {
         "python": platform.python_version(),

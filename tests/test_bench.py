@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from granq import QATConfig, fake_quantize, measure_latency_quantizer
+from granq import QATConfig, bench, fake_quantize, measure_latency_quantizer
 from granq.bench import (
     METHODS,
     PlainTrainer,
@@ -48,11 +48,12 @@ def test_plain_and_fast_steps_agree_on_the_first_losses():
         torch.testing.assert_close(losses[0][name], losses[1][name], rtol=1e-3, atol=1e-3)
 
 
-def test_step_evaluation_and_analysis_rows(tiny):
-    frame = measure_latency_step(tiny, (4,), image_size=8, repetitions=2, compiled=False)
-    assert (
-        list(frame.method) == ["plain", "granq", "granq bf16"] and frame.speedup[0] == 1 and (frame.median_ms > 0).all()
-    )
+def test_step_evaluation_and_analysis_rows(tiny, monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(bench, "has_bfloat16", lambda device, has=has: has)
+        frame = measure_latency_step(tiny, (4,), image_size=8, repetitions=2, compiled=False)
+        assert list(frame.method) == ["plain", "granq", *["granq bf16"] * has]
+        assert frame.speedup[0] == 1 and (frame.median_ms > 0).all()
     frame = measure_latency_analysis("resnet20_cifar10", 2, batch=2, image_size=32, repetitions=1)
     assert list(frame.method) == ["forwards", "layer_error"] and frame.ratio_to_forwards[0] == 1
 

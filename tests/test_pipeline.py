@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from granq import QATConfig, describe_data, load_split, load_teacher, train
+from granq import QATConfig, checks, describe_data, load_split, load_teacher, train
 from granq.cli import main
 from granq.convert import SCHEMES, ActQuantizer, LearnedSteps, Scheme, activation_places
 from granq.data import pixel_bounds
@@ -214,6 +214,12 @@ def test_bf16_leaves_weights_ranges_and_losses_in_float32(tiny, scheme):
     for loss in ("generator_loss", "bn_loss"):
         assert losses[True][loss] != losses[False][loss]
         assert losses[True][loss] == pytest.approx(losses[False][loss], rel=0.1)
+
+
+def test_bf16_is_warned_of_where_it_costs_time(tiny, monkeypatch):
+    monkeypatch.setattr(checks, "has_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="without bf16 it will be faster"):
+        Trainer(tiny, replace(TINY, bf16=True))
 
 
 def test_bf16_refines_images_as_float32_does(tiny):
