@@ -7,6 +7,7 @@ Weights become parametrizations of their layer; activations become ``ActQuantize
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -489,6 +490,19 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
             hooks.callback(own.register_forward_pre_hook(lambda m, x, n=name: follow(n, m, x[0])).remove)
         forward(teacher, images)
         student(images)
+
+
+@typed
+def relu_ceilings(model: fx.GraphModule) -> list[float | None]:
+    """For every call of a BatchNorm2d, in order: where the ReLU that alone reads it ends (infinity, 6), or ``None``."""
+    ceilings: list[float | None] = []
+    for node in model.graph.nodes:
+        if isinstance(_module(model, node), nn.BatchNorm2d):
+            readers = list(node.users)
+            alone = len(readers) == 1 and _is_relu(readers[0], model)
+            six = alone and (readers[0].target is F.relu6 or isinstance(_module(model, readers[0]), nn.ReLU6))
+            ceilings.append((6.0 if six else math.inf) if alone else None)
+    return ceilings
 
 
 @contextmanager

@@ -235,7 +235,8 @@ def batchnorm_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Te
 @contextmanager
 def batchnorm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the output of every BatchNorm2d of ``model`` during one forward: what ``layer_loss`` compares."""
-    with _watched(model, lambda norm, args, output: output) as seen:
+    # copies: a ReLU or a residual sum behind it may work in place
+    with _watched(model, lambda norm, args, output: output.clone()) as seen:
         yield seen
 
 

@@ -40,6 +40,7 @@ from granq.convert import (
     learn_steps,
     quantize_model,
     reestimate_batchnorm,
+    relu_ceilings,
     set_image_range,
 )
 from granq.data import DataSpec
@@ -247,10 +248,19 @@ def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tenso
     return F.cross_entropy(student, labels) + soft_label_loss(teacher, student, 1.0)
 
 
-def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ)."""
-    pairs = zip(map(at_least_float32, teacher), map(at_least_float32, student), strict=True)
-    terms = [F.mse_loss(s, t) / joint_var_mean(t)[0].mean() for t, s in pairs]
+def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: Sequence[float | None]) -> Tensor:
+    """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ).
+
+    Args:
+        teacher: outputs of its BatchNorms, each (N, C, H, W).
+        student: those of the student.
+        ceilings: ``relu_ceilings``; what a ReLU behind a BatchNorm would cut off both is no difference.
+    """
+    terms = []
+    for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):
+        if ceiling is not None:
+            t, s = t.clamp(0, ceiling), s.clamp(0, ceiling)
+        terms.append(F.mse_loss(s, t) / joint_var_mean(t)[0].mean())
     return torch.stack(terms).mean()
 
 
@@ -332,6 +342,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.student = config.quantized(self.teacher).requires_grad_(True)
+        self.relu_ceilings = relu_ceilings(self.student)
         if config.pixel_range:
             image_place(self.student)  # tells now what the end of the warm-up would
         with torch.inference_mode():
@@ -415,7 +426,7 @@ class Trainer:
                 t = at_least_float32(self.teacher(images))
         with batchnorm_outputs(self.student) as got, self._autocast():
             s = at_least_float32(self.student(images))
-        loss = layer_loss(wanted, got) + SOFT_LABELS * soft_label_loss(t, s, SOFT_TEMPERATURE)
+        loss = layer_loss(wanted, got, self.relu_ceilings) + SOFT_LABELS * soft_label_loss(t, s, SOFT_TEMPERATURE)
         self._update("student", self.student_params, loss)
         with torch.no_grad():
             joint = gather(loss.detach()[None]).mean()  # of equal parts

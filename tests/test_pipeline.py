@@ -2,12 +2,14 @@
 
 import copy
 import json
+import math
 import os
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from granq import QATConfig, checks, describe_data, load_split, load_teacher, train
 from granq.cli import main
@@ -31,6 +33,7 @@ from granq.qat import (
     agreement_loss,
     disagreement_loss,
     entropy,
+    layer_loss,
     load_generator,
     load_run,
     margin_loss,
@@ -181,6 +184,49 @@ def test_every_other_batch_of_refined_images_is_made_of_shapes(tiny):
     assert torch.equal(plain.refined[:4], mixed.refined[:4]) and not torch.equal(plain.refined[4:], mixed.refined[4:])
     with pytest.raises(ValueError, match="refined_images above 0"):
         replace(LAYERS, refined_images=0)
+
+
+def test_layer_loss_by_hand():
+    teacher, student = torch.tensor([1.0, -1, 3, -3]).view(4, 1, 1, 1), torch.tensor([1.0, -2, 7, 1]).view(4, 1, 1, 1)
+    # squares 0, 1, 16, 16; behind a ReLU 0, 0, 16, 1; behind a ReLU6 0, 0, 9, 1
+    for ceiling, squares, variance in ((None, 33, 5), (math.inf, 17, 1.5), (6.0, 10, 1.5)):
+        assert layer_loss([teacher], [student], [ceiling]).item() == pytest.approx(squares / 4 / variance)
+    both = layer_loss([teacher] * 2, [student] * 2, [None, 6.0]).item()
+    assert both == pytest.approx((33 / 4 / 5 + 10 / 4 / 1.5) / 2)
+
+
+class Residual(nn.Module):
+    """One block as torchvision's, whose ReLUs and sums work in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(3) for _ in range(3))
+        self.relu, self.relu6, self.inplace = nn.ReLU(inplace), nn.ReLU6(inplace), inplace
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.inplace:
+            y += x
+        else:
+            y = y + x
+        return self.relu6(self.bn3(F.relu(y, inplace=self.inplace))).mean((2, 3))
+
+
+def test_layers_are_compared_alike_whether_or_not_they_are_overwritten():
+    torch.manual_seed(0)
+    plain = Residual(False)
+    for norm in (plain.bn1, plain.bn2, plain.bn3):
+        nn.init.normal_(norm.bias)
+        nn.init.constant_(norm.weight, 3.0)  # some values above 6
+    losses = []
+    for inplace in (False, True):
+        teacher = Residual(inplace)
+        teacher.load_state_dict(plain.state_dict())
+        trainer = Trainer(teacher, replace(LAYERS, warmup_epochs=0, epochs=1))
+        assert trainer.relu_ceilings == [math.inf, None, 6.0]
+        losses.append([trainer.run_epoch(None)["student_loss"], *trainer.student.conv1.parameters()])
+    assert losses[0][0] == losses[1][0] > 0 and torch.equal(losses[0][1], losses[1][1])
 
 
 def test_recipe_layers_follows_the_teacher_and_leaves_the_generator(tiny):
