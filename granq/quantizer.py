@@ -243,11 +243,12 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, levels, scale_inv) = grad_outputs, ctx.saved_tensors
-        error = levels - x * scale_inv  # in steps; more than half a step (and the rounding of floats): clamped
+        # levels - x s in steps, in place as above; more than half a step (and the rounding of floats): clamped
+        error = (x * scale_inv).neg_().add_(levels)
         inside = error.abs() <= 0.501
         # d value / d step, and step = 1 / s
-        slope = torch.where(inside, error, levels) * grad
-        return grad * inside, slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None
+        slope = torch.where(inside, error, levels).mul_(grad)
+        return torch.where(inside, grad, 0), slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None
 
 
 class _Fused(_StraightThrough):
