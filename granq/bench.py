@@ -31,7 +31,7 @@ from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, quantize_model
 from granq.generator import LATENT, Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.models import build_network
 from granq.qat import versions
-from granq.quantizer import choose_qparams, compile_quantizer, fake_quantize
+from granq.quantizer import ANY_THREADS, choose_qparams, compile_quantizer, fake_quantize
 
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = (
@@ -315,7 +315,7 @@ def measure_latency_evaluation(*, repetitions: int = 30, device: str = "cpu") ->
     for layer in [m for m in student.modules() if parametrize.is_parametrized(m, "weight")]:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     networks: dict[str, Any] = {"full precision": model, "quantized": student}
-    networks |= {f"{name}, compiled": torch.compile(network) for name, network in networks.items()}
+    networks |= {f"{name}, compiled": torch.compile(network, options=ANY_THREADS) for name, network in networks.items()}
 
     @torch.inference_mode()
     def run(network: Callable[[Tensor], object]) -> object:

@@ -190,9 +190,14 @@ def compile_quantizer(enabled: bool = True) -> bool:
     return before
 
 
+#: for torch.compile: as many threads as there are when the code runs. Else the first tensor decides for all: compiled
+#: for a small one, or in a process with one thread and kept on disk (pytorch issue 160812), it would have one.
+ANY_THREADS: dict[str, Any] = {"cpp.dynamic_threads": True}
+
+
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(_plain, dynamic=True)
+    return torch.compile(_plain, dynamic=True, options=ANY_THREADS)
 
 
 def _plain(x: Tensor, bits: int, granularity: str, clamp: bool, promote: bool) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 from granq import GRANULARITIES, choose_qparams, compile_quantizer, dequantize, fake_quantize, quantize, quantizer
 from granq.quantizer import QParams, fake_quantize_learned, fake_quantize_with
@@ -198,6 +199,14 @@ def test_compiled_equals_plain_at_every_granularity(granularity, compiled):
         off = (value - fake_quantize(x, 4, granularity)).abs()
         compile_quantizer()
         assert value.shape == x.shape and (off < 1.001 * step).all() and (off > 1e-5 * step).sum() <= 1
+
+
+def test_compiled_for_a_small_tensor_has_threads_for_large_ones(compiled, monkeypatch, tmp_path):
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # empty: nothing is taken from an earlier process
+    small = torch.rand(2, 3, 4, 4)
+    _, sources = run_and_get_code(quantizer._compiled(), small, 3, "per_sample_channel", True, True)
+    assert any("#pragma omp parallel" in source for source in sources)
 
 
 def test_compiled_refuses_like_plain(compiled):
