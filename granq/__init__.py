@@ -4,15 +4,14 @@ The pipeline, one module a step:
 
 1. ``quantizer``  choose a scale and a zero point for every group of values, quantize, dequantize
 2. ``convert``    schemes (release, strict, layerwise, per_channel, foldable); a fake-quantized copy of any network
-3. ``auditing``   what is really quantized in it, layer by layer
-4. ``integer``    a foldable student as integer convolutions, exported to safetensors and ONNX
-5. ``data``       datasets by name; ``models`` teachers by name
-6. ``generator``  images from noise that match the teacher's BatchNorm statistics
-7. ``qat``        the student is fine-tuned on them; ``runs`` keeps every run, ``sweep`` plans many, ``distributed``
-                  spreads one over processes
-8. ``analysis``   measure_*: model and images in, tidy data frame out
-9. ``figures``    plot_*: data frame in, picture out; ``registry`` every picture by name; ``bench`` timings
-10. ``cli``       the command line
+3. ``data``       datasets by name; ``models`` teachers by name
+4. ``generator``  images from noise that match the teacher's BatchNorm statistics
+5. ``qat``        the student is fine-tuned on them: by the settings in ``config``, from what ``calibration`` left, with
+                  the ``losses``; ``runs`` keeps every run, ``sweep`` plans many, ``distributed`` spreads one
+6. ``analysis``   measure_*: model and images in, tidy data frame out; ``auditing`` what is really quantized
+7. ``integer``    a foldable student as integer convolutions, exported to safetensors and ONNX
+8. ``figures``    plot_*: data frame in, picture out; ``registry`` every picture by name; ``bench`` timings
+9. ``cli``        the command line
 """
 
 from importlib import import_module
@@ -27,8 +26,9 @@ _PUBLIC = {
     "measure_synthetic_gap sqnr_db",
     "auditing": "audit summarize_audit",
     "bench": "measure_latency_quantizer measure_latency_scaling",
-    "convert": "SCHEMES Scheme activation_places calibrate freeze_ranges learn_steps quantize_model "
-    "reestimate_batchnorm set_image_range",
+    "calibration": "calibrate learn_steps reestimate_batchnorm set_image_range",
+    "config": "QATConfig",
+    "convert": "SCHEMES Scheme activation_places freeze_ranges quantize_model",
     "data": "DataSpec batches describe_data load_split pixel_bounds",
     "figures": "plot_accuracy_bits plot_activation_distortion plot_channel_histogram plot_channel_error "
     "plot_channel_scales plot_granularity_factorial plot_granularity_maps plot_layer_error "
@@ -38,8 +38,9 @@ _PUBLIC = {
     "integer": "export_onnx integer_model measure_integer_agreement save_integers",
     "models": "build_network digits_teacher load_teacher save_teacher top1_on train_teacher",
     "registry": "FIGURES Setting make_figures redraw_figures",
-    "qat": "QATConfig Result SavedRun load_generator load_run train",
+    "qat": "Result train",
     "quantizer": "GRANULARITIES QParams choose_qparams compile_quantizer dequantize fake_quantize quantize",
+    "runs": "SavedRun load_generator load_run",
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 

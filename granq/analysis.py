@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
+from granq.calibration import calibrate
 from granq.checks import check_batches, check_images, forward, one_of, typed
-from granq.convert import LAYERS, calibrate, frozen_ranges, input_places, quantize_model
+from granq.convert import LAYERS, frozen_ranges, input_places, quantize_model
 from granq.data import DataSpec
 from granq.generator import LATENT, Generator
 from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range

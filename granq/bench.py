@@ -24,14 +24,15 @@ from torch.utils.benchmark import timer
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
-from granq import qat, scaling
+from granq import losses, qat, scaling
 from granq.analysis import layer_calls, measure_layer_error
 from granq.checks import has_bfloat16, typed
+from granq.config import QATConfig
 from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, quantize_model
 from granq.generator import LATENT, Generator, batchnorm_inputs, batchnorm_loss, synthesize, upsample_conv_plain
 from granq.models import build_network
-from granq.qat import versions
 from granq.quantizer import ANY_THREADS, choose_qparams, compile_quantizer, fake_quantize
+from granq.runs import versions
 
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = (
@@ -96,7 +97,7 @@ class PlainTrainer(qat.Trainer):
     fills the gradients of teacher and student which the generator's step then throws away.
     """
 
-    def __init__(self, teacher: nn.Module, config: qat.QATConfig) -> None:
+    def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
         super().__init__(teacher, config)
         self.teacher.requires_grad_(True)
         self.generator = PlainGenerator(self.generator.classes, config.image_size).to(self.device)
@@ -111,10 +112,10 @@ class PlainTrainer(qat.Trainer):
         with batchnorm_inputs(self.teacher) as norms:
             t = self.teacher(images)
         s = self.student(images)
-        loss = c.alpha_ds * qat.disagreement_loss(t, s, labels) + c.alpha_as * qat.agreement_loss(t, s, labels)
-        loss = loss + qat.margin_loss(t, s, c.lambda_l, c.lambda_u) + c.gamma * plain_batchnorm_loss(norms)
+        loss = c.alpha_ds * losses.disagreement_loss(t, s, labels) + c.alpha_as * losses.agreement_loss(t, s, labels)
+        loss = loss + losses.margin_loss(t, s, c.lambda_l, c.lambda_u) + c.gamma * plain_batchnorm_loss(norms)
         self._descend("generator", loss)
-        loss_s = qat.student_loss(t.detach(), self.student(images.detach()), c.temperature)
+        loss_s = losses.student_loss(t.detach(), self.student(images.detach()), c.temperature)
         self._descend("student", loss_s)
         return {"generator_loss": loss.detach(), "student_loss": loss_s.detach()}
 
@@ -149,13 +150,15 @@ METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "textbook": textbook_chain,
     "release": release,
     "release, compiled": under_compile(release),
+    "release, NHWC": release,
+    "release, compiled, NHWC": under_compile(release),
     "copy": lambda x, bits: x.clone(),
 }
 
 
 @typed
 def measure_latency_quantizer(
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    shapes: Sequence[tuple[int, int, int, int]] = SHAPES,
     bits: int = 3,
     *,
     repetitions: int = 30,
@@ -169,17 +172,19 @@ def measure_latency_quantizer(
         Columns method, shape, bytes, bits, repetitions, median_ms, q25_ms, q75_ms, ratio_to_textbook and
         ratio_to_copy (medians of the ratios within one repetition, with their quartiles ``..._q25`` and ``..._q75``),
         threads, torch, device. ``release`` is the library's vectorized quantizer, ``copy`` the floor: ``x.clone()``.
+        Methods that end in ``NHWC`` get the tensor in that layout (channels_last), all others as (N, C, H, W).
     """
     rows = []
     for shape in tqdm(shapes, desc="quantizer", unit="shape"):
         generator = torch.Generator(device).manual_seed(0)
-        x = torch.rand(shape, generator=generator, device=device).requires_grad_()
-        gradient = torch.ones_like(x)
+        x = torch.rand(shape, generator=generator, device=device)
+        layouts = {False: x, True: x.contiguous(memory_format=torch.channels_last)}
+        inputs = {nhwc: (x.requires_grad_(), torch.ones_like(x)) for nhwc, x in layouts.items()}
 
         def once(method: Callable[[Tensor, int], Tensor], x: Tensor, gradient: Tensor) -> None:
             torch.autograd.grad(method(x, bits), x, gradient)
 
-        runs = {name: partial(once, method, x, gradient) for name, method in METHODS.items()}
+        runs = {name: partial(once, method, *inputs[name.endswith("NHWC")]) for name, method in METHODS.items()}
         times = _alternate(runs, repetitions, warm=2 if _bytes(x) < UNCACHED else 0)
         for name in METHODS:
             row: dict[str, object] = {"method": name, "shape": str(shape), "bytes": _bytes(x), "bits": bits}
@@ -283,7 +288,7 @@ def measure_latency_step(
     teacher = teacher or build_network("resnet20_cifar10", 10)
     rows = []
     for batch in tqdm(batches, desc="step", unit="batch size"):
-        config = qat.QATConfig(batch_size=batch, image_size=image_size, device=device)
+        config = QATConfig(batch_size=batch, image_size=image_size, device=device)
         trainers = {"plain": PlainTrainer(teacher, config), "granq": qat.Trainer(teacher, config)}
         if has_bfloat16(device):
             trainers["granq bf16"] = qat.Trainer(teacher, replace(config, bf16=True))
@@ -409,7 +414,7 @@ def measure_latency_cost(
     if model is None:
         model = build_network("resnet20_cifar10", 10)
         model.get_submodule("features").final_pool = nn.AdaptiveAvgPool2d(1)  # the same at 32 pixels; takes any size
-    config = qat.QATConfig(batch_size=batch, image_size=image_size, device=device)
+    config = QATConfig(batch_size=batch, image_size=image_size, device=device)
     trainer = qat.Trainer(model, config)
     parts = _forward_parts(trainer.student, batch, image_size, device) + _step_parts(trainer)
     speed, bandwidth = _machine_rates(device)

@@ -38,6 +38,19 @@ def forward(model: nn.Module, images: Tensor) -> Any:
         raise ValueError(f"{type(model).__name__} cannot take images of {tuple(images.shape)}: {reason}") from error
 
 
+def resolve_device(device: str) -> str:
+    """``auto`` becomes cuda, mps or cpu, whichever is there first. Raises ValueError for what torch does not know."""
+    if device != "auto":
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, mps") from None
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def has_bfloat16(device: str) -> bool:
     """Whether ``device`` computes in bfloat16: GPUs do, of x86 processors those with AVX512."""
     if not device.startswith("cpu"):

@@ -223,7 +223,7 @@ def _at_least(args: argparse.Namespace, **least: int) -> None:
 
 
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import data, models, qat, runs
+    from granq import checks, data, files, models, runs
 
     if args.out.exists():
         raise ValueError(f"{args.out} already exists; choose another --out")
@@ -234,7 +234,7 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{partial} holds an unfinished training; pass --resume to continue it, or remove it")
     _at_least(args, epochs=1)
     spec = data.describe_data(args.data, args.network, args.image_size)
-    device = qat.resolve_device(args.device)
+    device = checks.resolve_device(args.device)
     models.build_network(args.network, spec.classes)  # an unknown name is told before any image is read
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.pretrained:
@@ -242,25 +242,26 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
         top1 = models.top1_on(model, data.load_split(spec, "test"), spec, device)
     else:
         options = {name: getattr(args, name) for name in ("epochs", "lr", "seed", "bf16", "init")}
-        with runs.hold(args.out, lock := partial.with_suffix(".lock")):
+        with files.hold(args.out, lock := partial.with_suffix(".lock")):
             model, top1 = models.train_teacher(args.network, spec, device=device, checkpoint=partial, **options)
         lock.unlink(missing_ok=True)
-    data.save_atomically(args.out, lambda path: models.save_teacher(path, model, args.network, spec, top1))
+    files.save_atomically(args.out, lambda path: models.save_teacher(path, model, args.network, spec, top1))
     partial.unlink(missing_ok=True)
     facts = dict(out=str(args.out), data=args.data, network=args.network, top1=top1, seed=args.seed)
-    return facts | qat.versions(device)
+    return facts | runs.versions(device)
 
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import distributed, qat
+    from granq import checks, distributed
 
-    with distributed.process_group(qat.resolve_device(args.device)) as rank:
+    with distributed.process_group(checks.resolve_device(args.device)) as rank:
         row = _quantize_as(rank, args)
     return row if rank == 0 else {}
 
 
 def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
-    from granq import auditing, convert, data, models, qat, runs
+    from granq import auditing, checks, convert, data, files, models, qat, runs
+    from granq.config import QATConfig
 
     weight_bits, act_bits = parse_bits(args.bits)
     convert.get_scheme(args.scheme)
@@ -268,10 +269,10 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     if rank == 0:
         folder.check_free(args.resume)
     spec = data.describe_data(args.data, args.network, args.image_size)
-    given = {f.name: getattr(args, f.name, None) for f in fields(qat.QATConfig)}
+    given = {f.name: getattr(args, f.name, None) for f in fields(QATConfig)}
     changes = {name: value for name, value in given.items() if value is not None}
-    device = qat.resolve_device(args.device)
-    generator = qat.load_generator(args.generator, device) if args.generator else None
+    device = checks.resolve_device(args.device)
+    generator = runs.load_generator(args.generator, device) if args.generator else None
     if generator:
         changes.setdefault("warmup_epochs", 0)
     teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
@@ -281,11 +282,11 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     if args.preset == "paper":
         if args.recipe == "layers":
             raise ValueError("--preset paper is for recipes adadfq and gdfq; layers takes --epochs, --iterations")
-        config = qat.QATConfig.paper(args.data, args.network, weight_bits, **changes)
+        config = QATConfig.paper(args.data, args.network, weight_bits, **changes)
     else:
-        config = (qat.QATConfig.layers if args.recipe == "layers" else qat.QATConfig)(**changes)
+        config = (QATConfig.layers if args.recipe == "layers" else QATConfig)(**changes)
     if rank == 0 and folder.config.is_file():
-        saved = qat.QATConfig.from_dict(folder.read_config()["config"])
+        saved = QATConfig.from_dict(folder.read_config()["config"])
         if saved != config:
             raise ValueError(f"{args.out} was started with other settings; resume it with the same options")
     test = data.load_split(spec, "test")  # the training split is never touched
@@ -307,14 +308,14 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         image = next(data.batches(test, spec, batch_size=1))[0].to(device)
         row |= auditing.summarize_audit(auditing.audit(result.student, image))
         del row["summary"]
-        data.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
+        files.save_atomically(args.out / "result.json", lambda p: p.write_text(json.dumps(row, indent=2)))
     return row
 
 
 def _rerun(args: argparse.Namespace) -> dict[str, Any]:
     import pandas as pd
 
-    from granq import qat
+    from granq.config import QATConfig
 
     if not args.table.is_file():
         raise ValueError(f"{args.table} does not exist; granq sweep writes such a table")
@@ -338,7 +339,7 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
         str: str, float: float, int: lambda text: int(text.removesuffix(".0")), bool: "True".__eq__,
         tuple: lambda text: tuple(map(int, re.findall(r"\d+", text))),
     }  # fmt: skip
-    for field in fields(qat.QATConfig):
+    for field in fields(QATConfig):
         if field.name in row and field.name != "device":
             setattr(again, field.name, read[type(field.default)](row[field.name]))
     result = _quantize(again)
@@ -347,7 +348,8 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import convert, qat, sweep
+    from granq import convert, sweep
+    from granq.config import QATConfig
 
     _at_least(args, jobs=1)
     if args.data or args.schemes:
@@ -358,7 +360,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         for scheme in args.schemes:
             convert.get_scheme(scheme)
         for recipe in args.recipes:
-            qat.QATConfig(recipe=recipe)
+            QATConfig(recipe=recipe)
         bits = [",".join(map(str, parse_bits(text))) for text in args.bits]
         if len(set(args.network)) < len(args.network):
             raise ValueError("--network names one network twice: a sweep has one teacher for each")
@@ -380,9 +382,9 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_on(args: argparse.Namespace, device: str) -> Any:
     """The run of ``args.run``, with ``args.data`` in place of the data that measured it."""
-    from granq import data, qat
+    from granq import data, runs
 
-    saved = qat.load_run(args.run, device)
+    saved = runs.load_run(args.run, device)
     spec = data.describe_data(args.data, saved.facts["network"])
     if spec.classes != saved.spec.classes:
         raise ValueError(f"{args.data} has {spec.classes} classes but the run's network has {saved.spec.classes}")
@@ -402,9 +404,9 @@ def _figures(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import data, models, qat
+    from granq import checks, data, models, runs
 
-    device = qat.resolve_device(args.device)
+    device = checks.resolve_device(args.device)
     student, config, spec, facts, epoch = _run_on(args, device)
     test = data.load_split(spec, "test")
     top1 = models.top1_on(student, test, spec, device)
@@ -412,17 +414,17 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "run": str(args.run), "data": args.data, "network": facts["network"], "scheme": config.scheme,
         "bits": f"W{config.weight_bits}A{config.act_bits}", "epoch": epoch, "top1": top1,
         "images": len(test), "teacher_top1": facts["teacher_top1"],
-    } | qat.versions(device)  # fmt: skip
+    } | runs.versions(device)  # fmt: skip
 
 
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import bench, data, qat
+    from granq import bench, checks, files
 
     _at_least(args, repetitions=1)
-    device = qat.resolve_device(args.device)
+    device = checks.resolve_device(args.device)
     names = BENCHMARKS if args.what == "all" else (args.what,)
-    files = {name: "cost_model.csv" if name == "cost" else f"{name}_latency.csv" for name in names}
-    paths = {name: args.out / file for name, file in files.items()} if args.out else {}
+    tables = {name: "cost_model.csv" if name == "cost" else f"{name}_latency.csv" for name in names}
+    paths = {name: args.out / table for name, table in tables.items()} if args.out else {}
     if found := [path for path in paths.values() if path.exists()]:
         raise ValueError(f"{found[0]} already exists; choose another --out")
     result: dict[str, Any] = {}
@@ -431,7 +433,7 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
         frame = getattr(bench, f"measure_latency_{name}")(repetitions=repetitions, device=device)
         if paths:
             args.out.mkdir(parents=True, exist_ok=True)
-            data.write_csv(paths[name], frame)
+            files.write_csv(paths[name], frame)
         result[name] = json.loads(frame.to_json(orient="records"))
         if not args.json:
             constant = [c for c in frame if frame[c].nunique() == 1 and len(frame) > 1]
@@ -443,9 +445,9 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 def _audit(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from granq import auditing, convert, data, models, qat
+    from granq import auditing, checks, convert, data, files, models
 
-    bits, device = parse_bits(args.bits), qat.resolve_device(args.device)
+    bits, device = parse_bits(args.bits), checks.resolve_device(args.device)
     if args.out and args.out.exists():
         raise ValueError(f"{args.out} already exists; choose another --out")
     cifar = "cifar" in args.network
@@ -461,7 +463,7 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
     student = convert.quantize_model(model, args.scheme, *bits).to(device)
     frame = auditing.audit(student, torch.randn(2, 3, size, size).to(device))
     if args.out:
-        data.write_csv(args.out, frame)
+        files.write_csv(args.out, frame)
     elif not args.json:
         shown = ["layer", "weight_shape", "levels", "weight_sqnr_db", "input_quantized", "bits_per_weight", "status"]
         print(frame[shown].round(1).to_string(index=False))
@@ -478,7 +480,8 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
 def _factorial(args: argparse.Namespace) -> dict[str, Any]:
     from functools import cache
 
-    from granq import factorial, qat, registry
+    from granq import factorial, registry
+    from granq.config import QATConfig
 
     bits = [int(b) if b.strip().isdecimal() else 0 for b in args.bits.split(",")]
     if not all(2 <= b <= 8 for b in bits) or len(set(bits)) < len(bits):
@@ -491,7 +494,7 @@ def _factorial(args: argparse.Namespace) -> dict[str, Any]:
     count = args.images or len(setting.test)
     if count > len(setting.test):
         raise ValueError(f"--images {count} is more than the {len(setting.test)} test images of {args.data}")
-    config = qat.QATConfig(iterations=args.iterations, image_size=setting.spec.image_size, device=setting.device)
+    config = QATConfig(iterations=args.iterations, image_size=setting.spec.image_size, device=setting.device)
 
     @cache  # warmed up when the first static cell needs it
     def generator() -> Any:
@@ -516,7 +519,7 @@ def _factorial(args: argparse.Namespace) -> dict[str, Any]:
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from granq import data, integer, models, runs
+    from granq import data, files, integer, models, runs
 
     runs.RunFolder(args.out).check_free()
     student, _, spec, facts, epoch = _run_on(args, "cpu")
@@ -526,7 +529,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     integer.export_onnx(twin, images[:2], args.out / "network.onnx")
     agreement = integer.measure_integer_agreement(student, images)
-    data.write_csv(args.out / "agreement.csv", agreement)
+    files.write_csv(args.out / "agreement.csv", agreement)
     top1 = models.top1_on(twin, test, spec)
     result = {
         "run": str(args.run), "data": args.data, "network": facts["network"], "epoch": epoch,
@@ -542,12 +545,13 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     import pandas as pd
     import torch
 
-    from granq import analysis, data, figures, models, qat, runs
+    from granq import analysis, checks, data, figures, files, models, qat, runs
+    from granq.config import QATConfig
 
     _at_least(args, seeds=1, epochs=1)
     runs.RunFolder(args.out).check_free()
     args.out.mkdir(parents=True, exist_ok=True)
-    device, network = qat.resolve_device(args.device), "resnet20_cifar10"
+    device, network = checks.resolve_device(args.device), "resnet20_cifar10"
     spec = data.describe_data("digits", network)
     teacher, teacher_top1 = models.train_teacher(network, spec, epochs=12, batch_size=64, device=device)
     models.save_teacher(args.out / "teacher.safetensors", teacher, network, spec, teacher_top1)
@@ -555,13 +559,13 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for scheme in ("layerwise", "release", "strict"):
         for seed in range(args.seeds):
-            config = qat.QATConfig(
+            config = QATConfig(
                 scheme=scheme, weight_bits=2, act_bits=2, epochs=args.epochs, iterations=20,
                 warmup_epochs=args.epochs // 2, batch_size=32, student_lr=1e-3, seed=seed, device=device,
             )  # fmt: skip
             result = qat.train(teacher, config, evaluate=lambda m: models.top1_on(m, test, spec, device))
             rows.append(result.row("digits", network, teacher_top1, len(test)))
-            data.write_csv(args.out / "results.csv", pd.DataFrame(rows))
+            files.write_csv(args.out / "results.csv", pd.DataFrame(rows))
     results, columns = pd.DataFrame(rows), ["ptq_top1", "last_top1", "best_top1"]
 
     def spread(values: pd.Series) -> str:

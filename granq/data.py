@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from granq.checks import one_of, typed
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CIFAR_STATS = (
     (0.4914, 0.4822, 0.4465),
@@ -192,25 +189,3 @@ def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterat
         raise TypeError(f"dataset must hold (image, label) pairs, as load_split gives, got {type(dataset).__name__}")
     for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels
-
-
-def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
-    """``table`` as CSV, replaced atomically; text that a spreadsheet would take for a formula gets a quote in front."""
-    table = table.copy()
-    for name in table.select_dtypes(include=["object", "string"]):
-        column = table[name]
-        formula = column.map(lambda v: isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")))
-        table[name] = column.where(~formula.astype(bool), "'" + column.astype(str))
-    save_atomically(path, lambda p: table.to_csv(p, index=False, float_format=float_format))
-
-
-def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path``, sync, then rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes never share it
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # half a file would keep a full disk full

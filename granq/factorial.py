@@ -22,8 +22,10 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from granq import qat
-from granq.convert import Scheme, calibrate, frozen_ranges, quantize_model
-from granq.data import write_csv
+from granq.calibration import calibrate
+from granq.config import QATConfig
+from granq.convert import Scheme, frozen_ranges, quantize_model
+from granq.files import write_csv
 from granq.generator import Generator, synthesize
 
 FULL = "full"
@@ -72,7 +74,7 @@ def measure_granularity_factorial(
     cells: Sequence[Cell],
     calibration: Callable[[int], Iterable[Tensor]],
     *,
-    config: qat.QATConfig | None = None,
+    config: QATConfig | None = None,
     facts: dict[str, Any] | None = None,
     out: Path | None = None,
 ) -> pd.DataFrame:
@@ -149,7 +151,7 @@ def _interval(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: values.mean(), f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def warm_generator(model: nn.Module, config: qat.QATConfig) -> Generator:
+def warm_generator(model: nn.Module, config: QATConfig) -> Generator:
     """A generator after the warm-up epochs of ``config``; the student beside it only plays along."""
     trainer = qat.Trainer(model, replace(config, epochs=max(config.warmup_epochs, 1)))
     for _ in tqdm(range(config.warmup_epochs), desc="generator", unit="epoch"):

@@ -28,7 +28,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatt
 
 from granq.analysis import decode_pixels
 from granq.checks import distinct, needs, one_of
-from granq.data import write_csv
+from granq.files import write_csv
 
 STYLE = Path(__file__).with_name("granq.mplstyle")
 
@@ -784,15 +784,21 @@ def _channel_points(ax: Axes, data: pd.DataFrame, values: pd.Series, by: pd.Seri
 
 
 def _looks(names: pd.Series) -> dict[str, Role]:
-    """Looks of methods and executions: that of the scheme they belong to, and of a free one for the others."""
+    """Looks of methods and executions: that of the scheme they belong to, and of a free one for the others.
+
+    The same method in another layout has its color, and a star.
+    """
     belongs = {"copy": "full precision", "release": "release", "pre-scaled": "release", "layerwise": "layerwise"}
     belongs |= {"layer-wise": "layerwise", "folded": "foldable", "channel loop": "per_channel", "textbook": "strict"}
     belongs |= {"accumulation-time, loop": "per_channel", "accumulation-time, grouped": "strict"}
-    found = {name: ROLES[belongs[name]] for name in dict.fromkeys(names) if name in belongs}
+    methods = dict.fromkeys(name.removesuffix(", NHWC") for name in names)
+    found = {name: ROLES[belongs[name]] for name in methods if name in belongs}
     black = Role("", "#222222", "X", (0, (2, 1)))
     free = itertools.chain([black], itertools.cycle([r for r in ROLES.values() if r not in found.values()] or [black]))
     labels = {"copy": "copy of the same bytes"}
-    return {n: (found.get(n) or next(free))._replace(label=labels.get(n, n)) for n in dict.fromkeys(names)}
+    looks = {n: (found.get(n) or next(free))._replace(label=labels.get(n, n)) for n in methods}
+    starred = {n: looks[n.removesuffix(", NHWC")]._replace(label=n, marker="*") for n in names if n.endswith(", NHWC")}
+    return {n: (looks | starred)[n] for n in dict.fromkeys(names)}
 
 
 def _medians(ax: Axes, x: Any, rows: pd.DataFrame, look: Role) -> None:

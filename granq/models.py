@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from granq.checks import expect_bfloat16, typed
-from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize, save_atomically
-from granq.runs import read_checkpoint, write_checkpoint
+from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize
+from granq.files import read_checkpoint, save_atomically, write_checkpoint
 
 
 def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Module:

@@ -12,39 +12,26 @@ from __future__ import annotations
 import copy
 import math
 import os
-import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from granq.checks import expect_bfloat16, one_of, typed
-from granq.convert import (
-    LearnedSteps,
-    Scheme,
-    calibrate,
-    freeze_ranges,
-    frozen_ranges,
-    get_scheme,
-    image_place,
-    learn_steps,
-    quantize_model,
-    reestimate_batchnorm,
-    relu_ceilings,
-    set_image_range,
-)
-from granq.data import DataSpec
-from granq.distributed import average_gradients, from_first, gather, joint_var_mean, own_part, world
+from granq.calibration import calibrate, learn_steps, reestimate_batchnorm, set_image_range
+from granq.checks import expect_bfloat16, resolve_device, typed
+from granq.config import QATConfig
+from granq.convert import LearnedSteps, freeze_ranges, frozen_ranges, image_place, relu_ceilings
+from granq.distributed import average_gradients, from_first, gather, own_part, world
 from granq.generator import (
     Generator,
     batchnorm_inputs,
@@ -56,11 +43,18 @@ from granq.generator import (
     synthesize,
     vary,
 )
-from granq.models import build_network
+from granq.losses import (
+    agreement_loss,
+    disagreement_loss,
+    gdfq_student_loss,
+    layer_loss,
+    margin_loss,
+    soft_label_loss,
+    student_loss,
+)
 from granq.quantizer import at_least_float32
-from granq.runs import RunFolder, fingerprint
+from granq.runs import RunFolder, fingerprint, versions
 
-RECIPES = ("adadfq", "gdfq", "layers")
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
 STEP_RATE = 20  # times student_lr for learned steps, whose logarithms move by shares, weights by absolute amounts
 NORM_RATE = 4  # recipe layers: times student_lr for the scale and shift of BatchNorm
@@ -68,200 +62,6 @@ Bounds = tuple[Tensor, Tensor]  # low and high, of each channel
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # of recipe layers: weight and temperature of the soft labels
 CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
-
-
-@dataclass(frozen=True)
-class QATConfig:
-    """Everything that decides a run besides the teacher. Defaults: CIFAR, docs/method.md section 6, a short budget."""
-
-    scheme: str | Scheme = "release"
-    weight_bits: int = 3
-    act_bits: int = 3
-    image_bits: int = 0  # of the image, with static ranges best beside pixel_range=1; 0: act_bits
-    recipe: str = "adadfq"
-    epochs: int = 10
-    iterations: int = 100  # per epoch
-    batch_size: int = 64
-    warmup_epochs: int = 4  # the generator alone
-    student_lr: float = 1e-4
-    generator_lr: float = 1e-3
-    milestones: tuple[int, ...] = ()
-    range_quantile: float = 1.0  # of static ranges, set anew before the student trains if below 1; convert.calibrate
-    pixel_range: float = 0.0  # static range of the image: this share of that of all pixels; 0: of generated images
-    reestimate_batchnorm: bool = False  # before the student trains; see convert.reestimate_batchnorm
-    refined_images: int = 0  # recipe layers trains on this many, made once (generator.refine); 0: on new ones each time
-    random_shapes: bool = False  # every other batch of refined images is made from generator.random_shapes
-    learned_steps: bool = False  # quantization steps are trained too; convert.learn_steps
-    temperature: float = 20.0
-    alpha_ds: float = 0.2
-    alpha_as: float = 0.1
-    lambda_l: float = 0.1
-    lambda_u: float = 0.8
-    gamma: float = 1.0
-    image_size: int = 32
-    seed: int = 0
-    device: str = "auto"
-    deterministic: bool = False  # on CUDA; on the CPU every run is
-    bf16: bool = False  # training computes under bfloat16 autocast; weights, ranges, losses and tests stay in float32
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            fits = isinstance(value, (int, float) if kind is float else kind)
-            fits &= kind is bool or not isinstance(value, bool)
-            if kind is tuple:
-                fits = isinstance(value, tuple) and all(type(v) is int for v in value)
-            if field.name == "scheme":
-                fits = isinstance(value, str | Scheme)
-            if not fits:
-                raise TypeError(f"{field.name} must be {kind.__name__}, such as {field.default!r}; got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}")
-        one_of("recipe", self.recipe, RECIPES)
-        scheme = get_scheme(self.scheme)
-        for name in ("weight_bits", "act_bits"):
-            if not 2 <= getattr(self, name) <= 8:
-                raise ValueError(f"{name} must be from 2 to 8, got {getattr(self, name)}")
-        if self.image_bits and not (2 <= self.image_bits <= 8 and scheme.activations and scheme.places == "inputs"):
-            raise ValueError(
-                f"image_bits must be from 2 to 8, with a scheme that quantizes the image, or 0; got {self.image_bits} "
-                f"and {self.scheme}"
-            )
-        for name in ("epochs", "iterations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("student_lr", "generator_lr", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0.5 < self.range_quantile <= 1:
-            raise ValueError(f"range_quantile must be above 0.5 and at most 1, got {self.range_quantile}")
-        if not 0 <= self.pixel_range <= 1:
-            raise ValueError(f"pixel_range must be from 0 to 1, got {self.pixel_range}")
-        if self.pixel_range and not (scheme.tracked and scheme.places == "inputs"):
-            raise ValueError(f"pixel_range needs a scheme with a static range for the image; {self.scheme} has none")
-        if self.refined_images < 0 or self.refined_images % self.batch_size:
-            raise ValueError(
-                f"refined_images must be a multiple of the batch size {self.batch_size}, got {self.refined_images}"
-            )
-        if self.refined_images and self.recipe != "layers":
-            raise ValueError("refined_images is for recipe layers: in the others the generator trains on")
-        if self.random_shapes and not self.refined_images:
-            raise ValueError("random_shapes are images to refine: needs refined_images above 0")
-        if self.learned_steps and not scheme.clamp:
-            raise ValueError(f"learned_steps needs a scheme that clamps its codes, which {self.scheme} does not")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}")
-        if self.image_size < 4 or self.image_size % 4:
-            raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
-
-    def quantized(self, model: nn.Module) -> fx.GraphModule:
-        """A copy of ``model`` quantized as these settings say: ``quantize_model``."""
-        return quantize_model(model, self.scheme, self.weight_bits, self.act_bits, self.image_bits or None)
-
-    @classmethod
-    def paper(cls, dataset: str, network: str, bits: int, **changes: Any) -> QATConfig:
-        """The published settings (docs/method.md section 6) for CIFAR ResNet-20, ResNet-18/50 and MobileNetV2."""
-        common: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
-        if dataset in ("cifar10", "cifar100", "digits") or "cifar" in network:
-            chosen = dict(epochs=200, batch_size=200, milestones=(100, 200, 300))
-        else:
-            chosen = dict(
-                epochs=400,
-                batch_size=16,
-                temperature=5.0,
-                student_lr=1e-5,
-                milestones=(350, 400),
-                image_size=224,
-            )
-            if "resnet50" in network:
-                steps = {3: (150, 300, 400), 4: (200, 300, 400)}.get(bits, (350, 400))
-                chosen |= dict(student_lr=1e-4, milestones=steps, warmup_epochs=50)
-                chosen |= dict(lambda_l=0.4 if bits == 3 else 0.3, alpha_ds=0.1 if bits == 4 else 0.2)
-            elif "mobilenet" in network:
-                chosen |= dict(alpha_ds=0.3 if bits == 4 else 0.2)
-            else:
-                chosen |= dict(warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3)
-        return cls(**(common | chosen | changes))
-
-    @classmethod
-    def layers(cls, **changes: Any) -> QATConfig:
-        """Recipe ``layers`` with what belongs to it where the scheme allows; what each buys: ``docs/moonshot.md``."""
-        scheme = get_scheme(changes.get("scheme", cls.scheme))
-        chosen: dict[str, Any] = {"recipe": "layers", "student_lr": 5e-4, "reestimate_batchnorm": True}
-        chosen["refined_images"] = 32 * changes.get("batch_size", cls.batch_size)
-        chosen["random_shapes"] = bool(changes.get("refined_images", chosen["refined_images"]))
-        chosen |= {"learned_steps": scheme.clamp, "range_quantile": 0.99 if scheme.tracked else 1.0}
-        return cls(**(chosen | changes))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> QATConfig:
-        """From parsed JSON; unknown keys are refused."""
-        if not isinstance(values, dict):
-            raise TypeError(f"settings are a dictionary, got {type(values).__name__}")
-        if unknown := values.keys() - {f.name for f in fields(cls)}:
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        steps, scheme = values.get("milestones", ()), values.get("scheme", cls.scheme)
-        if isinstance(scheme, dict):  # one of the user's own
-            scheme = Scheme(**(scheme | {"skip": tuple(scheme.get("skip", ()))}))
-        read = {"milestones": tuple(steps) if isinstance(steps, list) else steps, "scheme": scheme}
-        return cls(**(values | read))
-
-
-def disagreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-    """CE(t - s, y): images on which only the teacher knows the label. Logits (N, K), labels (N,)."""
-    return F.cross_entropy(teacher - student, labels)
-
-
-def agreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-    """CE(t + s, y): images on which both know it."""
-    return F.cross_entropy(teacher + student, labels)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy in nats of softmax(logits), (N, K) -> (N,)."""
-    log_p = F.log_softmax(logits, 1)
-    return -(log_p.exp() * log_p).sum(1)
-
-
-def margin_loss(teacher: Tensor, student: Tensor, low: float, high: float) -> Tensor:
-    """Keeps the normalized entropy of the difference between ``low`` and ``high`` (AdaDFQ)."""
-    h = entropy(teacher - student)
-    h = (h - h.min()) / (math.log(teacher.shape[1]) - h.min()).clamp_min(1e-12)
-    return F.relu(low - h).mean() + F.relu(h - high).mean()
-
-
-def student_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """-T^2 mean H(softmax((t - s) / T)): maximal entropy means logits equal up to a constant."""
-    return -(temperature**2) * entropy((teacher - student) / temperature).mean()
-
-
-def soft_label_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(t / T) || softmax(s / T)) (Hinton et al. 2015)."""
-    t, s = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
-    return temperature**2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
-
-
-def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-    """CE(s, y) + KL(teacher || student) (GDFQ, Xu et al. 2020)."""
-    return F.cross_entropy(student, labels) + soft_label_loss(teacher, student, 1.0)
-
-
-def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: Sequence[float | None]) -> Tensor:
-    """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ).
-
-    Args:
-        teacher: outputs of its BatchNorms, each (N, C, H, W).
-        student: those of the student.
-        ceilings: ``relu_ceilings``; what a ReLU behind a BatchNorm would cut off both is no difference.
-    """
-    terms = []
-    for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):
-        if ceiling is not None:
-            t, s = t.clamp(0, ceiling), s.clamp(0, ceiling)
-        terms.append(F.mse_loss(s, t) / joint_var_mean(t)[0].mean())
-    return torch.stack(terms).mean()
 
 
 def diversity(images: Tensor) -> Tensor:
@@ -286,19 +86,6 @@ def generator_trouble(row: dict[str, float], classes: int) -> str:
             f"(guessing gives {100 / classes:.0f} %); train the generator longer (warmup_epochs, iterations)"
         )
     return ""
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` becomes cuda, mps or cpu, whichever is there first. Raises ValueError for what torch does not know."""
-    if device != "auto":
-        try:
-            torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, mps") from None
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass
@@ -651,58 +438,6 @@ def train(
     )
 
 
-class SavedRun(NamedTuple):
-    """What ``load_run`` reads: the student, and where it comes from."""
-
-    student: fx.GraphModule  #: in eval mode, its ranges frozen
-    config: QATConfig
-    spec: DataSpec  #: the data that measured it, and the normalization of its images
-    facts: dict[str, Any]  #: ``config.json``: network, data, teacher, its accuracy, versions
-    epoch: int  #: finished epochs
-
-
-@typed
-def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
-    """The student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
-
-    Args:
-        run: the folder.
-        device: where to put the student.
-
-    Raises:
-        ValueError: it holds no run with a finished epoch, or one of ``train`` alone, which does not know the network.
-    """
-    state, facts = _read_run(run, "cpu")
-    if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
-        raise ValueError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
-    config, saved = QATConfig.from_dict(facts["config"]), facts["spec"]
-    spec = DataSpec(**(saved | {"mean": tuple(saved["mean"]), "std": tuple(saved["std"])}))
-    student = config.quantized(build_network(facts["network"], spec.classes))
-    student.load_state_dict(state["student"])
-    freeze_ranges(student)
-    return SavedRun(student.to(device), config, spec, facts, state["epoch"])
-
-
-def _read_run(run: str | Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Newest checkpoint and ``config.json`` of a run folder."""
-    folder = RunFolder(run)
-    state = folder.load(device=device) if folder.config.is_file() else None
-    if state is None:
-        raise ValueError(f"{run} holds no run with a finished epoch; make one with granq quantize --out {run}")
-    return state, folder.read_config()
-
-
-@typed
-def load_generator(run: str | Path, device: str = "cpu") -> Generator:
-    """The generator of a run folder. Raises ValueError if it holds no finished epoch."""
-    state, facts = _read_run(run, device)
-    size = facts["config"]["image_size"]
-    classes = next(len(v) for k, v in state["generator"].items() if "embedding" in k or k == "norm0.weight.weight")
-    generator = build_generator(classes, size).to(device)
-    generator.load_state_dict(state["generator"])
-    return generator
-
-
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
@@ -713,20 +448,3 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def versions(device: str = "cpu") -> dict[str, str]:
-    """What a number must carry to be trusted: software versions and the device's name."""
-    import torchvision
-
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
-    )
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": f"{device} ({name})",
-    }

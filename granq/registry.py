@@ -22,7 +22,8 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from granq import analysis, auditing, factorial, figures, models, qat
-from granq.checks import one_of, typed
+from granq.checks import one_of, resolve_device, typed
+from granq.config import QATConfig
 from granq.convert import SCHEMES, quantize_model
 from granq.data import (
     DataSpec,
@@ -31,13 +32,12 @@ from granq.data import (
     class_names,
     describe_data,
     load_split,
-    save_atomically,
     split_folder,
-    write_csv,
 )
 from granq.figures import Panels
+from granq.files import save_atomically, write_csv
 from granq.generator import Generator
-from granq.runs import RunFolder
+from granq.runs import RunFolder, load_generator, versions
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 RESULTS = "results_cifar10.csv"
@@ -101,7 +101,7 @@ class Setting:
         self.preset, self.budget, self.network, self.seed = preset, BUDGETS[preset], network, seed
         self.data = data or ("digits" if preset == "quick" else "cifar10")
         self.teacher_file, self.runs, self.out = Path(teacher) if teacher else None, runs, out
-        self.device = qat.resolve_device(device)
+        self.device = resolve_device(device)
         self._described = describe_data(self.data, network)
         if self.teacher_file is not None and not self.teacher_file.is_file():
             raise ValueError(f"teacher file {str(teacher)!r} does not exist")
@@ -167,11 +167,11 @@ class Setting:
         """As many generated images as real ones, drawn as during the run: BatchNorm with the batch's statistics."""
         return factorial.generated_batches(self.zero_shot[0], self.seed, self.images, batch_size)
 
-    def config(self, **changes: Any) -> qat.QATConfig:
+    def config(self, **changes: Any) -> QATConfig:
         """Settings of a zero-shot run in this preset."""
         bits = dict(weight_bits=self.budget.bits, act_bits=self.budget.bits)
         facts = dict(image_size=self.spec.image_size, seed=self.seed, device=self.device)
-        return qat.QATConfig(**(self.budget.run | bits | facts | changes))
+        return QATConfig(**(self.budget.run | bits | facts | changes))
 
     def evaluate(self, model: nn.Module) -> float:
         """Top-1 on the test split in percent."""
@@ -194,9 +194,9 @@ class Setting:
         return trainer.generator, history, pd.concat(frames, ignore_index=True)
 
     def _read_runs(self) -> tuple[Generator, pd.DataFrame, pd.DataFrame]:
-        configs = [qat.QATConfig.from_dict(RunFolder(r).read_config()["config"]) for r in self.runs]
+        configs = [QATConfig.from_dict(RunFolder(r).read_config()["config"]) for r in self.runs]
         history = [_history(pd.read_csv(r / "history.csv"), c) for r, c in zip(self.runs, configs, strict=True)]
-        generator = qat.load_generator(self.runs[0], self.device).train()
+        generator = load_generator(self.runs[0], self.device).train()
         drawn = analysis.measure_generated_images(generator, self.teacher, self.spec, per_class=3, seed=self.seed)
         return generator, pd.concat(history, ignore_index=True), drawn.assign(epoch=history[0].epoch.max())
 
@@ -233,8 +233,8 @@ class Setting:
         if teacher:
             name = figures.dataset_name(self.data)
             facts |= dict(dataset=name, network=self.network, teacher_test_top1=self.top1)
-        versions = qat.versions(self.device)
-        return facts | {k: versions[k] for k in ("torch", "device")}
+        here = versions(self.device)
+        return facts | {k: here[k] for k in ("torch", "device")}
 
 
 def method_name(row: Mapping[Any, Any]) -> str:
@@ -260,7 +260,7 @@ def _at_every_width(accuracy: pd.DataFrame) -> pd.DataFrame:
     return accuracy[~(accuracy.scheme.isin(partial) & accuracy.index.isin(measured.index))]
 
 
-def _history(rows: pd.DataFrame, config: qat.QATConfig) -> pd.DataFrame:
+def _history(rows: pd.DataFrame, config: QATConfig) -> pd.DataFrame:
     bits = f"W{config.weight_bits}A{config.act_bits}"
     return rows.assign(scheme=str(config.scheme), bits=bits, seed=config.seed, recipe=config.recipe)
 

@@ -8,23 +8,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import pickle
+import platform
 import warnings
-import zipfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import fx, nn
 
-from granq.data import save_atomically, write_csv
+from granq.checks import typed
+from granq.config import QATConfig
+from granq.convert import freeze_ranges
+from granq.data import DataSpec
+from granq.files import hold, read_checkpoint, save_atomically, write_checkpoint, write_csv
+from granq.generator import Generator, build_generator
+from granq.models import build_network
 
 
 class RunFolder:
@@ -134,47 +138,78 @@ class RunFolder:
         return None
 
 
-@contextmanager
-def hold(path: Path, lock: Path) -> Iterator[None]:
-    """Keep other processes from writing ``path``. Raises ValueError if one does already."""
-    held = FileLock(lock)
-    try:
-        held.acquire(timeout=1)  # not 0: ``in_use`` holds it for an instant
-    except Timeout:
-        raise ValueError(f"{path} is in use by another process; wait for it or choose another --out") from None
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write what ``read_checkpoint`` reads, atomically. Raises OSError if it cannot be written."""
-    whole = io.BytesIO()  # torch itself would report a full disk as an internal error of its zip writer
-    torch.save(state, whole)
-    save_atomically(path, lambda temporary: temporary.write_bytes(whole.getbuffer()))
-
-
-def read_checkpoint(path: Path, keys: Set[str], device: str = "cpu") -> dict[str, Any]:
-    """Tensors and plain values from ``path``. Raises ValueError unless it is whole, harmless and has ``keys``."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"damaged at {damaged}")
-        state = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError("it holds something else than tensors and numbers, and was not opened") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"not a whole file ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or not keys <= state.keys():
-        raise ValueError("not a checkpoint of this program")
-    return state
-
-
 def fingerprint(config: dict[str, Any], *networks: nn.Module) -> str:
     """SHA-256 of settings and weights (teacher, generator): two runs that share it are the same run."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in (item for network in networks for item in network.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class SavedRun(NamedTuple):
+    """What ``load_run`` reads: the student, and where it comes from."""
+
+    student: fx.GraphModule  #: in eval mode, its ranges frozen
+    config: QATConfig
+    spec: DataSpec  #: the data that measured it, and the normalization of its images
+    facts: dict[str, Any]  #: ``config.json``: network, data, teacher, its accuracy, versions
+    epoch: int  #: finished epochs
+
+
+@typed
+def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
+    """The student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
+
+    Args:
+        run: the folder.
+        device: where to put the student.
+
+    Raises:
+        ValueError: it holds no run with a finished epoch, or one of ``train`` alone, which does not know the network.
+    """
+    state, facts = _read_run(run, "cpu")
+    if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
+        raise ValueError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
+    config, saved = QATConfig.from_dict(facts["config"]), facts["spec"]
+    spec = DataSpec(**(saved | {"mean": tuple(saved["mean"]), "std": tuple(saved["std"])}))
+    student = config.quantized(build_network(facts["network"], spec.classes))
+    student.load_state_dict(state["student"])
+    freeze_ranges(student)
+    return SavedRun(student.to(device), config, spec, facts, state["epoch"])
+
+
+def _read_run(run: str | Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Newest checkpoint and ``config.json`` of a run folder."""
+    folder = RunFolder(run)
+    state = folder.load(device=device) if folder.config.is_file() else None
+    if state is None:
+        raise ValueError(f"{run} holds no run with a finished epoch; make one with granq quantize --out {run}")
+    return state, folder.read_config()
+
+
+@typed
+def load_generator(run: str | Path, device: str = "cpu") -> Generator:
+    """The generator of a run folder. Raises ValueError if it holds no finished epoch."""
+    state, facts = _read_run(run, device)
+    size = facts["config"]["image_size"]
+    classes = next(len(v) for k, v in state["generator"].items() if "embedding" in k or k == "norm0.weight.weight")
+    generator = build_generator(classes, size).to(device)
+    generator.load_state_dict(state["generator"])
+    return generator
+
+
+def versions(device: str = "cpu") -> dict[str, str]:
+    """What a number must carry to be trusted: software versions and the device's name."""
+    import torchvision
+
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": f"{device} ({name})",
+    }

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from granq.checks import one_of
-from granq.data import save_atomically, write_csv
+from granq.files import save_atomically, write_csv
 from granq.runs import RunFolder
 
 ENGINES = ("joblib", "submitit")
@@ -39,7 +39,7 @@ def plan_sweep(
         schemes: names in ``granq.SCHEMES``.
         bits: such as ``3,3``.
         seeds: one run each.
-        recipes: names in ``granq.qat.RECIPES``.
+        recipes: names in ``granq.config.RECIPES``.
         options: arguments common to all runs, such as ``["--data", "digits", "--epochs", "40"]``; ``{seed}`` in one
             becomes the seed of the run.
     """

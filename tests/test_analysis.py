@@ -9,7 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from granq import analysis
-from granq.convert import calibrate, quantize_model
+from granq.calibration import calibrate
+from granq.convert import quantize_model
 from granq.data import DataSpec
 from granq.generator import Generator
 from granq.quantizer import choose_qparams, fake_quantize

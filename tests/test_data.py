@@ -15,7 +15,8 @@ from PIL import Image
 
 from granq import data
 from granq.cli import main
-from granq.data import describe_data, load_split, write_csv
+from granq.data import describe_data, load_split
+from granq.files import write_csv
 from granq.models import load_teacher
 
 

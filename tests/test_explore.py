@@ -12,8 +12,9 @@ from PIL import Image as Picture
 from torch import nn
 
 from granq import analysis, explore
+from granq.config import QATConfig
 from granq.data import DataSpec
-from granq.qat import QATConfig, train
+from granq.qat import train
 
 SPEC = DataSpec("digits", 3, 8, (0.3,) * 3, (0.4,) * 3)
 

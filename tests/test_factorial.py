@@ -8,6 +8,7 @@ from torch import nn
 
 from granq import factorial
 from granq.cli import main
+from granq.config import QATConfig
 from granq.factorial import Cell, factorial_cells, measure_granularity_factorial
 from granq.generator import build_generator
 from granq.quantizer import fake_quantize
@@ -100,7 +101,7 @@ def test_resumes_with_the_missing_cells_only(tiny: nn.Module, tmp_path, monkeypa
 
 
 def test_trained_cells(tiny: nn.Module) -> None:
-    config = factorial.qat.QATConfig(iterations=2, batch_size=4, warmup_epochs=1, image_size=8, device="cpu")
+    config = QATConfig(iterations=2, batch_size=4, warmup_epochs=1, image_size=8, device="cpu")
     cells = [Cell("per_tensor", "per_channel", "static", 4, 1, s) for s in (0, 1)]
     frame = measure_granularity_factorial(tiny, batches(), cells, calibration, config=config)
     assert frame.epochs.tolist() == [1, 1] and frame.top1.between(0, 100).all()

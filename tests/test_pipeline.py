@@ -26,20 +26,10 @@ from granq.generator import (
     upsample_conv_plain,
     vary,
 )
-from granq.qat import (
-    NORM_RATE,
-    STEP_RATE,
-    Trainer,
-    agreement_loss,
-    disagreement_loss,
-    entropy,
-    layer_loss,
-    load_generator,
-    load_run,
-    margin_loss,
-    student_loss,
-)
+from granq.losses import agreement_loss, disagreement_loss, entropy, layer_loss, margin_loss, student_loss
+from granq.qat import NORM_RATE, STEP_RATE, Trainer
 from granq.quantizer import fake_quantize
+from granq.runs import load_generator, load_run
 
 T = torch.tensor([[2.0, 0, -1], [0.5, 0.5, 0]])
 S = torch.tensor([[1.0, 0, 0], [0, 1, 0]])

@@ -20,7 +20,7 @@ from torchvision.models import ResNet18_Weights
 
 from granq import build_network, models, qat
 from granq.cli import main
-from granq.data import write_csv
+from granq.files import write_csv
 
 PAGE = Path(__file__).parent.parent / "docs/reproduction.md"
 COMMANDS = re.findall(r"^    granq (quantize .*)$", PAGE.read_text(), re.MULTILINE)

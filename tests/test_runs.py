@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-from granq import QATConfig, cli, models, train
+from granq import QATConfig, cli, files, models, train
 from granq import runs as runs_module
 from granq.data import describe_data, load_split
 from granq.models import top1_on, train_teacher
@@ -59,7 +59,7 @@ def run_child(out: Path, ready) -> None:
 @pytest.mark.timeout(900)  # 25 processes: long where other work shares the cores
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["granq.qat", "granq.convert"])
+    context.set_forkserver_preload(["granq.qat"])
     moments, out, whole = random.Random(0), tmp_path / "run", tmp_path / "whole"
 
     def start(folder):
@@ -346,7 +346,7 @@ def test_a_teacher_continues_bit_for_bit(tmp_path, monkeypatch):
 
 def test_two_processes_do_not_train_one_teacher(tmp_path, capsys):
     out = tmp_path / "t.safetensors"
-    with runs_module.hold(out, tmp_path / "t.safetensors.lock"):
+    with files.hold(out, tmp_path / "t.safetensors.lock"):
         assert cli.main(["teacher", "--data", "digits", "--network", "resnet20_cifar10", "--out", str(out)]) == 2
     assert "is in use by another process" in capsys.readouterr().err
 

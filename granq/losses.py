@@ -1,0 +1,71 @@
+"""What generator and student minimize; the distance to the BatchNorm statistics is in ``generator``.
+
+Logits of teacher and student are (N, K) throughout, labels (N,). Equations: ``docs/method.md``, section 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from granq.distributed import joint_var_mean
+from granq.quantizer import at_least_float32
+
+
+def disagreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """CE(t - s, y): images on which only the teacher knows the label. Logits (N, K), labels (N,)."""
+    return F.cross_entropy(teacher - student, labels)
+
+
+def agreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """CE(t + s, y): images on which both know it."""
+    return F.cross_entropy(teacher + student, labels)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy in nats of softmax(logits), (N, K) -> (N,)."""
+    log_p = F.log_softmax(logits, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def margin_loss(teacher: Tensor, student: Tensor, low: float, high: float) -> Tensor:
+    """Keeps the normalized entropy of the difference between ``low`` and ``high`` (AdaDFQ)."""
+    h = entropy(teacher - student)
+    h = (h - h.min()) / (math.log(teacher.shape[1]) - h.min()).clamp_min(1e-12)
+    return F.relu(low - h).mean() + F.relu(h - high).mean()
+
+
+def student_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """-T^2 mean H(softmax((t - s) / T)): maximal entropy means logits equal up to a constant."""
+    return -(temperature**2) * entropy((teacher - student) / temperature).mean()
+
+
+def soft_label_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(s / T)) (Hinton et al. 2015)."""
+    t, s = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
+    return temperature**2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
+
+
+def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """CE(s, y) + KL(teacher || student) (GDFQ, Xu et al. 2020)."""
+    return F.cross_entropy(student, labels) + soft_label_loss(teacher, student, 1.0)
+
+
+def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: Sequence[float | None]) -> Tensor:
+    """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ).
+
+    Args:
+        teacher: outputs of its BatchNorms, each (N, C, H, W).
+        student: those of the student.
+        ceilings: ``relu_ceilings``; what a ReLU behind a BatchNorm would cut off both is no difference.
+    """
+    terms = []
+    for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):
+        if ceiling is not None:
+            t, s = t.clamp(0, ceiling), s.clamp(0, ceiling)
+        terms.append(F.mse_loss(s, t) / joint_var_mean(t)[0].mean())
+    return torch.stack(terms).mean()
