@@ -46,7 +46,7 @@ notebooks: $(STAMP) ## Execute every notebook
 ifeq ($(NOTEBOOKS),)
 	@echo "No notebook exists under notebooks/: nothing was executed."
 else
-	$(BIN)/python -m pytest --nbmake --timeout 1200 notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout 900 --timeout 1200 notebooks
 endif
 
 browser: $(STAMP) ## Run notebooks in JupyterLab in a real browser (Debian: installs chromium)
