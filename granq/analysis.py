@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from granq.calibration import calibrate
 from granq.checks import check_batches, check_images, forward, one_of, typed
-from granq.convert import LAYERS, frozen_ranges, input_places, quantize_model
+from granq.convert import LAYERS, ActQuantizer, frozen_ranges, input_places, quantize_model
 from granq.data import DataSpec
 from granq.generator import LATENT, Generator
 from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
@@ -333,7 +333,7 @@ def measure_layer_error(
         energy = _energy(out)
         if "local" in modes:
             for scheme, student in students.items():
-                quantizer = quantizers[scheme].get(name)
+                quantizer = next(turns[scheme].get(name, iter(())), None)
                 value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
                 add(scheme, name, "local", out, energy, value)
         if "accumulated" in modes:  # a copy: an in-place ReLU behind the layer would change it
@@ -344,11 +344,15 @@ def measure_layer_error(
         stack.enter_context(parametrize.cached())  # weights are quantized once, not once a batch
         for student in students.values():
             stack.enter_context(frozen_ranges(student))
-        quantizers = {scheme: dict(input_places(student)) for scheme, student in students.items()}
+        places: dict[str, dict[str, list[ActQuantizer | None]]] = {scheme: {} for scheme in students}
+        for scheme, student in students.items():
+            for name, quantizer in input_places(student):  # of every call of the layer
+                places[scheme].setdefault(name, []).append(quantizer)
         for batch in tqdm(chain([first], rest), desc="layer error", unit="batch"):
             images = _images(batch).to(device)
             count += len(images)
             clean.clear()
+            turns = {scheme: {name: iter(found) for name, found in own.items()} for scheme, own in places.items()}
             with layer_calls(model, layers, visit_clean):
                 forward(model, images)
             for scheme, student in students.items() if "accumulated" in modes else ():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -20,14 +22,16 @@ QUANTIZED_DB = 60.0
 
 # Behind these a quantized value still lies on its grid; averages, sums and BatchNorm leave it.
 _KEEP_GRID = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.PixelShuffle, nn.ChannelShuffle)
-_KEEP_GRID_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.squeeze, F.max_pool2d, F.dropout}
-_KEEP_GRID_METHODS = {"flatten", "view", "reshape", "permute", "squeeze", "contiguous"}
+_KEEP_GRID_METHODS = set("flatten view reshape permute transpose squeeze unsqueeze contiguous chunk split".split())
+_KEEP_GRID_FUNCTIONS = {getattr(torch, name) for name in _KEEP_GRID_METHODS if hasattr(torch, name)}
+_KEEP_GRID_FUNCTIONS |= {F.max_pool2d, F.dropout, operator.getitem}
+_JOINS = {torch.cat, torch.concat, torch.stack}
 _SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
 
 
 @typed
 def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
-    """One row per convolution and linear layer of ``model``, none skipped.
+    """One row per convolution and linear layer of ``model`` and per other tensor of weights, none skipped.
 
     Args:
         model: a model from ``quantize_model``, or any other (whose layers then count as not quantized).
@@ -42,7 +46,8 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
             scales (weight scales of the layer), bits_per_weight and bits_per_activation (**true** bits: codes, and a
             32-bit scale and 32-bit zero point per group; 32 if not quantized), weight_share, macs_share (0 to 1),
             weight_bits and act_bits (nominal, 0 if full precision), low_bit (weights and input both really quantized),
-            status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached).
+            status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached (not called,
+            though its weight may be read), not a layer: not quantized; of the latter two MACs are not counted).
 
     Raises:
         ValueError: the model has no convolution or linear layer.
@@ -69,6 +74,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
             sources = _sources(model)
             first: dict[nn.Module, str] = {}
             rows = [_row(n, m, calls.get(m, []), sources, first) for n, m in found]
+            rows += _other_weights(model, found)
     finally:
         for quantizer in unset:
             quantizer.running_min = quantizer.running_max = quantizer.running_min.new_empty(0)
@@ -80,7 +86,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     return frame
 
 
-@needs("weight_sqnr_db weight_share macs_share low_bit weight_bits act_bits bits_per_weight")
+@needs("weights macs weight_sqnr_db weight_share macs_share low_bit weight_bits act_bits bits_per_weight")
 def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     """Shares in percent (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts, a summary sentence."""
     quantized = frame.weight_sqnr_db < QUANTIZED_DB
@@ -91,6 +97,8 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
     if wide.any():
         text += f", {100 * frame.macs_share[wide].sum():.1f} % on inputs of {frame.act_bits[wide].max()} bits"
+    if uncalled := int(((frame.macs == 0) & (frame.weights > 0)).sum()):
+        text += f"; {uncalled} tensors of weights belong to no layer that is called, and their MACs are not counted"
     return {
         "weights_low_bit": float(weights),
         "macs_low_bit": float(macs),
@@ -106,17 +114,43 @@ def _row(
     name: str,
     layer: Any,  # a convolution or linear layer
     calls: list[tuple[tuple[int, ...], int]],
-    sources: dict[str, tuple[str, ActQuantizer]],
+    sources: dict[nn.Module, tuple[str, ActQuantizer]],
     first: dict[Any, str],
 ) -> dict[str, Any]:
     weight = layer.weight.detach()
     counted = first.setdefault(layer, name) == name  # under its first name only
-    row: dict[str, Any] = {
+    row = _blank(name, type(layer).__name__.removeprefix("Parametrized"), weight)
+    if counted:
+        row |= {"weights": weight.numel(), "macs": sum(m for _, m in calls)}
+    parametrizations: Any = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else []
+    for quantizer in (p for p in parametrizations if isinstance(p, WeightQuantizer)):
+        original = parametrizations.original.detach()
+        groups = min_max(original, quantizer.granularity)[0].numel()
+        # a folded weight has its levels in units of the input steps
+        grid = weight if quantizer.source is None else weight * quantizer.input_step(original)
+        sqnr = float(sqnr_db(original, weight, tuple(range(weight.dim()))))
+        row |= dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits, scales=groups)
+        row |= dict(levels=_levels(grid, groups), weight_sqnr_db=sqnr)
+        if sqnr < QUANTIZED_DB:
+            row["bits_per_weight"] = quantizer.bits + _SCALE_BITS * groups / weight.numel()
+    if layer in sources:
+        row["input_quantized"], source = sources[layer]
+        row["act_bits"] = source.bits
+        if calls:
+            row["bits_per_activation"] = source.bits + _SCALE_BITS * _scales_per_value(source.granularity, calls[0][0])
+    row["low_bit"] = bool(row["weight_sqnr_db"] < QUANTIZED_DB and row["input_quantized"])
+    row["status"] = _status(layer, bool(calls)) if counted else f"shared with {first[layer]}"
+    return row
+
+
+def _blank(name: str, kind: str, weight: Tensor) -> dict[str, Any]:
+    """A row of weights in full precision."""
+    return {
         "layer": name,
-        "type": type(layer).__name__.removeprefix("Parametrized"),
+        "type": kind,
         "weight_shape": "x".join(map(str, weight.shape)),
-        "weights": weight.numel() if counted else 0,
-        "macs": sum(m for _, m in calls) if counted else 0,
+        "weights": 0,
+        "macs": 0,
         "weight_granularity": "",
         "levels": 0,
         "weight_sqnr_db": float("inf"),
@@ -127,25 +161,6 @@ def _row(
         "weight_bits": 0,
         "act_bits": 0,
     }
-    if parametrize.is_parametrized(layer, "weight"):
-        original = layer.parametrizations.weight.original.detach()
-        quantizer = cast(WeightQuantizer, layer.parametrizations.weight[0])
-        groups = min_max(original, quantizer.granularity)[0].numel()
-        # a folded weight has its levels in units of the input steps
-        grid = weight if quantizer.source is None else weight * quantizer.input_step(original)
-        sqnr = float(sqnr_db(original, weight, tuple(range(weight.dim()))))
-        row |= dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits, scales=groups)
-        row |= dict(levels=_levels(grid, groups), weight_sqnr_db=sqnr)
-        if sqnr < QUANTIZED_DB:
-            row["bits_per_weight"] = quantizer.bits + _SCALE_BITS * groups / weight.numel()
-    if name in sources:
-        row["input_quantized"], source = sources[name]
-        row["act_bits"] = source.bits
-        if calls:
-            row["bits_per_activation"] = source.bits + _SCALE_BITS * _scales_per_value(source.granularity, calls[0][0])
-    row["low_bit"] = bool(row["weight_sqnr_db"] < QUANTIZED_DB and row["input_quantized"])
-    row["status"] = _status(layer, bool(calls)) if counted else f"shared with {first[layer]}"
-    return row
 
 
 def _scales_per_value(granularity: str, shape: tuple[int, ...]) -> float:
@@ -181,24 +196,46 @@ def _macs(layer: nn.Module, x: Tensor, output: Tensor) -> int:
     return output[0].numel() * weight[0].numel()
 
 
-def _sources(model: nn.Module) -> dict[str, tuple[str, ActQuantizer]]:
-    """The activation place behind whose grid every layer reads; layers with an input off the grid are absent."""
+def _sources(model: nn.Module) -> dict[nn.Module, tuple[str, ActQuantizer]]:
+    """The activation place behind whose grid every layer reads; absent are those that read off the grid in a call."""
     if not isinstance(model, fx.GraphModule):
         return {}
-    modules = dict(model.named_modules())
-    found: dict[str, tuple[str, ActQuantizer]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def grid(value: Any) -> tuple[str, ActQuantizer] | None:
+        if not isinstance(value, fx.Node):
+            return None
+        module = modules.get(str(value.target)) if value.op == "call_module" else None
+        if isinstance(module, ActQuantizer):
+            return str(value.target).removeprefix("act_quant."), module
+        if value.op == "call_function" and value.target in _JOINS:
+            return _widest([grid(part) for part in cast(Any, value.args[0])])
+        kept = isinstance(module, _KEEP_GRID) or (
+            (value.op == "call_function" and value.target in _KEEP_GRID_FUNCTIONS)
+            or (value.op == "call_method" and value.target in _KEEP_GRID_METHODS)
+        )
+        return grid(value.args[0]) if kept and value.args else None
+
+    found: dict[nn.Module, list[tuple[str, ActQuantizer] | None]] = {}
     for node in model.graph.nodes:
-        if node.op != "call_module" or not isinstance(modules.get(str(node.target)), LAYERS):
-            continue
-        value = node.args[0] if node.args else node.kwargs.get("input")
-        while isinstance(value, fx.Node):
-            module = modules.get(str(value.target)) if value.op == "call_module" else None
-            if isinstance(module, ActQuantizer):
-                found[str(node.target)] = (str(value.target).removeprefix("act_quant."), module)
-                break
-            kept = isinstance(module, _KEEP_GRID) or (
-                (value.op == "call_function" and value.target in _KEEP_GRID_FUNCTIONS)
-                or (value.op == "call_method" and value.target in _KEEP_GRID_METHODS)
-            )
-            value = value.args[0] if kept and value.args else None
-    return found
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, LAYERS):
+            found.setdefault(layer, []).append(grid(node.args[0] if node.args else node.kwargs.get("input")))
+    return {layer: widest for layer, inputs in found.items() if (widest := _widest(inputs))}
+
+
+def _widest(places: Sequence[tuple[str, ActQuantizer] | None]) -> tuple[str, ActQuantizer] | None:
+    """Of several places the one with most bits; none if one of them is off the grid."""
+    known = [place for place in places if place]
+    return max(known, key=lambda place: place[1].bits) if known and len(known) == len(places) else None
+
+
+def _other_weights(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> list[dict[str, Any]]:
+    """Rows of weights that belong to no convolution or linear layer, such as those of attention and embeddings."""
+    known = {id(p) for _, layer in layers for p in layer.parameters()}
+    rows = []
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and id(weight) not in known:
+            row = _blank(name, "Parameter", weight)
+            rows.append(row | dict(weights=weight.numel(), low_bit=False, status="not a layer: not quantized"))
+    return rows

@@ -288,9 +288,12 @@ def quantize_model(
         image_bits: of the image, 2 to 8; default ``act_bits``. Hardware for k bits runs the first layer on 2k as two
             passes, one for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
+    A layer that the forward never calls but whose weight it reads (``F.linear(x, self.head.weight)``) stays in full
+    precision; ``audit`` lists it.
+
     Raises:
-        ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, a forward that cannot be traced, or
-            ``image_bits`` where the image is not quantized.
+        ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, a layer whose weight is parametrized
+            already, a forward that cannot be traced, or ``image_bits`` where the image is not quantized.
     """
     scheme = get_scheme(scheme)
     _check_bits(weight_bits)
@@ -302,6 +305,12 @@ def quantize_model(
         raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
     if unknown := set(scheme.skip) - dict(student.named_modules()).keys():
         raise ValueError(f"scheme.skip names layers the model does not have: {', '.join(sorted(unknown))}")
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(
+                f"the weight of {name} is parametrized already (quantized, spectral_norm, weight_norm): make it plain "
+                "with torch.nn.utils.parametrize.remove_parametrizations"
+            )
     try:
         graph = _Tracer().trace(student)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
@@ -310,18 +319,24 @@ def quantize_model(
             "torch.fx needs a forward without control flow on tensor values"
         ) from error
 
+    _assign_in_place(graph, student)
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    layers = {name: layer for name, layer in layers.items() if name in called or name not in read}
     quantizers = nn.ModuleDict()
     if scheme.activations is not None:
         for node in _places(graph, student, scheme, set(layers)):
             rows = any(isinstance(_module(student, user), nn.Linear) for user in node.users)
             bits = image_bits if image_bits and node.op == "placeholder" else act_bits
-            quantizers[node.name] = ActQuantizer(bits, scheme, rows)
-            _insert_after(graph, node, scheme.places, set(layers))
+            place = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
+            quantizers[place] = ActQuantizer(bits, scheme, rows)
+            _insert_after(graph, node, place, scheme.places, set(layers))
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
     kept = dict(quantized.named_modules(remove_duplicate=False))
     for name, module in student.named_modules(remove_duplicate=False):
-        if name not in kept:  # fx drops what the forward does not reach; keep its keys
+        # fx drops what the forward does not reach, and of a layer it only reads all but the weight: keep their keys
+        if name not in kept or (isinstance(module, LAYERS) and kept[name] is not module):
             quantized.add_submodule(name, module)
     if image_bits:
         image_place(quantized)
@@ -387,7 +402,26 @@ def frozen_ranges(model: nn.Module) -> Iterator[None]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        leaves = (*LAYERS, nn.BatchNorm2d)  # subclasses too, whose code outside of torch.nn fx would trace
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _assign_in_place(graph: fx.Graph, root: nn.Module) -> None:
+    """``F.relu_(x)`` changes ``x`` even if nobody takes its result: who reads ``x`` behind it now reads the result."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node, place in order.items():
+        value = _layer_input(node)
+        if isinstance(value, fx.Node) and _is_in_place(node, root):
+            for user in [user for user in value.users if order[user] > place]:
+                user.replace_input_with(value, node)
+
+
+def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return getattr(_module(root, node), "inplace", False) is True
+    name = str(getattr(node.target, "__name__", node.target))
+    named = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+    return named or node.kwargs.get("inplace") is True or (node.target is F.relu and node.args[1:] == (True,))
 
 
 _RELU_FUNCTIONS: set[Callable[..., Any]] = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
@@ -418,27 +452,27 @@ def _places(graph: fx.Graph, root: nn.Module, scheme: Scheme, layers: set[str]) 
     return list(dict.fromkeys(value for n in calls if isinstance(value := _layer_input(n), fx.Node)))
 
 
-def input_places(model: fx.GraphModule) -> Iterator[tuple[str, ActQuantizer]]:
-    """Every call of a layer that reads a quantizer directly: its name and the quantizer."""
+def input_places(model: fx.GraphModule) -> Iterator[tuple[str, ActQuantizer | None]]:
+    """Every call of a layer: its name and the quantizer it reads directly, if it does."""
     for node in model.graph.nodes:
-        if node.op == "call_module" and isinstance(value := _layer_input(node), fx.Node):
-            source = _module(model, value)
-            if isinstance(source, ActQuantizer) and isinstance(_module(model, node), LAYERS):
-                yield str(node.target), source
+        if isinstance(_module(model, node), LAYERS):
+            value = _layer_input(node)
+            source = _module(model, value) if isinstance(value, fx.Node) else None
+            yield str(node.target), source if isinstance(source, ActQuantizer) else None
 
 
 def _folded_places(model: fx.GraphModule, layers: Mapping[str, nn.Module]) -> dict[nn.Module, ActQuantizer]:
     """The quantizer in front of every layer. Raises ValueError where a layer reads two: its weight folds only once."""
     sources: dict[nn.Module, ActQuantizer] = {}
     for name, source in input_places(model):
-        if name in layers and sources.setdefault(layers[name], source) is not source:
+        if source and name in layers and sources.setdefault(layers[name], source) is not source:
             raise ValueError(f"layer {name} is called on two inputs: the scales of both cannot fold into it")
     return sources
 
 
-def _insert_after(graph: fx.Graph, node: fx.Node, places: str, layers: set[str]) -> None:
+def _insert_after(graph: fx.Graph, node: fx.Node, place: str, places: str, layers: set[str]) -> None:
     with graph.inserting_after(node):
-        quantized = graph.call_module(f"act_quant.{node.name}", (node,))
+        quantized = graph.call_module(f"act_quant.{place}", (node,))
     if places == "relu":
         node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
         return

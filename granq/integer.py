@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -60,7 +61,7 @@ class IntegerInput(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer on integers (N, C, H, W) -> float32 ``rescale * accumulator + offset``.
+    """A convolution or linear layer on integers (N, C, H, W) or (..., F) -> float32 ``rescale * accumulator + offset``.
 
     Attributes:
         weight: int8 (int16 at 8 bits) integers ``v`` in the shape of the layer's weight.
@@ -94,6 +95,7 @@ class IntegerLayer(nn.Module):
         if fan_in * largest >= 2**31:
             raise ValueError(f"a sum over {fan_in} products below {largest} may not fit int32")
         self.conv = Conv.of(layer) if isinstance(layer, nn.Conv2d) else None
+        self.channels = (-1, 1, 1) if self.conv else (-1,)  # shape of a value for each output channel
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer does, without a bias, to an input and a weight of any one type."""
@@ -108,8 +110,7 @@ class IntegerLayer(nn.Module):
 
     def rescaled(self, sums: Tensor) -> Tensor:
         """The layer's output from its sums."""
-        shape = (-1, *(1,) * (sums.dim() - 2))
-        return sums * self.rescale.view(shape) + self.offset.view(shape)
+        return sums * self.rescale.view(self.channels) + self.offset.view(self.channels)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -138,6 +139,7 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(student.graph, {}))
     replaced: dict[str, nn.Module] = {}
+    calls = Counter(node.target for node in graph.nodes)
     for node in list(graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, ActQuantizer):
@@ -145,7 +147,7 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
         elif isinstance(layer, LAYERS):
             if not parametrize.is_parametrized(layer, "weight"):
                 raise ValueError(f"layer {node.target} is not quantized (scheme.skip), so it has no integers")
-            norm = _norm_behind(node, modules)
+            norm = _norm_behind(node, modules) if calls[node.target] == 1 else None  # each call may have its own
             replaced[str(node.target)] = IntegerLayer(
                 layer, cast(nn.BatchNorm2d, modules[str(norm.target)]) if norm else None
             )
@@ -194,7 +196,7 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
         difference = (twin.rescaled(sums) - output).abs()
         magnitude = twin.product(x.abs(), layer.weight.abs())
         if layer.bias is not None:
-            magnitude = magnitude + layer.bias.abs().view(-1, *(1,) * (output.dim() - 2))
+            magnitude = magnitude + layer.bias.abs().view(twin.channels)
         fan_in = layer.weight[0].numel()
         rows.append(
             {

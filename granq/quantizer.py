@@ -197,6 +197,9 @@ ANY_THREADS: dict[str, Any] = {"cpp.dynamic_threads": True}
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, ...]]:
+    # a variant for each granularity, layout, kind of tensor: behind the eighth torch would go on uncompiled
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     return torch.compile(_plain, dynamic=True, options=ANY_THREADS)
 
 

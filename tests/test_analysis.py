@@ -139,6 +139,28 @@ def test_layer_error_local_and_accumulated(tiny: nn.Module) -> None:
     assert not torch.equal(local, accumulated)
 
 
+def test_every_call_of_a_layer_has_the_quantizer_of_its_own_input() -> None:
+    """Called on the image, which ``layerwise`` leaves alone, and on a ReLU a hundred times as large."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv((100 * self.conv(x)).relu())
+
+    torch.manual_seed(0)
+    model, (x,) = Twice().eval(), images(1)
+    frame = analysis.measure_layer_error(model, [x], ["layerwise"], 8, modes=["local"])
+    student = quantize_model(model, "layerwise", 8, 8)
+    calibrate(student, [x])
+    with torch.no_grad():
+        place, behind = student.get_submodule("act_quant.relu"), (100 * model.conv(x)).relu()
+        errors = [student.conv(x) - model.conv(x), student.conv(place(behind)) - model.conv(behind)]
+    assert frame.mse[0] == pytest.approx(torch.stack(errors).double().square().mean().item(), rel=1e-4)
+
+
 def test_first_layer_has_no_error_before_it(tiny: nn.Module) -> None:
     frame = analysis.measure_layer_error(tiny, images(), ["strict"], 3, layers=["conv1"]).set_index("mode")
     assert frame.mse["local"] == pytest.approx(frame.mse["accumulated"])

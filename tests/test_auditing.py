@@ -138,3 +138,46 @@ def test_the_audit_leaves_every_mode_as_it_was(tiny):
     before = [m.training for m in student.modules()]
     audit(student, torch.randn(2, 3, 8, 8))
     assert [m.training for m in student.modules()] == before and len(set(before)) == 2
+
+
+class Joined(nn.Module):
+    """Squeeze and expand: two quantized tensors are joined, another is cut and turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right, self.last = (nn.Conv2d(i, o, 1) for i, o in ((3, 8), (4, 4), (4, 4), (8, 2)))
+
+    def forward(self, x):
+        halves = self.stem(x).relu().chunk(2, 1)
+        x = torch.cat([self.left(halves[0]).relu(), self.right(halves[1].transpose(2, 3)).relu()], 1)
+        return self.last(x).mean((2, 3))
+
+
+class Twice(nn.Module):
+    """The first call of ``conv`` reads the image, the second one a ReLU; ``again`` is the same layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.attention = nn.Conv2d(3, 3, 3, padding=1), nn.MultiheadAttention(3, 1, batch_first=True)
+        self.again, self.fc = nn.Sequential(self.conv), nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.again(self.conv(x).relu()).flatten(2).transpose(1, 2)
+        return self.fc(self.attention(x, x, x)[0].mean(1))
+
+
+def test_joined_and_cut_values_stay_on_their_grid():
+    frame = audit(quantize_model(Joined(), "release", 3, 3), torch.randn(2, 3, 8, 8)).set_index("layer")
+    assert (frame.input_quantized != "").to_dict() == {"stem": False, "left": True, "right": True, "last": True}
+
+
+def test_a_layer_counts_as_quantized_if_every_call_of_it_is():
+    images = torch.randn(2, 3, 8, 8)
+    frame = audit(quantize_model(Twice(), "release", 3, 3), images).set_index("layer")
+    assert not frame.low_bit["conv"] and frame.macs["conv"] == 2 * 8 * 8 * 81
+    strict = audit(quantize_model(Twice(), "strict", 3, 3), images).set_index("layer")
+    assert strict.low_bit["conv"] and strict.status["again.0"] == "shared with conv"
+    assert strict.weights["attention.in_proj_weight"] == 27 and not strict.low_bit["attention.in_proj_weight"]
+    summary = summarize_audit(strict.reset_index())
+    assert summary["weights_not_quantized"] == pytest.approx(100 * 27 / (81 + 27 + 9 + 12))
+    assert "2 tensors of weights belong to no layer that is called" in summary["summary"]

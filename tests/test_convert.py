@@ -12,6 +12,7 @@ from granq import (
     QATConfig,
     Scheme,
     activation_places,
+    audit,
     build_network,
     calibrate,
     fake_quantize,
@@ -303,3 +304,65 @@ def test_calibration_that_fails_changes_nothing(tiny):
         calibrate(student, [images])
     with pytest.raises(ValueError, match="no calibrated static range"):
         set_image_range(student, before[0], before[0])
+
+
+class InPlace(nn.Module):
+    """ReLUs that change their input; ``assigned``: written so that fx sees it."""
+
+    def __init__(self, assigned: bool):
+        super().__init__()
+        self.conv1, self.norm, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.relu, self.assigned = nn.ReLU(inplace=True), assigned
+
+    def forward(self, values):  # a name that ModuleDict has already
+        x = self.norm(self.conv1(values))
+        y = nn.functional.relu_(x)
+        x = self.conv2(y if self.assigned else x)
+        y = x.sub_(0.1).relu_()
+        x = y if self.assigned else x
+        y = self.relu(x)
+        return (y if self.assigned else x).mean((2, 3))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_changed_in_place_is_read_changed(scheme):
+    nets, images = [InPlace(assigned).eval() for assigned in (True, False)], torch.randn(4, 3, 8, 8)
+    nets[1].load_state_dict(nets[0].state_dict())
+    students = [quantize_model(net, scheme, 8, 8) for net in nets]
+    for student in students:
+        calibrate(student, [images])
+    assert torch.equal(students[0](images), students[1](images))
+    assert [list(activation_places(s)) for s in students] == [list(activation_places(students[0]))] * 2
+    torch.testing.assert_close(students[1](images), nets[1](images), atol=0.02, rtol=0.02)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """Code outside of torch.nn, with control flow on values below."""
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), OwnNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().mean((2, 3))
+        return nn.functional.linear(x, nn.functional.normalize(self.head.weight))
+
+
+def test_a_weight_that_is_read_without_a_call_stays_and_keeps_its_keys():
+    net, images = ReadsWeight().eval(), torch.randn(2, 3, 8, 8)
+    student = quantize_model(net, "strict", 3, 3)
+    student.load_state_dict(net.state_dict())
+    assert student.state_dict().keys() - net.state_dict().keys() == set()
+    assert torch.equal(student.head.weight, net.head.weight) and student(images).shape == (2, 5)
+    frame = audit(student, images).set_index("layer")
+    assert frame.low_bit.to_dict() == {"conv": True, "head": False} and frame.weights["head"] == 40
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_a_parametrized_weight_is_refused(tiny, wrap):
+    wrap(tiny.conv1)
+    with pytest.raises(ValueError, match="the weight of conv1 is parametrized already"):
+        quantize_model(tiny, "strict", 3, 3)
+    assert not audit(tiny, torch.randn(2, 3, 8, 8)).low_bit.any()

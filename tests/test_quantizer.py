@@ -209,6 +209,13 @@ def test_compiled_for_a_small_tensor_has_threads_for_large_ones(compiled, monkey
     assert any("#pragma omp parallel" in source for source in sources)
 
 
+def test_more_kinds_of_tensors_than_torch_compiles_by_itself(compiled):
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # what it raises would become a warning
+        for granularity, clamp in itertools.product(GRANULARITIES[:5], (True, False)):
+            fake_quantize(torch.rand(2, 3, 4, 4), 3, granularity, clamp)
+
+
 def test_compiled_refuses_like_plain(compiled):
     for bad, message in (
         ((torch.ones(2, 2), 9), "from 2 to 8"),
