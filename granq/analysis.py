@@ -446,6 +446,8 @@ def measure_generated_images(
         One row per image: label (asked for), sample, predicted, confidence (the teacher's probability of the label),
         size (side in pixels), pixels (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
     """
+    if generator.classes != spec.classes:
+        raise ValueError(f"the generator draws {generator.classes} classes, but spec has {spec.classes}")
     device = _device(teacher)
     labels = torch.arange(spec.classes).repeat_interleave(per_class)
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))

@@ -204,6 +204,8 @@ def test_generated_images_are_reproducible_and_leave_the_generator_alone(tiny: n
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     assert analysis.decode_pixels(first.pixels[0], 8).shape == (8, 8, 3)
+    with pytest.raises(ValueError, match="draws 2 classes, but spec has 3"):
+        analysis.measure_generated_images(Generator(2, 8), tiny, SPEC)
 
 
 @pytest.mark.parametrize("name", ["activation_distortion", "channel_scales", "layer_error", "synthetic_gap"])
