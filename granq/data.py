@@ -182,10 +182,13 @@ def pixel_bounds(spec: DataSpec) -> tuple[Tensor, Tensor]:
 
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalized (images, labels) in the stored order. Raises TypeError if ``dataset`` cannot hold (image, label)."""
+    """Normalized (images, labels) in the stored order. Raises TypeError unless they are (uint8 image, label)."""
     fits = isinstance(dataset, Dataset | Sequence) and not isinstance(dataset, str | bytes)
     first = dataset[0] if fits and len(dataset) else (None, None)
     if not fits or not isinstance(first, tuple) or len(first) != 2:
         raise TypeError(f"dataset must hold (image, label) pairs, as load_split gives, got {type(dataset).__name__}")
+    kind = str(getattr(first[0], "dtype", type(first[0]).__name__)).removeprefix("torch.")
+    if kind != "uint8":  # floats from 0 to 1 would be divided by 255 once more
+        raise TypeError(f"images must be uint8 (0 to 255), as load_split gives, got {kind}; PILToTensor makes them")
     for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
         yield normalize(images, spec), labels

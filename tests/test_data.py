@@ -17,7 +17,7 @@ from granq import data
 from granq.cli import main
 from granq.data import describe_data, load_split
 from granq.files import write_csv
-from granq.models import load_teacher
+from granq.models import load_teacher, top1_on
 
 
 def load(folder: str) -> None:
@@ -120,6 +120,13 @@ def test_formulas_become_text(tmp_path):
         "layer,error", "'=1+1,-1.0", "'@x,2.0", "conv,-3.0", ",4.0", "'-a,5.0",
     ]  # fmt: skip
     assert table.layer[0] == "=1+1"
+
+
+@pytest.mark.parametrize("image", [torch.rand(3, 8, 8), np.zeros((3, 8, 8))])
+def test_images_that_are_no_bytes_are_refused(image):
+    """As v2.ToTensor makes them: divided by 255 once more, all would be black."""
+    with pytest.raises(TypeError, match=r"must be uint8 \(0 to 255\), as load_split gives, got float"):
+        top1_on(torch.nn.Flatten(), [(image, 0)], describe_data("digits"))
 
 
 def test_audit_of_a_layer_named_like_a_formula(tmp_path, monkeypatch):
