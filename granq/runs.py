@@ -89,8 +89,8 @@ class RunFolder:
         """What ``write_config`` wrote. Raises ValueError if it is missing or damaged."""
         try:
             facts = json.loads(self.config.read_text())
-            facts["config"].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            facts["config"]["image_size"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.config} is missing or damaged ({error}); the run cannot be read") from error
         return facts
 
@@ -165,13 +165,17 @@ def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
         device: where to put the student.
 
     Raises:
-        ValueError: it holds no run with a finished epoch, or one of ``train`` alone, which does not know the network.
+        ValueError: it holds no run with a finished epoch, or one of ``train`` alone, which does not know the network,
+            or its ``config.json`` is damaged.
     """
     state, facts = _read_run(run, "cpu")
     if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
         raise ValueError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
     config, saved = QATConfig.from_dict(facts["config"]), facts["spec"]
-    spec = DataSpec(**(saved | {"mean": tuple(saved["mean"]), "std": tuple(saved["std"])}))
+    try:
+        spec = DataSpec(**(saved | {"mean": tuple(saved["mean"]), "std": tuple(saved["std"])}))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run}/config.json has a damaged spec ({error}); the run cannot be read") from error
     student = config.quantized(build_network(facts["network"], spec.classes))
     student.load_state_dict(state["student"])
     freeze_ranges(student)

@@ -312,7 +312,10 @@ def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
     assert len(pd.read_csv(out / "history.csv")) == 40
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {}}', '{"config": {"nope": 1}}'])
+LACKS_MEAN = '{"config": {"image_size": 8}, "network": "a", "data": "b", "teacher_top1": 1, "spec": {"name": "digits"}}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {}}', '{"config": {"a": 1}}', LACKS_MEAN])
 def test_damaged_config_is_one_sentence(tmp_path, text, capsys):
     train(network(), replace(TINY, epochs=2), out=tmp_path / "run")
     (tmp_path / "run/config.json").write_text(text)
