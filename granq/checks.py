@@ -33,7 +33,7 @@ def forward(model: nn.Module, images: Tensor) -> Any:
         return model(images)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+    except (RuntimeError, TypeError, IndexError, ValueError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{type(model).__name__} cannot take images of {tuple(images.shape)}: {reason}") from error
 

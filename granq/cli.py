@@ -223,6 +223,8 @@ def _at_least(args: argparse.Namespace, **least: int) -> None:
 
 
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
     from granq import checks, data, files, models, runs
 
     if args.out.exists():
@@ -235,7 +237,8 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     _at_least(args, epochs=1)
     spec = data.describe_data(args.data, args.network, args.image_size)
     device = checks.resolve_device(args.device)
-    models.build_network(args.network, spec.classes)  # an unknown name is told before any image is read
+    black = torch.zeros(1, 3, spec.image_size, spec.image_size)
+    checks.forward(models.build_network(args.network, spec.classes), black)  # told before any image is read
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.pretrained:
         model, spec = models.load_teacher(args.network, spec, None, device)
@@ -243,8 +246,10 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     else:
         options = {name: getattr(args, name) for name in ("epochs", "lr", "seed", "bf16", "init")}
         with files.hold(args.out, lock := partial.with_suffix(".lock")):
-            model, top1 = models.train_teacher(args.network, spec, device=device, checkpoint=partial, **options)
-        lock.unlink(missing_ok=True)
+            try:
+                model, top1 = models.train_teacher(args.network, spec, device=device, checkpoint=partial, **options)
+            finally:
+                lock.unlink(missing_ok=True)  # while it is held: afterwards it could be another's
     files.save_atomically(args.out, lambda path: models.save_teacher(path, model, args.network, spec, top1))
     partial.unlink(missing_ok=True)
     facts = dict(out=str(args.out), data=args.data, network=args.network, top1=top1, seed=args.seed)

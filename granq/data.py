@@ -60,8 +60,10 @@ def describe_data(name: str, network: str = "", image_size: int | None = None) -
     all others ImageNet's at 224. A teacher file written by ``granq teacher`` overrides both (models.load_teacher).
 
     Raises:
-        ValueError: unknown name, or a folder without test images.
+        ValueError: unknown name, a folder without test images, or ``image_size`` no multiple of 4.
     """
+    if image_size is not None and (image_size < 4 or image_size % 4):  # no generator draws others
+        raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
     if name == "digits":
         spec = DataSpec(name, 10, 32, (0.3053,) * 3, (0.3760,) * 3)  # of the 8x8 originals, 16 grey levels
     elif name in ("cifar10", "cifar100"):

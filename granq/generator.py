@@ -264,5 +264,5 @@ def batchnorm_loss(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
         var, mean = joint_var_mean(x)
         terms.append(F.mse_loss(mean, norm.running_mean) + F.mse_loss(var, norm.running_var))
     if not terms:
-        raise ValueError("the teacher has no BatchNorm2d layer, so there are no statistics to match")
+        raise ValueError("the teacher has no BatchNorm2d layer with running statistics, so there are none to match")
     return torch.stack(terms).mean()

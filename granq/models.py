@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.checks import expect_bfloat16, typed
+from granq.checks import expect_bfloat16, forward, typed
 from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize
 from granq.files import read_checkpoint, save_atomically, write_checkpoint
 
@@ -186,12 +187,17 @@ def train_teacher(
         split in percent. No epoch is selected by its accuracy.
 
     Raises:
-        ValueError: ``checkpoint`` is damaged or of another training.
+        ValueError: ``lr`` is not above 0, the network cannot take images of this size, or ``checkpoint`` is damaged or
+            of another training.
+        FloatingPointError: the weights became NaN or infinite; the checkpoint of the epoch before stays.
     """
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be above 0 and finite, got {lr}")
     if bf16:
         expect_bfloat16(device)
     torch.manual_seed(seed)
     model = load_teacher(network, spec, init)[0] if init else build_network(network, spec.classes)
+    forward(model, torch.zeros(1, 3, spec.image_size, spec.image_size))  # told before any image is read
     model = model.to(device).to(memory_format=torch.channels_last).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
     train = load_split(spec, "train")
@@ -234,6 +240,8 @@ def train_teacher(
             optimizer.step()
             schedule.step()
             averaged.update_parameters(model)
+        if not all(value.isfinite().all() for value in averaged.state_dict().values()):
+            raise FloatingPointError(f"a weight is not finite in epoch {epoch + 1}: the learning rate {lr} is too high")
         progress.set_postfix(loss=f"{loss.item():.3f}")
         if checkpoint:
             state = {name: part.state_dict() for name, part in parts.items()}

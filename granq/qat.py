@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from granq.calibration import calibrate, learn_steps, reestimate_batchnorm, set_image_range
-from granq.checks import expect_bfloat16, resolve_device, typed
+from granq.checks import expect_bfloat16, forward, resolve_device, typed
 from granq.config import QATConfig
 from granq.convert import LearnedSteps, freeze_ranges, frozen_ranges, image_place, relu_ceilings
 from granq.distributed import average_gradients, from_first, gather, own_part, world
@@ -132,9 +132,13 @@ class Trainer:
         self.relu_ceilings = relu_ceilings(self.student)
         if config.pixel_range:
             image_place(self.student)  # tells now what the end of the warm-up would
-        with torch.inference_mode():
-            size = (1, 3, config.image_size, config.image_size)
-            classes = self.teacher(torch.zeros(size, device=self.device)).shape[1]
+        black = torch.zeros(1, 3, config.image_size, config.image_size, device=self.device)
+        try:
+            with torch.inference_mode(), batchnorm_inputs(self.teacher) as norms:
+                classes = forward(self.teacher, black).shape[1]
+        except ValueError as error:
+            raise ValueError(f"generated images have 3 channels, but {error}") from error
+        batchnorm_loss(norms)  # tells now what the first step would
         self.generator = build_generator(classes, config.image_size)
         if generator is not None:
             if (generator.classes, generator.size) != (classes, self.generator.size):
@@ -392,7 +396,8 @@ def train(
     Within a process group (``granq.distributed``) the processes share every batch; the first one measures and writes.
 
     Raises:
-        ValueError: ``out`` holds files and ``resume`` is False, is in use, or belongs to another run.
+        ValueError: ``out`` holds files and ``resume`` is False, is in use, or belongs to another run; ``teacher``
+            cannot take images of 3 channels, or has no BatchNorm2d with running statistics.
         FloatingPointError: a loss became NaN or infinite; the last checkpoint stays.
     """
     folder = RunFolder(out) if out and world()[0] == 0 else None

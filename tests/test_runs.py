@@ -354,6 +354,31 @@ def test_two_processes_do_not_train_one_teacher(tmp_path, capsys):
     assert "is in use by another process" in capsys.readouterr().err
 
 
+def test_a_diverged_teacher_is_not_saved(tmp_path, monkeypatch, capsys):
+    few = torch.utils.data.Subset(load_split(describe_data("digits"), "train"), range(256))  # two steps
+    monkeypatch.setattr(models, "load_split", lambda *_: few)
+    command = "teacher --data digits --network resnet20_cifar10 --lr 1e30 --epochs 1 --device cpu --out"
+    assert cli.main([*command.split(), str(tmp_path / "t.safetensors")]) == 1
+    assert "the learning rate 1e+30 is too high" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # no lock either
+
+
+@pytest.mark.parametrize(
+    ("channels", "norm", "message"),
+    [
+        (1, nn.BatchNorm2d(4), r"generated images have 3 channels, but .* cannot take images of \(1, 3, 8, 8\)"),
+        (3, nn.Identity(), "no BatchNorm2d layer with running statistics"),
+        (3, nn.BatchNorm2d(4, track_running_stats=False), "no BatchNorm2d layer with running statistics"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_leaves_the_folder_free(tmp_path, channels, norm, message):
+    teacher = network()
+    teacher[0], teacher[1] = nn.Conv2d(channels, 4, 3), norm
+    with pytest.raises(ValueError, match=message):
+        train(teacher, TINY, out=tmp_path)
+    train(network(), replace(TINY, epochs=2), out=tmp_path)
+
+
 def images_of(kind: str) -> torch.Tensor:
     one = torch.randn(1, 3, 8, 8)
     return torch.randn(64, 3, 8, 8) if kind == "noise" else one.expand(64, -1, -1, -1)
