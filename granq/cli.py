@@ -453,6 +453,7 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
     from granq import auditing, checks, convert, data, files, models
 
     bits, device = parse_bits(args.bits), checks.resolve_device(args.device)
+    _at_least(args, image_size=1, classes=1)
     if args.out and args.out.exists():
         raise ValueError(f"{args.out} already exists; choose another --out")
     cifar = "cifar" in args.network
@@ -466,6 +467,8 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
         model = models.build_network(args.network, classes)
     torch.manual_seed(0)
     student = convert.quantize_model(model, args.scheme, *bits).to(device)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     frame = auditing.audit(student, torch.randn(2, 3, size, size).to(device))
     if args.out:
         files.write_csv(args.out, frame)

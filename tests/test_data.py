@@ -135,8 +135,8 @@ def test_audit_of_a_layer_named_like_a_formula(tmp_path, monkeypatch):
     evil = torch.nn.Sequential()
     evil.add_module("=cmd|' 'calc", torch.nn.Conv2d(3, 2, 3))
     monkeypatch.setattr(models, "build_network", lambda *_: evil)
-    assert main(["audit", "--network", "any", "--image-size", "8", "--out", str(tmp_path / "audit.csv")]) == 0
-    assert (tmp_path / "audit.csv").read_text().splitlines()[1].startswith("'=cmd")
+    assert main(["audit", "--network", "any", "--image-size", "8", "--out", str(tmp_path / "new/audit.csv")]) == 0
+    assert (tmp_path / "new/audit.csv").read_text().splitlines()[1].startswith("'=cmd")
 
 
 def test_limit_is_below_what_pillow_refuses_itself():
