@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -264,23 +264,21 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     return row if rank == 0 else {}
 
 
-def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
-    from granq import auditing, checks, convert, data, files, models, qat, runs
+def _prepare(args: argparse.Namespace, download: bool = True) -> tuple[Any, ...]:
+    """Teacher, settings, data and generator of ``granq quantize``; without ``download`` a teacher may be random.
+
+    Raises:
+        ValueError, TypeError: whatever keeps these from being trained with.
+    """
+    from granq import checks, convert, data, models, qat, runs
     from granq.config import QATConfig
 
     weight_bits, act_bits = parse_bits(args.bits)
-    convert.get_scheme(args.scheme)
-    folder = runs.RunFolder(args.out)
-    if rank == 0:
-        folder.check_free(args.resume)
     spec = data.describe_data(args.data, args.network, args.image_size)
     given = {f.name: getattr(args, f.name, None) for f in fields(QATConfig)}
     changes = {name: value for name, value in given.items() if value is not None}
-    device = checks.resolve_device(args.device)
-    generator = runs.load_generator(args.generator, device) if args.generator else None
-    if generator:
+    if args.generator:
         changes.setdefault("warmup_epochs", 0)
-    teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
     changes |= dict(weight_bits=weight_bits, act_bits=act_bits, image_size=spec.image_size)
     if args.image_bits and convert.get_scheme(args.scheme).tracked:
         changes.setdefault("pixel_range", 1.0)  # with bits to spare nothing needs to be cut off
@@ -290,6 +288,28 @@ def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         config = QATConfig.paper(args.data, args.network, weight_bits, **changes)
     else:
         config = (QATConfig.layers if args.recipe == "layers" else QATConfig)(**changes)
+    device = checks.resolve_device(args.device)
+    generator = runs.load_generator(args.generator, device) if args.generator else None
+    if args.teacher or download:
+        teacher, spec = models.load_teacher(args.network, spec, args.teacher, device)
+    else:
+        teacher = models.build_network(args.network, spec.classes)
+    if args.image_size not in (None, spec.image_size):
+        raise ValueError(f"--image-size {args.image_size}: {args.teacher} was trained at {spec.image_size} pixels")
+    config = replace(config, image_size=spec.image_size)
+    qat.Trainer(teacher, config, generator, data.pixel_bounds(spec))  # refuses now, not behind the test split
+    return teacher, config, spec, generator
+
+
+def _quantize_as(rank: int, args: argparse.Namespace) -> dict[str, Any]:
+    from granq import auditing, checks, data, files, models, qat, runs
+    from granq.config import QATConfig
+
+    folder = runs.RunFolder(args.out)
+    if rank == 0:
+        folder.check_free(args.resume)
+    teacher, config, spec, generator = _prepare(args)
+    device = checks.resolve_device(args.device)
     if rank == 0 and folder.config.is_file():
         saved = QATConfig.from_dict(folder.read_config()["config"])
         if saved != config:
@@ -353,19 +373,16 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:
-    from granq import convert, sweep
-    from granq.config import QATConfig
+    from granq import checks, data, sweep
 
     _at_least(args, jobs=1)
+    checks.resolve_device(args.device)
+    sweep.check_engine(args.engine)
     if args.data or args.schemes:
         if not (args.data and args.network and args.schemes and args.bits):
             raise ValueError("a new plan needs --data, --network, --schemes and --bits")
         if args.teacher and len(args.teacher) != len(args.network):
             raise ValueError(f"{len(args.network)} networks need as many teachers, got {len(args.teacher)}")
-        for scheme in args.schemes:
-            convert.get_scheme(scheme)
-        for recipe in args.recipes:
-            QATConfig(recipe=recipe)
         bits = [",".join(map(str, parse_bits(text))) for text in args.bits]
         if len(set(args.network)) < len(args.network):
             raise ValueError("--network names one network twice: a sweep has one teacher for each")
@@ -376,6 +393,13 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         options += [_option(n if on else f"no_{n}") for n, on in switches.items()]
         teachers = dict(zip(args.network, args.teacher or [None] * len(args.network), strict=True))
         plan = sweep.plan_sweep(teachers, args.schemes, bits, args.seeds, args.recipes, options)
+        specs = set()
+        for arguments in plan.values():  # what quantize would refuse; on the CPU, as runs may be for another machine
+            run = build_parser().parse_args(["quantize", *arguments, "--out", str(args.out)])
+            run.device, run.bf16 = "cpu", None
+            specs.add(_prepare(run, download=False)[2])
+        for spec in specs:
+            data.load_split(spec, "test")
         sweep.write_plan(args.out, plan)
     status = sweep.sweep_status(args.out) if args.status else sweep.run_sweep(args.out, args.jobs, args.engine)
     print(status.to_string(index=False, na_rep=""), file=sys.stderr)

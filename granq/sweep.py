@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def run_one(out: Path, name: str, arguments: Sequence[str], threads: int) -> int
         ).returncode
 
 
+def check_engine(engine: str) -> None:
+    """Raise ValueError if ``engine`` is unknown or not installed."""
+    one_of("engine", engine, ENGINES)
+    if engine == "submitit" and not find_spec("submitit"):
+        raise ValueError("engine submitit needs the package submitit: pip install 'granq[cluster]'")
+
+
 def run_sweep(out: Path, jobs: int = 1, engine: str = "joblib", **slurm: Any) -> pd.DataFrame:
     """Execute what the plan lacks, ``jobs`` runs at once, and return the status.
 
@@ -126,7 +134,7 @@ def run_sweep(out: Path, jobs: int = 1, engine: str = "joblib", **slurm: Any) ->
         engine: ``joblib`` on this machine, ``submitit`` for Slurm (locally where there is no Slurm).
         slurm: parameters of submitit's executor, such as ``timeout_min`` and ``slurm_partition``.
     """
-    one_of("engine", engine, ENGINES)
+    check_engine(engine)
     status = sweep_status(out)
     open_names = set(status.run[~status.state.isin(["done", "running"])])  # running: in another sweep of this folder
     open_runs = [(n, a) for n, a in read_plan(out).items() if n in open_names]
@@ -137,10 +145,8 @@ def run_sweep(out: Path, jobs: int = 1, engine: str = "joblib", **slurm: Any) ->
         # every run is a process of its own, so threads that wait for them are enough
         Parallel(n_jobs=jobs, backend="threading")(delayed(run_one)(out, n, a, threads) for n, a in open_runs)
     else:
-        try:
-            import submitit
-        except ImportError as error:
-            raise ValueError("engine submitit needs the package submitit: pip install 'granq[cluster]'") from error
+        import submitit
+
         executor = submitit.AutoExecutor(folder=out / "submitit")
         executor.update_parameters(**({"slurm_array_parallelism": jobs, "timeout_min": 24 * 60} | slurm))
         with executor.batch():

@@ -380,7 +380,7 @@ def test_teacher_command_on_digits(tmp_path, capsys):
         (("--network", "nope"), "known are pytorchcv"), (("--scheme", "nope"), "known: release"),
         (("--bits", "1,3"), "from 2 to 8"), (("--bits", "three"), "from 2"), (("--data", "digits"), "does not fit"),
         (("--teacher", "/nope.pt"), "does not exist"), (("--epochs", "0"), "at least 1"),
-        (("--recipe", "nope"), "known: adadfq"),
+        (("--recipe", "nope"), "known: adadfq"), (("--image-size", "64"), "was trained at 32 pixels"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(folder, teacher, tmp_path, capsys, change, message):
@@ -438,6 +438,13 @@ def test_a_run_starts_from_the_generator_of_another(tmp_path):
         ("sweep --jobs 0", "--jobs must be at least 1"), ("bench --repetitions 0", "--repetitions must be at least 1"),
         ("teacher --data digits --network resnet20_cifar10 --device foo", "unknown device 'foo'"),
         ("sweep --data digits --network a a --schemes strict --bits 3,3", "names one network twice"),
+        ("teacher --data digits --network resnet20_cifar10 --image-size 30", "must be a multiple of 4, got 30"),
+        ("teacher --data digits --network resnet20_cifar10 --image-size -4", "must be a multiple of 4, got -4"),
+        ("teacher --data digits --network resnet20_cifar10 --lr nan", "lr must be above 0 and finite"),
+        ("teacher --data digits --network resnet18", "ResNet cannot take images of (1, 3, 32, 32)"),
+        ("audit --network resnet20_cifar10 --image-size -1", "--image-size must be at least 1"),
+        ("audit --network resnet20_cifar10 --classes -3", "--classes must be at least 1"),
+        ("quantize --data digits --network resnet20_cifar10 --scheme strict --bits 3,3 --recipe a", "known: adadfq"),
     ],
 )  # fmt: skip
 def test_numbers_and_devices_are_checked_first(command, message, tmp_path, capsys):

@@ -6,7 +6,9 @@ import os
 import pandas as pd
 import pytest
 
+from granq import runs
 from granq.cli import main
+from granq.generator import build_generator
 from granq.runs import RunFolder
 from granq.sweep import ENGINES, plan_sweep, read_plan, run_sweep, sweep_results, sweep_status, write_plan
 
@@ -25,12 +27,15 @@ def test_every_combination_is_planned_once_and_first_seeds_come_first(folder, te
     ]
 
 
-def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys):
+def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys, monkeypatch):
+    found = []
+    monkeypatch.setattr(runs, "load_generator", lambda run, _: found.append(run.name) or build_generator(10, 32))
     command = "sweep --data digits --network resnet20_cifar10 --schemes strict --bits 3,3 --seeds 0 7 --status"
     options = ["--generator", "runs/warm_{seed}", "--reestimate-batchnorm", "--out", str(tmp_path / "sweep")]
     assert main([*command.split(), *options]) == 0 and capsys.readouterr()
     plans = list(read_plan(tmp_path / "sweep").values())
     assert [p[p.index("--generator") + 1] for p in plans] == ["runs/warm_0", "runs/warm_7"]
+    assert found == ["warm_0", "warm_7"]
     assert all("--reestimate-batchnorm" in p for p in plans)
 
 
@@ -38,7 +43,7 @@ def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys):
 def test_sweep_runs_fails_and_continues(folder, teacher, tmp_path, engine):
     if engine == "submitit":
         pytest.importorskip("submitit", reason="extra: pip install 'granq[cluster]'")
-    runs = plan(folder, teacher) | {"broken": ["--data", folder, "--network", "nope", "--scheme", "release"] + TINY[:2]}
+    runs = plan(folder, teacher) | {"broken": ["--data", folder, "--network", "nope", "--scheme", "release"]}
     runs["broken"] += ["--bits", "3,3"]
     write_plan(tmp_path / "sweep", runs)
     assert set(sweep_status(tmp_path / "sweep").state) == {"waiting"}
@@ -87,12 +92,29 @@ def test_command(folder, teacher, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "s"), "runs": 1, "waiting": 1}
     assert main(["sweep", "--out", str(tmp_path / "s"), "--json"]) == 0  # alone, it continues
     assert json.loads(capsys.readouterr().out)["done"] == 1
+    for label in ("cat", "dog"):
+        (tmp_path / "broken/test" / label).mkdir(parents=True)
+        (tmp_path / "broken/test" / label / "0.jpg").write_text("not an image")
+    broken = f"folder:{tmp_path / 'broken'}"
     for bad, message in (
         (["--out", str(tmp_path / "none")], "holds no sweep"),
         (["--out", str(tmp_path / "s"), "--data", folder], "needs --data, --network"),
         (["--out", str(tmp_path / "s"), "--engine", "pbs"], "unknown engine"),
         (["--out", str(tmp_path / "t"), *given, "--teacher", "a", "b"], "1 networks need as many teachers"),
         (["--out", str(tmp_path / "t"), *given, "--schemes", "nope"], "known: release"),
+        # what quantize would refuse, and a plan must not hold
+        (["--out", str(tmp_path / "t"), *given, "--recipes", "nope"], "known: adadfq"),
+        (["--out", str(tmp_path / "t"), *given, "--epochs", "1"], "warmup_epochs must be from 0 to epochs = 1, got 4"),
+        (["--out", str(tmp_path / "t"), *given, "--seeds", "0", "-1"], "seed must be from 0"),
+        (["--out", str(tmp_path / "t"), *given, "--data", "nope"], "known: digits"),
+        (["--out", str(tmp_path / "t"), *given, "--data", "digits"], "does not fit"),
+        (["--out", str(tmp_path / "t"), *given, "--network", "nope"], "known are pytorchcv"),
+        (["--out", str(tmp_path / "t"), *given, "--teacher", "/nope.pt"], "does not exist"),
+        (["--out", str(tmp_path / "t"), *given, "--generator", "/nope"], "holds no run"),
+        (["--out", str(tmp_path / "t"), *given, "--image-size", "64"], "was trained at 32 pixels"),
+        (["--out", str(tmp_path / "t"), *given, "--engine", "pbs"], "unknown engine"),
+        (["--out", str(tmp_path / "t"), *given, "--device", "nope"], "unknown device"),
+        (["--out", str(tmp_path / "t"), *given, "--data", broken], "cat/0.jpg is not a usable image"),
     ):
         assert main(["sweep", *bad]) == 2
         assert message in capsys.readouterr().err
