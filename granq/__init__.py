@@ -3,15 +3,19 @@
 The pipeline, one module a step:
 
 1. ``quantizer``  choose a scale and a zero point for every group of values, quantize, dequantize
-2. ``convert``    schemes (release, strict, layerwise, per_channel, foldable); a fake-quantized copy of any network
+2. ``convert``    schemes (release, strict, layerwise, per_channel, foldable); a fake-quantized copy of any network;
+                  ``scaling`` one quantized convolution executed in four ways
 3. ``data``       datasets by name; ``models`` teachers by name
 4. ``generator``  images from noise that match the teacher's BatchNorm statistics
 5. ``qat``        the student is fine-tuned on them: by the settings in ``config``, from what ``calibration`` left, with
                   the ``losses``; ``runs`` keeps every run, ``sweep`` plans many, ``distributed`` spreads one
-6. ``analysis``   measure_*: model and images in, tidy data frame out; ``auditing`` what is really quantized
+6. ``analysis``   measure_*: model and images in, tidy data frame out; ``factorial`` what each choice of a scheme
+                  costs; ``auditing`` what is really quantized
 7. ``integer``    a foldable student as integer convolutions, exported to safetensors and ONNX
 8. ``figures``    plot_*: data frame in, picture out; ``registry`` every picture by name; ``bench`` timings
-9. ``cli``        the command line
+9. ``cli``        the command line; ``explore`` the sliders of the notebooks, ``gallery`` six traps
+
+Below all of them: ``checks``, bad input in one sentence, and ``files``, which are whole or not there.
 """
 
 from importlib import import_module

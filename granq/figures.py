@@ -120,7 +120,8 @@ def plot_granularity_maps(
     norm = LogNorm(live.min(), live.max())
     mesh = ax.imshow(grid.clip(lower=live.min()), cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
     label = granularity_role(rows.granularity.iloc[0]).label.replace(" and ", "\nand ").replace(" (layer", "\n(layer")
-    count = rows.scale.nunique()
+    image, channel = ("sample" in rows.granularity.iloc[0], "channel" in rows.granularity.iloc[0])
+    count = (rows.image.nunique() if image else 1) * (rows.channel.nunique() if channel else 1)
     ax.set(title=f"{label}\n{count} scale{'s' * (count > 1)}", xlabel="channel", ylabel="image")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=4))

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -127,10 +128,11 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
     """Top-1 accuracy in percent over a dataset of uint8 images."""
     right = total = 0
-    for images, labels in batches(dataset, spec):
-        images = images.to(device)
-        right += int((model(images).argmax(1).cpu() == labels).sum())
-        total += len(labels)
+    with parametrize.cached():  # weights are quantized once, not once a batch
+        for images, labels in batches(dataset, spec):
+            images = images.to(device)
+            right += int((model(images).argmax(1).cpu() == labels).sum())
+            total += len(labels)
     return 100 * right / max(total, 1)
 
 

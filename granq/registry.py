@@ -456,9 +456,10 @@ FIGURES: dict[str, Figure] = {
         _granularity_factorial,
         [Panels(figures.plot_granularity_factorial, {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None})],
         (6.8, 3.6),
-        "Test accuracy in cells colored by the points lost, weight granularities down and activation granularities "
-        "across, one map per bit width, dynamic ranges above and static ones below; empty where no range exists.",
-        command="granq factorial --network resnet20_cifar10 --run RUN --out FILE.csv",
+        "Test accuracy in cells colored by the points below the best, weight granularities down and activation "
+        "granularities across, one map per bit width, dynamic ranges above and static ones below; empty where no range "
+        "exists.",
+        command="granq factorial --network resnet20_cifar10 --images 2000 --run RUN --out FILE.csv",
     ),
     "training_curves": Figure(
         "How does a run go?",
@@ -572,8 +573,10 @@ def _gallery_entry(name: str, folder: Path) -> str:
     # what the CSV says of itself; frames of other commands may say less
     texts = dict(dataset="{}", images="{} images", network="{}", teacher_test_top1="teacher {:.2f} %",
                  seed="seed {}", device="{}", torch="torch {}", commit="commit {}", preset="preset {}")  # fmt: skip
-    if "seed" in table and table.seed.nunique() > 1:
-        del texts["seed"]  # several: the picture says how many
+    measured = table[table.source.isna()] if "source" in table else table  # not what was published
+    for several in ("seed", "network"):  # the picture says which
+        if several in table and measured[several].nunique() > 1:
+            del texts[several]
     said = [text.format(facts[k]) for k, text in texts.items() if k in facts and not pd.isna(facts[k])]
     command = f"granq figures {name}" + (f" --preset {facts.preset}" if "preset" in facts else "")
     command = figure.command if figure.command and "preset" not in facts else command
