@@ -223,8 +223,6 @@ def _at_least(args: argparse.Namespace, **least: int) -> None:
 
 
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     from granq import checks, data, files, models, runs
 
     if args.out.exists():
@@ -237,8 +235,6 @@ def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     _at_least(args, epochs=1)
     spec = data.describe_data(args.data, args.network, args.image_size)
     device = checks.resolve_device(args.device)
-    black = torch.zeros(1, 3, spec.image_size, spec.image_size)
-    checks.forward(models.build_network(args.network, spec.classes), black)  # told before any image is read
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.pretrained:
         model, spec = models.load_teacher(args.network, spec, None, device)

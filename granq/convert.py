@@ -420,8 +420,10 @@ def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         return getattr(_module(root, node), "inplace", False) is True
     name = str(getattr(node.target, "__name__", node.target))
-    named = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
-    return named or node.kwargs.get("inplace") is True or (node.target is F.relu and node.args[1:] == (True,))
+    if node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
+        return True
+    arguments = node.normalized_arguments(root, normalize_to_only_use_kwargs=True)  # None where torch knows no names
+    return arguments is not None and arguments.kwargs.get("inplace") is True
 
 
 _RELU_FUNCTIONS: set[Callable[..., Any]] = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}

@@ -316,7 +316,7 @@ class InPlace(nn.Module):
 
     def forward(self, values):  # a name that ModuleDict has already
         x = self.norm(self.conv1(values))
-        y = nn.functional.relu_(x)
+        y = nn.functional.relu(x, True)
         x = self.conv2(y if self.assigned else x)
         y = x.sub_(0.1).relu_()
         x = y if self.assigned else x
