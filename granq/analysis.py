@@ -12,13 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain, product
+from itertools import chain, cycle, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
@@ -26,13 +26,15 @@ from granq.calibration import calibrate
 from granq.checks import check_batches, check_images, forward, one_of, typed
 from granq.convert import LAYERS, ActQuantizer, frozen_ranges, input_places, quantize_model
 from granq.data import DataSpec
-from granq.generator import LATENT, Generator
-from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
+from granq.generator import LATENT, Generator, kept
+from granq.models import eval_mode
+from granq.quantizer import check_bits, choose_qparams, fake_quantize_with, min_max, qparams_from_range
 
 Batch = Tensor | Sequence[Tensor]
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_channel", "per_sample", "per_sample_channel")
 MODES = ("local", "accumulated")
 BINS = 64
+DEAD = 1e-7  # a constant channel has the smallest step there is, 1e-8 / (2^k - 1)
 
 
 @typed
@@ -45,11 +47,12 @@ def layer_names(model: nn.Module) -> list[str]:
 def layer_calls(
     model: nn.Module, layers: Iterable[str], visit: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Within the block every forward of a layer calls ``visit(name, input, output)``; hooks are removed afterwards."""
-    with ExitStack() as hooks:
+    """Within the block ``model`` is in eval mode and every forward of a layer calls ``visit(name, input, output)``."""
+    with eval_mode(model), ExitStack() as hooks:
         for name in layers:
             handle = model.get_submodule(name).register_forward_hook(
-                lambda module, args, out, name=name: visit(name, args[0], out)
+                lambda _, args, named, out, name=name: visit(name, args[0] if args else named["input"], out),
+                with_kwargs=True,
             )
             hooks.callback(handle.remove)
         yield
@@ -88,6 +91,7 @@ def measure_scale_maps(
     Raises:
         ValueError: the model has no such layer.
     """
+    _check_choice([bits], granularities)
     frames = []
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
@@ -122,6 +126,7 @@ def measure_activation_distortion(
         activation), rms_error (root mean square error of the values whose full-precision value lies in the bin; NaN
         for an empty bin), mse and sqnr_db of the whole layer (repeated in its rows), images.
     """
+    _check_choice(bits, granularities)
     edges: dict[str, tuple[float, float]] = {}
     sums = _Sums()  # (4, BINS): counts of full-precision and of quantized values, squared error, squared signal
 
@@ -145,7 +150,7 @@ def measure_activation_distortion(
     with layer_calls(model, _checked(model, layers), visit):
         count = _run(model, batches, "activation distortion")
     if not sums:
-        raise ValueError("nothing to measure: name bits and granularities")
+        raise ValueError(f"the forward reaches none of the layers {', '.join(layers)}")
     frames = []
     for (name, k, granularity), (full, quantized, error, signal) in sums.items():
         low, high = edges[name]
@@ -185,14 +190,15 @@ def measure_channel_histograms(
     Returns:
         One row per bin: source, layer, image, channel, rank (0: narrowest), bits, granularity, bin_left, bin_right,
         count, count_quantized, step and lowest (the levels are lowest + step * 0 .. 2^bits - 1, in units of the
-        activation), sqnr_db of the channel in this image. The 32 bins of a channel span its values in all images of
-        the source, quantized ones included.
+        activation), levels_in_use (how many of them) and sqnr_db of the channel in this image. The 32 bins of a channel
+        span its values in all images of the source, quantized ones included.
 
     Raises:
         ValueError: a layer whose input is not (N, C, H, W), or that the model does not have.
     """
-    if not bits or not granularities or channels < 1:
-        raise ValueError("nothing to measure: name bits, granularities and channels")
+    _check_choice(bits, granularities)
+    if channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
     if not isinstance(images, Mapping) or not images:
         raise TypeError('images must be batches by source, such as {"real": images}')
     seen: dict[tuple[str, str], Tensor] = {}
@@ -201,7 +207,7 @@ def measure_channel_histograms(
         def keep(name: str, x: Tensor, _: Tensor, source: str = source) -> None:
             if x.dim() != 4:
                 raise ValueError(f"the input of {name!r} has no channels of pixels: its shape is {tuple(x.shape)}")
-            seen[name, source] = x.cpu()
+            seen[name, source] = x.to("cpu", copy=True)  # whatever works on it in place afterwards
 
         with layer_calls(model, _checked(model, layers), keep):
             forward(model, _images(batch).to(_device(model)))
@@ -247,6 +253,7 @@ def measure_channel_scales(
         Columns layer, channel, source, granularity, bits, scale (step, in units of the activation; mean over
         images), scale_min, scale_max (over images), images.
     """
+    _check_choice([bits], [granularity])
     per_image = granularity in ("per_sample", "per_sample_channel")
     sums, lowest, highest = _Sums(), _Sums(torch.minimum), _Sums(torch.maximum)
 
@@ -333,7 +340,7 @@ def measure_layer_error(
         energy = _energy(out)
         if "local" in modes:
             for scheme, student in students.items():
-                quantizer = next(turns[scheme].get(name, iter(())), None)
+                quantizer = next(places[scheme][name])
                 value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
                 add(scheme, name, "local", out, energy, value)
         if "accumulated" in modes:  # a copy: an in-place ReLU behind the layer would change it
@@ -344,15 +351,11 @@ def measure_layer_error(
         stack.enter_context(parametrize.cached())  # weights are quantized once, not once a batch
         for student in students.values():
             stack.enter_context(frozen_ranges(student))
-        places: dict[str, dict[str, list[ActQuantizer | None]]] = {scheme: {} for scheme in students}
-        for scheme, student in students.items():
-            for name, quantizer in input_places(student):  # of every call of the layer
-                places[scheme].setdefault(name, []).append(quantizer)
+        places = {scheme: _input_quantizers(student) for scheme, student in students.items()}
         for batch in tqdm(chain([first], rest), desc="layer error", unit="batch"):
             images = _images(batch).to(device)
             count += len(images)
             clean.clear()
-            turns = {scheme: {name: iter(found) for name, found in own.items()} for scheme, own in places.items()}
             with layer_calls(model, layers, visit_clean):
                 forward(model, images)
             for scheme, student in students.items() if "accumulated" in modes else ():
@@ -451,12 +454,9 @@ def measure_generated_images(
     device = _device(teacher)
     labels = torch.arange(spec.classes).repeat_interleave(per_class)
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
-    state = {k: v.clone() for k, v in generator.state_dict().items()}  # running statistics move in training mode
-    try:
+    with kept(generator), eval_mode(teacher):
         images = generator(noise.to(device), labels.to(device))
-    finally:
-        generator.load_state_dict(state)
-    probability = forward(teacher, images).softmax(1).cpu()
+        probability = forward(teacher, images).softmax(1).cpu()
     if probability.shape != (len(labels), spec.classes):
         raise ValueError(
             f"the teacher must give {spec.classes} logits for each image, not {tuple(probability.shape[1:])}"
@@ -494,7 +494,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _run(model: nn.Module, batches: Iterable[Batch], text: str) -> int:
-    """Forward every batch, in the mode the model is in, and count the images."""
+    """Forward every batch and count the images."""
     check_batches(batches)
     device, count = _device(model), 0
     for batch in tqdm(batches, desc=text, unit="batch"):
@@ -507,12 +507,29 @@ def _run(model: nn.Module, batches: Iterable[Batch], text: str) -> int:
 
 
 def _checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    names, known = list(layers), set(layer_names(model))
+    names, known = list(dict.fromkeys(layers)), set(layer_names(model))
     if not names:
         raise ValueError("no layer to measure: the model has no Conv2d or Linear layer, or none was named")
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{unknown[0]!r} is no Conv2d or Linear of the model; known: {', '.join(sorted(known))}")
     return names
+
+
+def _check_choice(bits: Sequence[int], granularities: Sequence[str]) -> None:
+    if not bits or not granularities:
+        raise ValueError("nothing to measure: name bits and granularities")
+    for width in bits:
+        check_bits(width)
+    for granularity in granularities:
+        one_of("granularity", granularity, ACTIVATION_GRANULARITIES)
+
+
+def _input_quantizers(student: fx.GraphModule) -> dict[str, Iterator[ActQuantizer | None]]:
+    """By layer the quantizers in front of its calls, in turn, forward after forward."""
+    places: dict[str, list[ActQuantizer | None]] = {}
+    for name, quantizer in input_places(student):
+        places.setdefault(name, []).append(quantizer)
+    return {name: cycle(found) for name, found in places.items()}
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -542,6 +559,7 @@ def _histograms(x: Tensor, channels: Tensor, bits: int, granularity: str) -> pd.
             values: dict[str, Any] = dict(image=image, channel=channel, rank=rank, bin_left=edges[:-1])
             values |= dict(bin_right=edges[1:], count=count, count_quantized=count_quantized)
             values |= dict(step=step[image, rank].item(), lowest=lowest[image, rank].item())
+            values |= dict(levels_in_use=quantized[image, rank].unique().numel())
             frames.append(pd.DataFrame(values | {"sqnr_db": quality[image, rank].item()}))
     return pd.concat(frames, ignore_index=True)
 

@@ -62,12 +62,11 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         module = model.get_submodule(name)
         calls.setdefault(module, []).append((tuple(x.shape), _macs(module, x, output)))
 
-    training = {module: module.training for module in model.modules()}
     places = activation_places(model).values()
     unset = [q for q in places if q.tracked and not q.seen]
     once = {m: n for n, m in found}.values()  # a layer under two names is watched under one
     try:
-        with torch.no_grad(), frozen_ranges(model.eval()), layer_calls(model, once, note):
+        with torch.no_grad(), frozen_ranges(model), layer_calls(model, once, note):
             for quantizer in unset:
                 quantizer.frozen = False
             forward(model, example)
@@ -78,8 +77,6 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     finally:
         for quantizer in unset:
             quantizer.running_min = quantizer.running_max = quantizer.running_min.new_empty(0)
-        for module, before in training.items():
-            module.training = before
     frame = pd.DataFrame(rows)
     for count, share in (("weights", "weight_share"), ("macs", "macs_share")):
         frame[share] = frame[count] / max(frame[count].sum(), 1)

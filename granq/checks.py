@@ -79,10 +79,10 @@ def check_images(images: object) -> None:
         raise ValueError(f"images must be (N, 3, H, W), got shape {tuple(images.shape)}")
 
 
-def distinct(data: pd.DataFrame, *columns: str) -> None:
+def distinct(data: pd.DataFrame, *columns: str, hint: str = "the data mix what belongs to several plots") -> None:
     """Raise ValueError unless ``columns`` tell all rows apart."""
     if data.duplicated(list(columns)).any():
-        raise ValueError(f"several rows have the same {', '.join(columns)}: the data mix what belongs to several plots")
+        raise ValueError(f"several rows have the same {', '.join(columns)}: {hint}")
 
 
 def needs(columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:

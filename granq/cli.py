@@ -514,7 +514,7 @@ def _factorial(args: argparse.Namespace) -> dict[str, Any]:
     bits = [int(b) if b.strip().isdecimal() else 0 for b in args.bits.split(",")]
     if not all(2 <= b <= 8 for b in bits) or len(set(bits)) < len(bits):
         raise ValueError(f"--bits takes different numbers from 2 to 8, such as 2,3,4; got {args.bits!r}")
-    _at_least(args, seeds=1, train_epochs=0, iterations=1, images=1)
+    _at_least(args, seeds=1, train_epochs=0, iterations=1, images=2)
     if args.out.exists() and not args.resume:
         raise ValueError(f"{args.out} already exists; choose another --out or pass --resume to add what it lacks")
     options = {name: getattr(args, name) for name in ("data", "network", "teacher", "device")}

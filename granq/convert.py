@@ -23,8 +23,8 @@ from granq.distributed import gather, joint_range
 from granq.quantizer import (
     GRANULARITIES,
     QParams,
-    _check_bits,
     at_least_float32,
+    check_bits,
     fake_quantize,
     fake_quantize_learned,
     fake_quantize_with,
@@ -296,9 +296,9 @@ def quantize_model(
             already, a forward that cannot be traced, or ``image_bits`` where the image is not quantized.
     """
     scheme = get_scheme(scheme)
-    _check_bits(weight_bits)
-    _check_bits(act_bits)
-    _check_bits(image_bits or act_bits)
+    check_bits(weight_bits)
+    check_bits(act_bits)
+    check_bits(image_bits or act_bits)
     student = copy.deepcopy(model).eval()
     layers = {n: m for n, m in student.named_modules() if isinstance(m, LAYERS) and n not in scheme.skip}
     if not layers:

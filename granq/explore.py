@@ -25,13 +25,12 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from granq import figures
-from granq.analysis import ACTIVATION_GRANULARITIES, measure_generated_images
+from granq.analysis import ACTIVATION_GRANULARITIES, DEAD, measure_generated_images
 from granq.data import DataSpec
 from granq.generator import build_generator
 from granq.runs import RunFolder
 
 _DPI = 100
-_DEAD = 1e-7  # a channel of zeros has the smallest step there is, 1e-8 / (2^k - 1)
 _STYLE = matplotlib.rc_params_from_file(figures.STYLE, use_default_template=False)
 _STYLE["figure.constrained_layout.use"] = False  # fixed margins: axes that do not move, drawn in half the time
 _NAMES = {name: figures.granularity_role(name).label for name in ACTIVATION_GRANULARITIES}
@@ -65,8 +64,9 @@ def distortion_microscope(data: pd.DataFrame) -> widgets.Widget:
                 rows.append(said | {"images": source, "channel": "no such channel"})
                 continue
             figures.plot_channel_histogram(part, image=image, rank=rank, legend=source == sources[-1], ax=ax)
-            first, used = part.iloc[0], (part.count_quantized > 0).sum()
-            values = [source, first.channel, f"{first.sqnr_db:.1f}", f"{first.step:.4g}", f"{used} of {2**bits}"]
+            first = part.iloc[0]
+            used = f"{first.levels_in_use} of {2**bits}"
+            values = [source, first.channel, f"{first.sqnr_db:.1f}", f"{first.step:.4g}", used]
             rows.append(dict(zip(said, values, strict=True)))
         return _table(rows)
 
@@ -79,10 +79,12 @@ def scale_explorer(data: pd.DataFrame) -> widgets.Widget:
     Args:
         data: of ``measure_scale_maps``, of one or several layers.
     """
-    live = data[data.scale > _DEAD]
-    groups = {key: rows for key, rows in live.groupby(["layer", "granularity"], sort=False)}
+    live, keys = data[data.scale > DEAD], ["layer", "granularity"]
+    groups = {key: rows for key, rows in live.groupby(keys, sort=False)}
     limits = live.groupby("layer").scale.agg(["min", "max"])
-    dead = data.groupby("layer").channel.nunique() - live.groupby("layer").channel.nunique()
+    channels = [rows.groupby(keys).channel.nunique() for rows in (data, live)]
+    # as the granularity says that has the most: one scale for all channels is that of the live ones
+    dead = channels[0].sub(channels[1], fill_value=0).groupby("layer").max().astype(int)
     controls = {
         "layer": _slider("layer", data.layer, figures.short_layer),
         "granularity": _dropdown("one scale", data.granularity, _NAMES),
@@ -90,8 +92,11 @@ def scale_explorer(data: pd.DataFrame) -> widgets.Widget:
     }
 
     def draw(figure: Figure, layer: str, granularity: str, image: int) -> str:
-        every, look = groups[layer, granularity], figures.granularity_role(granularity)
+        every, look = groups.get((layer, granularity), live[:0]), figures.granularity_role(granularity)
         shown = every if image < 0 else every[every.image == image]
+        if shown.empty:
+            figure.text(0.5, 0.5, "every channel is constant here: no range, no scale", ha="center")
+            return _table([{"different scales": 0, "dead channels": dead[layer]}])
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
         left.scatter(every.channel, every.scale, s=6, color="#c9c9cd", label="all images")
         label = "pooled" if image < 0 else f"image {image}"
@@ -196,15 +201,16 @@ def speed_lab(data: pd.DataFrame) -> widgets.Widget:
 
     def draw(figure: Figure, size: str, batch: int, execution: str) -> str:
         rows = groups.get((size, batch))
-        if rows is None:
-            known = ", ".join(str(n) for s, n in groups if s == size)
-            figure.text(0.5, 0.5, f"not measured with {batch} images; measured: {known}", ha="center")
+        if rows is None or execution not in rows.index:
+            known = [str(n) for (s, n), other in groups.items() if s == size and execution in other.index]
+            measured = f"measured: {', '.join(known) or 'nothing'}"
+            figure.text(0.5, 0.5, f"{execution}: not measured with {batch} images; {measured}", ha="center")
             return _table([{"execution": execution, "time (ms)": "not measured"}])
         ax = figure.subplots()
-        bars = rows.loc[names]
-        colors = [figures.ROLES["release"].color if name == execution else "#c9c9cd" for name in names]
+        bars = rows.loc[[name for name in names if name in rows.index]]
+        colors = [figures.ROLES["release"].color if name == execution else "#c9c9cd" for name in bars.index]
         spread = [bars.median_ms - bars.q25_ms, bars.q75_ms - bars.median_ms]
-        ax.barh(names, bars.median_ms, color=colors, xerr=spread, capsize=3)
+        ax.barh(bars.index, bars.median_ms, color=colors, xerr=spread, capsize=3)
         ax.set(xlabel="time (ms), median and quartiles", xscale="log")
         ax.set_xlim(0.5 * rows.q25_ms.min(), 1.3 * rows.q75_ms.max())
         figures.plain_log(ax.xaxis)
@@ -252,12 +258,13 @@ def training_monitor(
         history = pd.read_csv(path)  # replaced atomically: never half a file
         last, follow = int(history.epoch.max()), epoch.value == epoch.max
         if teacher is not None and spec is not None and last not in drawn and (state := folder.load()):
-            generator = build_generator(spec.classes, spec.image_size)
+            generator = build_generator(spec.classes, folder.read_config()["config"]["image_size"])
             generator.load_state_dict(state["generator"])
             drawn[int(state["epoch"])] = measure_generated_images(generator.train(), teacher, spec)
         epoch.max = last
         if follow:
             epoch.value = last
+        epoch.min = 1
 
     def draw(figure: Figure, quantity: str, epoch: int) -> str:
         rows = history[history.epoch <= epoch] if epoch else history

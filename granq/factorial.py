@@ -26,7 +26,8 @@ from granq.calibration import calibrate
 from granq.config import QATConfig
 from granq.convert import Scheme, frozen_ranges, quantize_model
 from granq.files import write_csv
-from granq.generator import Generator, synthesize
+from granq.generator import Generator, kept, synthesize
+from granq.models import eval_mode
 
 FULL = "full"
 WEIGHTS = (FULL, "per_tensor", "per_out_channel", "per_kernel")
@@ -137,7 +138,8 @@ def _correct(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[np.ndarray, int]:
     """100 for every image that is classified rightly and 0 for the others, (N,), and the largest batch."""
-    hits = [(model(images.to(device)).argmax(1).cpu() == labels).numpy() for images, labels in batches]
+    with eval_mode(model):
+        hits = [(model(images.to(device)).argmax(1).cpu() == labels).numpy() for images, labels in batches]
     if not hits:
         raise ValueError("there is no image to measure: batches is empty")
     return np.concatenate(hits) * 100.0, max(map(len, hits))
@@ -160,11 +162,11 @@ def warm_generator(model: nn.Module, config: QATConfig) -> Generator:
 
 
 def generated_batches(generator: Generator, seed: int, count: int = 1024, batch_size: int = 64) -> Iterator[Tensor]:
-    """Images as the run saw them, BatchNorm with the batch's statistics; the global random state stays as it was."""
+    """Images as the run saw them, BatchNorm with the batch's statistics; generator and global random state stay."""
     device = str(next(generator.parameters()).device)
-    generator.train()
     for start in range(0, count, batch_size):
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), kept(generator):
+            generator.train()
             torch.manual_seed((1_000_003 * seed + start) % 2**63)  # every batch has its own numbers
             images, _ = synthesize(generator, min(batch_size, count - start), device)
         yield images

@@ -26,7 +26,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from granq.analysis import decode_pixels
+from granq.analysis import DEAD, decode_pixels
 from granq.checks import distinct, needs, one_of
 from granq.files import write_csv
 
@@ -87,7 +87,9 @@ TRUE_BITS_LABELS = {
     "bits_per_weight": "true bits per weight (dotted: the label)",
     "quantized_percent": "weights really quantized (%)",
 }
-LEAST_LOST = 0.5  # points; about the standard error of the accuracy on 2,000 images
+LEAST_LOST = 0.7  # points; about the standard error of the accuracy on 2,000 images
+SHOWN_LABELS = 10  # of plot_synthetic_images: more are too small to be seen
+METHODS_DIFFER = "name what else tells these runs apart in scheme, as registry.method_name does"
 SQNR_CEILING = 60.0  # decibels; beyond it (1x1 kernels with their own scale reach 150) points sit on the upper edge
 
 
@@ -103,22 +105,30 @@ def granularity_role(name: str) -> Role:
     return _GRANULARITY_ROLES.get(name, Role(name, "#222222", "X"))
 
 
-@needs("channel granularity image scale")
+@needs("layer channel granularity image scale")
 def plot_granularity_maps(
-    data: pd.DataFrame, *, granularity: str | None = None, colorbar: bool = True, ax: Axes | None = None
+    data: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    granularity: str | None = None,
+    colorbar: bool = True,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Scales of every image and channel under one granularity, as a map; colors share the limits of all granularities.
+    """Scales of every image and channel in front of one layer under one granularity, as a map; constant ones are grey.
 
     Args:
         data: of ``measure_scale_maps``.
-        granularity: default the finest, the last in the data.
+        layer: default the first.
+        granularity: default the finest, the last in the data. Colors share the limits of all granularities.
     """
     ax = ax or plt.gca()
+    data = _select(data, layer=layer)
+    data = data.assign(scale=_live(data))
     rows = _select(data, granularity=granularity or data.granularity.iloc[-1])
     grid = rows.pivot(index="image", columns="channel", values="scale")
-    live = data.scale[data.scale > 1e-7]  # a dead channel has the smallest scale there is, 1e-8 / (2^k - 1)
-    norm = LogNorm(live.min(), live.max())
-    mesh = ax.imshow(grid.clip(lower=live.min()), cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+    norm = LogNorm(data.scale.min(), data.scale.max())
+    colors = plt.get_cmap("viridis").with_extremes(bad="#d9d9dc")
+    mesh = ax.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
     label = granularity_role(rows.granularity.iloc[0]).label.replace(" and ", "\nand ").replace(" (layer", "\n(layer")
     image, channel = ("sample" in rows.granularity.iloc[0], "channel" in rows.granularity.iloc[0])
     count = (rows.image.nunique() if image else 1) * (rows.channel.nunique() if channel else 1)
@@ -161,7 +171,7 @@ def plot_activation_distortion(
         above = _share_above(groups[0][1].density_full_precision, edges)
         ax.stairs(above, edges, fill=True, color="#d9d9dc", label="full precision")
         ax.set_xlim(edges[0], edges[max(1, int((above > 0.002).sum()))])
-        ax.set_ylim(0, 1.15 * above[1])
+        ax.set_ylim(0, 1.15 * above[1] or 1)
         for look, part in groups:
             above = _share_above(part.density_quantized, edges)
             ax.stairs(above, edges, color=look.color, linestyle=look.dash, linewidth=1, label=look.label, baseline=None)
@@ -224,16 +234,21 @@ def plot_channel_histogram(
 
 
 @needs("layer source granularity bits images scale")
-def plot_channel_scales(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_channel_scales(
+    data: pd.DataFrame, *, granularity: str | None = None, bits: int | None = None, ax: Axes | None = None
+) -> Axes:
     """Scale of every channel of every layer, sources (synthetic, real) side by side, a bar at each median.
 
     Args:
         data: of ``measure_channel_scales``, several sources in one frame.
+        granularity: default the first.
+        bits: default the first.
     """
     ax = ax or plt.gca()
+    data = _select(data, granularity=granularity, bits=bits)
     looks = {s: role(s)._replace(label=f"{role(s).label}, n = {n}")
              for s, n in data.drop_duplicates("source")[["source", "images"]].to_numpy()}  # fmt: skip
-    _channel_points(ax, data, data.scale.where(data.scale > 1e-7), data.source, looks)
+    _channel_points(ax, data, _live(data), data.source, looks)
     ax.set_yscale("log")
     plain_log(ax.yaxis)
     ax.set_ylabel(f"scale at {data.bits.iloc[0]} bits\n(step, in units of the activation)")
@@ -295,7 +310,7 @@ def plot_channel_error(
     one_of("metric", metric, METRIC_LABELS)
     ax = ax or plt.gca()
     rows = _select(data[data.channel.notna()], mode=mode)
-    rows = _select(rows, layer=layer or rows.layer.iloc[rows.sqnr_db.to_numpy().argmin()])
+    rows = _select(rows, layer=layer or rows.layer.iloc[np.nanargmin(rows.sqnr_db)])
     for scheme, part in rows.groupby("scheme", sort=False):
         look = role(str(scheme))
         values = np.sort(_shown(part[metric], metric))[:: -1 if metric == "mse" else 1]
@@ -366,7 +381,7 @@ def plot_scaling_latency(
     ax.set_xscale("log", base=2)
     if (rows[quantity] > 0).all():
         ax.set_yscale("log")
-    else:  # executions that need none lie on the axis, a decade below the fewest of the others
+    elif (rows[quantity] > 0).any():  # executions that need none lie on the axis, a decade below the fewest of others
         low, high = np.log10([rows[quantity][rows[quantity] > 0].min(), rows[quantity].max()])
         powers = 10.0 ** np.arange(np.floor(low), np.ceil(high) + 1)
         ax.set_yscale("symlog", linthresh=powers[0])
@@ -390,8 +405,13 @@ def plot_accuracy_bits(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     published = data[data.source.notna()] if "source" in data else data[:0]
     measured = data.drop(published.index)
+    if measured.empty:
+        raise ValueError("plot_accuracy_bits got published results only: it needs rows of granq quantize")
     if measured.seed.isna().any():
         raise ValueError("plot_accuracy_bits: a row without a seed is a published result and needs its source")
+    if len(measured[["dataset", "network"]].drop_duplicates()) > 1:
+        raise ValueError("plot_accuracy_bits: rows of several datasets or networks, which belong to several plots")
+    distinct(measured, "scheme", "bits", "seed", hint=METHODS_DIFFER)
     bits = sorted(measured.bits.unique())
     order = {name: i for i, name in enumerate(ROLES)}
     schemes = sorted(set(measured.scheme), key=lambda s: (order.get(s.partition(" + ")[0], len(order)), s))
@@ -437,14 +457,14 @@ def plot_granularity_factorial(
         data: columns weights, activations (granularities), ranges (static, dynamic; none with full-precision
             activations, which belong to both), bits, epochs (0 without training; optional), top1; rows that differ in
             nothing else (seeds) are averaged. Colors are points below the best row of the frame; what no row has stays
-            empty.
+            empty. With top1_low and top1_high the title says half of the widest interval.
         bits: default the lowest.
         ranges: default the first.
         epochs: default the fewest.
     """
     ax = ax or plt.gca()
     data = data if "epochs" in data else data.assign(epochs=0)
-    ranges = ranges or next(v for v in data.ranges if v != "none")
+    ranges = ranges or next((v for v in data.ranges if v != "none"), "none")
     rows = _select(
         data[data.ranges.isin([ranges, "none"])],
         bits=data.bits.min() if bits is None else bits,
@@ -462,7 +482,8 @@ def plot_granularity_factorial(
     )  # fmt: skip
     ax.tick_params(labelsize=6)
     trained = ", trained" if rows.epochs.iloc[0] else ""
-    ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{trained}")
+    widest = f" (\u00b1{(rows.top1_high - rows.top1_low).max() / 2:.1f})" if "top1_high" in rows else ""
+    ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{trained}{widest}")
     if colorbar:
         plain_log(ax.figure.colorbar(ax.collections[0], ax=ax, label="points below the best").ax.yaxis)
     return ax
@@ -502,20 +523,26 @@ def plot_training_curves(
     """One quantity over the epochs, a line for every run; the warm-up (generator alone) is shaded.
 
     Args:
-        data: histories of runs: epoch, warmup, and the quantities in ``TRAINING_LABELS``; scheme and seed tell several
-            runs apart.
+        data: histories of runs: epoch, warmup, and the quantities in ``TRAINING_LABELS``; scheme, bits, recipe and
+            seed tell several runs apart.
         quantity: column to draw.
     """
     one_of("quantity", quantity, TRAINING_LABELS)
     ax = ax or plt.gca()
-    data = data if {"scheme", "seed"} <= {*data} else data.assign(scheme="student", seed=0)
+    data = data if "scheme" in data else data.assign(scheme="student")
+    several = [key for key in ("bits", "recipe") if key in data and data[key].nunique() > 1]
+    runs = [key for key in ("scheme", *several, "seed") if key in data]
+    distinct(data, *runs, "epoch")
     warmup = data.warmup.astype(bool)
     # the student's loss is measured in the warm-up too, but not yet trained on
     shown = data[~warmup] if quantity == "student_loss" else data
-    for (scheme, seed), rows in shown.groupby(["scheme", "seed"], sort=False):
-        look = role(str(scheme))
-        first = seed == data.seed[data.scheme == scheme].iloc[0]
-        ax.plot(rows.epoch, rows[quantity], label=look.label if first else None, **look.line)
+    dashes: dict[str, dict[str, Any]] = {}  # by scheme and label
+    for _, rows in shown.groupby(runs, sort=False, dropna=False):
+        look, differs = role(str(rows.scheme.iloc[0])), [str(rows[key].iloc[0]) for key in several]
+        label, own = " ".join([look.label, *differs]), dashes.setdefault(look.label, {})
+        text = None if label in own else label  # once, not for every seed
+        style = look.line | {"linestyle": own.setdefault(label, [look.dash, "--", ":", "-."][len(own) % 4])}
+        ax.plot(rows.epoch, rows[quantity], label=text, **style)
     start, end = data.epoch.min() - 0.5, data.epoch.max() + 0.5
     if warmup.any():
         until = data.epoch[warmup].max() + 0.5
@@ -534,9 +561,11 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes
 
     Args:
         data: of ``measure_generated_images``; a column ``epoch`` stacks several snapshots, a column ``name`` names the
-            labels.
+            labels. Of more than 10 labels the first 10 are drawn.
     """
     ax = ax or plt.gca()
+    every = sorted(data.label.unique())
+    data = data[data.label.isin(every[:SHOWN_LABELS])]
     keys = [key for key in ("epoch", "sample") if key in data]
     distinct(data, *keys, "label")
     groups = [rows.sort_values("label") for _, rows in data.groupby(keys)]
@@ -558,7 +587,8 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Axes | None = None) -> Axes
     ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels, fontsize=6.5)
     ax.set_yticks([y * line + size / 2 for y in range(len(groups))], words)
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
-    ax.set(xlabel="below each image: the teacher's probability of the label that was asked for")
+    first = f"the first {SHOWN_LABELS} of {len(every)} labels; " if len(every) > SHOWN_LABELS else ""
+    ax.set(xlabel=f"{first}below each image: the teacher's probability of the label that was asked for")
     ax.spines[:].set_visible(False)
     return ax
 
@@ -582,7 +612,9 @@ def plot_synthetic_gap(
         "mean": (data.mean_synthetic - data.mean_real).abs() / data.variance_real**0.5,
         "variance": data.variance_synthetic / data.variance_real,
     }[quantity]
-    live = (data.variance_real > 0) & (data.variance_synthetic > 0)
+    live = data.variance_real > 0
+    if quantity == "variance":  # of 0 a logarithmic axis has no place
+        live &= data.variance_synthetic > 0
     looks = {p: role("real" if i else "synthetic")._replace(label=p) for i, p in enumerate(dict.fromkeys(data.pair))}
     _channel_points(ax, data, values.where(live), data.pair, looks)
     if quantity == "variance":
@@ -602,7 +634,7 @@ def results_table(data: pd.DataFrame) -> pd.DataFrame:
     """Published and measured accuracies side by side: one row per method and bit width, best first.
 
     Args:
-        data: as for ``plot_accuracy_bits``.
+        data: as for ``plot_accuracy_bits``, of one or several datasets and networks.
 
     Returns:
         Columns bits, method, kind (measured, published), top1 (percent; mean over seeds, last epoch), std, n (seeds),
@@ -611,6 +643,7 @@ def results_table(data: pd.DataFrame) -> pd.DataFrame:
     """
     data = data if "source" in data else data.assign(source=np.nan)
     own = data[data.source.isna() & data.last_top1.notna()]
+    distinct(own, "dataset", "network", "scheme", "bits", "seed", hint=METHODS_DIFFER)
     measured = own.groupby(["dataset", "network", "scheme", "bits"], sort=False, as_index=False).agg(
         top1=("last_top1", "mean"),
         std=("last_top1", "std"),
@@ -657,11 +690,13 @@ def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Axes 
     ax = ax or plt.gca()
     every = _select(data, bits=bits)
     rows = every[every["drop"].notna()].iloc[::-1].reset_index(drop=True)
-    names, seeds = [], rows.n[rows.kind == "measured"].unique()
+    measured = rows[rows.kind == "measured"]
+    names, seeds, networks = [], measured.n.unique(), measured.network.nunique()
     for y, row in enumerate(rows.to_dict("records")):
         own = row["kind"] == "measured"
         look = role(row["method"]) if own else Role(row["method"], "#6b6b70", "o")
-        names.append(f"{look.label}, n = {row['n']:.0f}" if own and len(seeds) > 1 else look.label)
+        said = [look.label] + [str(row["network"])] * (own and networks > 1)
+        names.append(", ".join(said + [f"n = {row['n']:.0f}"] * (own and len(seeds) > 1)))
         spread = None if pd.isna(row["std"]) else row["std"]
         style: dict[str, Any] = dict(
             color=look.color, markerfacecolor=look.color if own else "none", markersize=4, linewidth=1
@@ -702,6 +737,7 @@ class Panels:
     plot: Callable[..., Axes]
     rows: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
     columns: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
+    same_y: bool = False  #: the panels of a row share their vertical axis
 
     def grid(self, data: pd.DataFrame) -> list[list[Callable[..., Axes]]]:
         """Rows of plots with their keywords set; the last of a row draws the color bar, if they have one."""
@@ -712,7 +748,19 @@ class Panels:
         )  # fmt: skip
         bar = "colorbar" in signature(self.plot).parameters
         ends = [{"colorbar": column is columns[-1]} if bar else {} for column in columns]
-        return [[partial(self.plot, **row, **c, **end) for c, end in zip(columns, ends, strict=True)] for row in rows]
+        return [
+            [
+                partial(self.plot, **row, **column, **end) if self._measured(data, row | column) else _no_panel
+                for column, end in zip(columns, ends, strict=True)
+            ]
+            for row in rows
+        ]
+
+    @staticmethod
+    def _measured(data: pd.DataFrame, values: Mapping[str, Any]) -> bool:
+        """Whether a row has these values, as far as they are values of columns."""
+        own = {key: value for key, value in values.items() if key in data}
+        return bool((data[[*own]] == pd.Series(own, dtype=object)).all(axis=1).any())
 
 
 def save_figure(
@@ -734,11 +782,17 @@ def save_figure(
 
 def draw_figure(name: str, folder: Path, size: tuple[float, float], panels: Sequence[Panels]) -> None:
     """Draw ``folder/name.csv`` as SVG and PNG: the grids of ``panels``, which have equal columns, below each other."""
-    data = pd.read_csv(folder / f"{name}.csv")
-    grid = [row for part in panels for row in part.grid(data)]
+    data = pd.read_csv(folder / f"{name}.csv", dtype={"pixels": str})  # black ones would be the number 0
+    if data.empty:
+        raise ValueError(f"{folder / name}.csv has no rows")
+    grids = [part.grid(data) for part in panels]
+    same_y = [part.same_y for part, rows in zip(panels, grids, strict=True) for _ in rows]
+    grid = list(itertools.chain(*grids))
     with plt.style.context(STYLE):
         figure = Figure(figsize=size)  # not one of pyplot's: it needs no screen, and nobody has to close it
         axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
+        for ax in itertools.chain(*(row[1:] for row, same in zip(axes, same_y, strict=True) if same)):
+            ax.sharey(axes[ax.get_subplotspec().rowspan.start, 0])
         for draw, ax in zip(itertools.chain(*grid), axes.flat, strict=True):
             draw(data, ax=ax)
         if axes.size > 1:
@@ -754,6 +808,19 @@ def _select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
         if data.empty:
             raise ValueError(f"the data hold no row with {column} = {value!r}")
     return data
+
+
+def _no_panel(data: pd.DataFrame, *, ax: Axes) -> Axes:
+    ax.set_axis_off()
+    return ax
+
+
+def _live(data: pd.DataFrame) -> pd.Series:
+    """Scales, those of constant channels left out. Raises ValueError if no other is there."""
+    scale = data.scale.where(data.scale > DEAD)
+    if scale.isna().all():
+        raise ValueError("every channel is constant on these images: there is no scale to show")
+    return scale
 
 
 def _shown(values: pd.Series, metric: str) -> np.ndarray:

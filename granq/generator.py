@@ -226,6 +226,17 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, 
 
 
 @contextmanager
+def kept(generator: Generator) -> Iterator[None]:
+    """Behind the block ``generator`` is as it was: drawing in training mode moves running statistics."""
+    state, training = {k: v.clone() for k, v in generator.state_dict().items()}, generator.training
+    try:
+        yield
+    finally:
+        generator.load_state_dict(state)
+        generator.train(training)
+
+
+@contextmanager
 def batchnorm_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Tensor]]]:
     """Collect the input of every BatchNorm2d of ``model`` during one forward."""
     with _watched(model, lambda norm, args, output: (norm, args[0])) as seen:

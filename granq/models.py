@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -123,12 +125,24 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {k.removeprefix("module."): v for k, v in state.items()}, {}
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block ``model`` is in eval mode; every module then gets back the mode it had."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
 @torch.inference_mode()
 @typed
 def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
-    """Top-1 accuracy in percent over a dataset of uint8 images."""
+    """Top-1 accuracy in percent over a dataset of uint8 images, in eval mode."""
     right = total = 0
-    with parametrize.cached():  # weights are quantized once, not once a batch
+    with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
         for images, labels in batches(dataset, spec):
             images = images.to(device)
             right += int((model(images).argmax(1).cpu() == labels).sum())

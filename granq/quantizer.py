@@ -113,7 +113,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = True) -> QParams:
     """Scale and zero point of groups whose range is known: tracked ranges, or those of ``min_max``."""
-    _check_bits(bits)
+    check_bits(bits)
     if promote:
         low, high = at_least_float32(low), at_least_float32(high)
     # As in docs/method.md: the epsilon bounds the range from below, it is not added to it. A tensor, not a float of
@@ -173,7 +173,7 @@ def fake_quantize(
     """
     if _fused is not None:
         _reduced_dims(x, granularity)  # what is wrong is said here, not by the compiler
-        _check_bits(bits)
+        check_bits(bits)
         return _Fused.apply(x, bits, granularity, clamp, promote)
     return fake_quantize_with(x, choose_qparams(x, bits, granularity, promote=promote), bits, clamp)
 
@@ -285,7 +285,7 @@ def _dequantized_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: i
 
 
 def _float_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
-    _check_bits(bits)
+    check_bits(bits)
     codes = (x * scale_inv).sub_(zero_point).round_()
     return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if clamp else codes
 
@@ -307,7 +307,7 @@ def _check_tensor(x: Tensor) -> None:
         raise ValueError(f"expected a 2-D (N, F) or 4-D (N, C, H, W) tensor, got shape {tuple(x.shape)}")
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
     if not isinstance(bits, int) or isinstance(bits, bool):
         raise TypeError(f"bits must be an integer from 2 to 8, got {bits!r}")
     if not 2 <= bits <= 8:

@@ -211,7 +211,7 @@ class Setting:
             measured["scheme"] = [method_name(row) for row in measured.to_dict("records")]
             # published rows say last_top1, which rows without training lack
             table = pd.concat([measured, _published(measured)], ignore_index=True)
-            return table.assign(teacher_test_top1=measured.teacher_top1.mean())
+            return table.assign(teacher_test_top1=measured.teacher_top1.mean(), commit="")  # of many commits
         rows = []
         seeds = range(self.seed, self.seed + self.budget.accuracy_seeds)
         for bits, scheme, seed in itertools.product(self.budget.accuracy_bits, SCHEMES, seeds):
@@ -254,10 +254,29 @@ def method_name(row: Mapping[Any, Any]) -> str:
 
 def _at_every_width(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Without methods that were measured at some bit widths only; ``results_table`` has them all."""
-    measured = accuracy[accuracy.source.isna()] if "source" in accuracy else accuracy
+    measured = _measured(accuracy)
     widths = measured.groupby("scheme").bits.nunique()
     partial = set(widths[widths < measured.bits.nunique()].index)
     return accuracy[~(accuracy.scheme.isin(partial) & accuracy.index.isin(measured.index))]
+
+
+def _measured(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows that were measured here: of a table with published ones without these."""
+    if "kind" in table:
+        return table[table.kind == "measured"]
+    return table[table.source.isna()] if {"source", "last_top1"} <= {*table} else table
+
+
+def _results_table(s: Setting) -> pd.DataFrame:
+    measured = _measured(s.accuracy)
+    facts = {k: _joined(measured[k]) for k in ("teacher_test_top1", "seed", "torch", "device", "commit")}
+    return figures.results_table(s.accuracy).assign(**facts)
+
+
+def _joined(values: pd.Series) -> Any:
+    """The value that all have, else all different ones as one text."""
+    different = list(dict.fromkeys(values.dropna()))
+    return different[0] if len(different) == 1 else ", ".join(map(str, sorted(different)))
 
 
 def _history(rows: pd.DataFrame, config: QATConfig) -> pd.DataFrame:
@@ -370,7 +389,8 @@ FIGURES: dict[str, Figure] = {
         [Panels(figures.plot_granularity_maps, columns={"granularity": None})],
         (6.8, 2.4),
         "Maps of images by channels, colored by quantization step, one map per granularity: one color for per tensor, "
-        "vertical stripes for per channel, horizontal stripes for per image, single cells for GranQ.",
+        "vertical stripes for per channel, horizontal stripes for per image, single cells for GranQ. "
+        "Constant channels are grey.",
     ),
     "activation_distortion": Figure(
         "What do few bits do to activations?",
@@ -399,9 +419,12 @@ FIGURES: dict[str, Figure] = {
         _layer_error,
         [
             Panels(
-                figures.plot_layer_error, {"metric": ("sqnr_db", "mse", "cosine_similarity")}, {"mode": analysis.MODES}
+                figures.plot_layer_error,
+                {"metric": ("sqnr_db", "mse", "cosine_similarity")},
+                {"mode": analysis.MODES},
+                same_y=True,
             ),
-            Panels(figures.plot_channel_error, columns={"mode": analysis.MODES}),
+            Panels(figures.plot_channel_error, columns={"mode": analysis.MODES}, same_y=True),
         ],
         (6.8, 7.2),
         "SQNR, mean square error and cosine similarity over the layers, one line per scheme, left with clean inputs "
@@ -446,8 +469,9 @@ FIGURES: dict[str, Figure] = {
         ],
         (6.8, 4.2),
         "Time, peak memory and number of scale multiplications of one quantized convolution against channels (top) and "
-        "batch (bottom), both axes logarithmic, one line per execution: layer-wise, accumulation-time in a loop and "
-        "grouped, pre-scaled, folded.",
+        "batch (bottom), both axes logarithmic but for a zero below the multiplications, one line per execution: "
+        "layer-wise, accumulation-time in a loop and grouped, pre-scaled, folded. Layer-wise takes as many "
+        "multiplications as pre-scaled, the loop as many as grouped: the later line covers the earlier.",
         teacher=False,
         command="granq bench scaling --out FOLDER",
     ),
@@ -487,7 +511,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "results_table": Figure(
         "How do these results compare with published ones?",
-        lambda s: figures.results_table(s.accuracy).assign(teacher_test_top1=s.accuracy.teacher_test_top1.iloc[0]),
+        _results_table,
         [Panels(figures.plot_results_table, columns={"bits": None})],
         (6.8, 4.2),
         "One panel per bit width, one line per method, the position is the number of points lost against the method's "
@@ -573,11 +597,12 @@ def _gallery_entry(name: str, folder: Path) -> str:
     # what the CSV says of itself; frames of other commands may say less
     texts = dict(dataset="{}", images="{} images", network="{}", teacher_test_top1="teacher {:.2f} %",
                  seed="seed {}", device="{}", torch="torch {}", commit="commit {}", preset="preset {}")  # fmt: skip
-    measured = table[table.source.isna()] if "source" in table else table  # not what was published
+    measured = _measured(table)
     for several in ("seed", "network"):  # the picture says which
         if several in table and measured[several].nunique() > 1:
             del texts[several]
-    said = [text.format(facts[k]) for k, text in texts.items() if k in facts and not pd.isna(facts[k])]
+    own = {k: _joined(measured[k]) for k in texts if k in measured}
+    said = [texts[k].format(value) for k, value in own.items() if value != ""]
     command = f"granq figures {name}" + (f" --preset {facts.preset}" if "preset" in facts else "")
     command = figure.command if figure.command and "preset" not in facts else command
     if facts.get("dataset") == figures.dataset_name("folder:"):

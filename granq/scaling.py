@@ -146,7 +146,7 @@ def accumulation_time(
         scaled = partial.unflatten(1, (c, wide)) * factor  # (N, C, wide, H', W')
         return scaled.unflatten(1, (conv.groups, per_group)).sum(2).flatten(1, 2)
     height, width = conv.output_size((x.values.shape[2], x.values.shape[3]), (kernels.shape[2], kernels.shape[3]))
-    out = torch.zeros(n, conv.groups, wide, height, width, device=x.values.device)
+    out = torch.zeros(n, conv.groups, wide, height, width, dtype=factor.dtype, device=x.values.device)
     for i in range(c):
         partial = accumulate(x.values[:, i : i + 1], kernels[i][:, None], conv._replace(groups=1), carrier)
         out[:, i // per_group].add_(partial * factor[:, i])

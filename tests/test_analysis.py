@@ -3,12 +3,14 @@
 import gc
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from granq import analysis
+from granq.auditing import audit
 from granq.calibration import calibrate
 from granq.convert import quantize_model
 from granq.data import DataSpec
@@ -255,3 +257,65 @@ def test_sums_in_float64_leave_a_device_that_has_none() -> None:
             analysis._channels_first(x),
         ):
             assert sums.device.type == "cpu"
+
+
+def test_training_mode_changes_nothing(tiny: nn.Module) -> None:
+    """A fresh network is in training mode: it is measured in eval mode, and gets back what it had."""
+    wanted = {name: measure(tiny) for name, (measure, _, _) in MEASURES.items() if name != "generated_images"}
+    tiny.train()
+    tiny.bn1.eval()
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    for name, frame in wanted.items():
+        pd.testing.assert_frame_equal(MEASURES[name][0](tiny), frame)
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    assert tiny.training and tiny.conv1.training and not tiny.bn1.training
+
+
+def test_a_layer_named_twice_is_one(tiny: nn.Module) -> None:
+    once, twice = (
+        analysis.measure_layer_error(tiny, images(1), ["strict"], 3, layers=["conv2"] * times) for times in (1, 2)
+    )
+    pd.testing.assert_frame_equal(once, twice)
+
+
+def test_layers_called_by_keyword(tiny: nn.Module) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny
+
+        def forward(self, x):
+            return self.net.fc(input=self.net.relu(self.net.conv1(input=x)).mean((2, 3)))
+
+    error = analysis.measure_layer_error(Named(), images(1), ["strict"], 8, layers=["net.fc"], modes=["local"])
+    assert error.sqnr_db.item() > 30
+    assert set(audit(Named(), images(1)[0]).set_index("layer").macs[["net.conv1", "net.fc"]]) == {3 * 4 * 9 * 64, 12}
+
+
+def test_histograms_are_of_what_entered_the_layer() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            x += self.second(x)
+            return x
+
+    model, batch = InPlace(), images(1)[0]
+    frame = analysis.measure_channel_histograms(model, {"real": batch}, ["second"], (3,), channels=3)
+    entered = model.first(batch).detach()
+    edges = frame.groupby("channel").agg(low=("bin_left", "min"), high=("bin_right", "max"))
+    step = frame.groupby("channel").step.max()
+    assert np.allclose(edges.low, entered.amin((0, 2, 3)), atol=step.max())
+    assert np.allclose(edges.high, entered.amax((0, 2, 3)), atol=step.max())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [(dict(bits=9), "bits must be from 2 to 8, got 9"), (dict(granularities=["per_kernel"]), "unknown granularity")],
+)
+def test_wrong_choices_are_named(wrong: dict, sentence: str, tiny: nn.Module) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        analysis.measure_scale_maps(tiny, images()[0], "conv2", **(dict(bits=3) | wrong))

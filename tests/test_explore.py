@@ -1,6 +1,7 @@
 """Explorers answer every value of every control from a precomputed frame: no network runs, no error shows."""
 
 import itertools
+import re
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from granq import analysis, explore
 from granq.config import QATConfig
 from granq.data import DataSpec
 from granq.qat import train
+from granq.quantizer import fake_quantize
 
 SPEC = DataSpec("digits", 3, 8, (0.3,) * 3, (0.4,) * 3)
 
@@ -151,7 +153,7 @@ def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
     play = monitor.children[1].children[-1]
     assert ">0</td>" in monitor.children[3].value  # epochs
     before = monitor.children[2].value
-    config = QATConfig(epochs=2, iterations=2, batch_size=4, warmup_epochs=1, image_size=8)
+    config = QATConfig(epochs=2, iterations=2, batch_size=4, warmup_epochs=1, image_size=12)  # not that of the data
     train(tiny, config, evaluate=lambda _: 50.0, out=tmp_path / "run")
     play.value = 1  # as the browser does every two seconds
     controls = controls_of(monitor)
@@ -161,3 +163,36 @@ def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
     controls["curve"].value = "bn_loss"
     assert monitor.children[2].value != after
     assert "50.00" in monitor.children[3].value
+
+
+def test_numbers_under_the_pictures_are_true(tiny: nn.Module) -> None:
+    """Levels in use are counted on the values, not on the bins; a dead channel is one under every granularity."""
+    frame = analysis.measure_channel_histograms(tiny, {"real": images()}, ["conv2"], (8,), channels=1)
+    explorer = explore.distortion_microscope(frame)
+    controls_of(explorer)["one scale"].value = "per_sample_channel"
+    x = tiny.relu(tiny.bn1(tiny.conv1(images()))).detach()
+    channel = frame.channel.iloc[0]
+    levels = fake_quantize(x, 8)[0, channel].unique().numel()
+    assert levels > 32 and f"{levels} of 256" in explorer.children[3].value
+    maps = analysis.measure_scale_maps(tiny, images(), "conv2", 3)
+    fine = maps.granularity.isin(["per_channel", "per_sample_channel"])
+    maps.loc[fine & (maps.channel == 2), "scale"] = 1e-9
+    explorer = explore.scale_explorer(maps)
+    for granularity in ("per_tensor", "per_sample_channel"):
+        controls_of(explorer)["one scale"].value = granularity
+        assert re.search(">1</td></tr>", explorer.children[3].value), "one dead channel"
+    maps.loc[fine, "scale"] = 1e-9
+    explorer = explore.scale_explorer(maps)
+    controls_of(explorer)["one scale"].value = "per_channel"
+    assert not explorer.children[4].outputs and ">4</td></tr>" in explorer.children[3].value
+
+
+def test_speed_lab_without_an_execution_at_one_size() -> None:
+    frame = latencies("execution")
+    explorer = explore.speed_lab(frame[~((frame.execution == "loop") & (frame.channels == 32))])
+    controls = controls_of(explorer)
+    controls["size of an image"].value = "32 channels"
+    for name in ("loop", "release"):
+        controls["execution"].value = name
+        assert not explorer.children[4].outputs
+        assert ("not measured" in explorer.children[3].value) == (name == "loop")

@@ -111,9 +111,11 @@ def test_trained_cells(tiny: nn.Module) -> None:
 
 def test_generated_batches_leave_the_random_state() -> None:
     generator = build_generator(3, 8)
-    state = torch.get_rng_state()
+    generator.eval()
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in generator.state_dict().items()}
     drawn = [torch.cat(list(factorial.generated_batches(generator, seed, 6, 4))) for seed in (0, 0, 1)]
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state()) and not generator.training
+    assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     assert drawn[0].shape == (6, 3, 8, 8)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 

@@ -158,10 +158,10 @@ def test_latency_factorial_and_true_bits() -> None:
     assert [line.get_ydata().tolist() for line in ax.lines] == [[8, 16], [8, 16]]
     plt.figure()
     names = itertools.product(("full", "per_kernel"), ("full", "per_tensor"), (0, 1))
-    cells = [dict(weights=w, activations=a, ranges="dynamic", bits=3, seed=k, top1=50.0 + k) for w, a, k in names]
+    cells = [dict(weights=w, activations=a, ranges="dynamic", bits=3, seed=k, top1=50.0 + 2 * k) for w, a, k in names]
     ax = figures.plot_granularity_factorial(pd.DataFrame(cells))
-    assert [text.get_text() for text in ax.texts] == ["50.5"] * 4, "seeds are averaged"
-    assert ax.collections[0].get_array().tolist() == [[0.5, 0.5], [0.5, 0.5]], "below the best seed"
+    assert [text.get_text() for text in ax.texts] == ["51.0"] * 4, "seeds are averaged"
+    assert ax.collections[0].get_array().tolist() == [[1, 1], [1, 1]], "below the best seed"
     plt.figure()
     bits = [dict(network=n, scheme="release", weight_bits=3, bits_per_weight=9.0, quantized_percent=2.0) for n in "ab"]
     ax = figures.plot_true_bits(pd.DataFrame(bits))
@@ -323,3 +323,89 @@ def test_a_readme_with_one_mark_is_not_written(tmp_path) -> None:
     with pytest.raises(ValueError, match="nothing tells what to keep"):
         registry.write_gallery(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_not_averaged() -> None:
+    mixed = pd.concat([accuracy(), accuracy().assign(last_top1=10.0)[:2]], ignore_index=True)
+    for draw in (figures.results_table, figures.plot_accuracy_bits):
+        with pytest.raises(ValueError, match="name what else tells these runs apart"):
+            draw(mixed)
+    other = accuracy()[:1].assign(network="resnet18")
+    with pytest.raises(ValueError, match="several datasets or networks"):
+        figures.plot_accuracy_bits(pd.concat([accuracy(), other], ignore_index=True))
+    assert len(figures.results_table(pd.concat([accuracy(), other], ignore_index=True))) == len(accuracy()) / 2 + 2
+    with pytest.raises(ValueError, match="published results only"):
+        figures.plot_accuracy_bits(accuracy().dropna(subset="source"))
+
+
+def test_training_curves_are_one_line_a_run() -> None:
+    runs = [history()[:3].drop(columns="seed").assign(bits=b, scheme=s) for s in ("release", "strict") for b in "ab"]
+    ax = figures.plot_training_curves(pd.concat(runs, ignore_index=True))
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2, 3]] * 4
+    labels = [line.get_label() for line in ax.lines]
+    assert labels == ["release (GranQ) a", "release (GranQ) b", "strict a", "strict b"]
+    assert ax.lines[0].get_linestyle() != ax.lines[1].get_linestyle()
+    with pytest.raises(ValueError, match="several rows have the same scheme, epoch"):
+        figures.plot_training_curves(history().drop(columns="seed"))
+
+
+def test_one_panel_shows_one_layer_granularity_and_width(tiny: nn.Module) -> None:
+    maps = analysis.measure_scale_maps(tiny, batches()[0], ["conv1", "conv2"], 3)
+    assert figures.plot_granularity_maps(maps, layer="conv2").images[0].get_array().shape == (4, 4)
+    assert figures.plot_granularity_maps(maps, ax=plt.figure().gca()).images[0].get_array().shape == (4, 3)
+    dead = maps[maps.layer == "conv2"].copy()
+    dead.loc[dead.channel == 1, "scale"] = 1e-9
+    grid = figures.plot_granularity_maps(dead, ax=plt.figure().gca()).images[0].get_array()
+    assert grid.mask[:, 1].all() and not grid.mask[:, [0, 2, 3]].any()
+    with pytest.raises(ValueError, match="every channel is constant"):
+        figures.plot_granularity_maps(dead.assign(scale=1e-9))
+    scales = [analysis.measure_channel_scales(tiny, batches(), g) for g in ("per_tensor", "per_sample_channel")]
+    plt.figure()
+    ax = figures.plot_channel_scales(pd.concat(scales, ignore_index=True))
+    assert sum(len(dots.get_offsets()) for dots in ax.collections if len(dots.get_offsets()) > 1) == 3 + 4 + 4 + 4
+    assert ax.get_title(loc="left") == "one scale per tensor"
+
+
+def test_what_no_number_can_show_is_left_out_and_nothing_else() -> None:
+    gap = pd.DataFrame(dict(layer="a", ks_distance=[0.1, 0.9], mean_real=0.0, mean_synthetic=0.0, variance_real=1.0,
+                            variance_synthetic=[1.0, 0.0]))  # fmt: skip
+    shown = {q: figures.plot_synthetic_gap(gap, quantity=q, ax=plt.figure().gca()) for q in figures.GAP_LABELS}
+    points = {q: len(ax.collections[0].get_offsets()) for q, ax in shown.items()}
+    assert points == {"ks_distance": 2, "mean": 2, "variance": 1}
+    rows = [dict(layer=n, channel=c, scheme="strict", mode="local", sqnr_db=v)
+            for n, vs in dict(conv1=[11.0, 14.0], fc=[np.nan, 23.0]).items() for c, v in enumerate(vs)]  # fmt: skip
+    assert figures.plot_channel_error(pd.DataFrame(rows), ax=plt.figure().gca()).get_title().startswith("conv1")
+    folded = pd.DataFrame(
+        dict(execution="folded", channels=[8, 16], batch=4, q25_ms=1, q75_ms=2, scale_multiplications=0)
+    )
+    ax = figures.plot_scaling_latency(folded, quantity="scale_multiplications", ax=plt.figure().gca())
+    assert ax.lines[0].get_ydata().tolist() == [0, 0]
+    full = pd.DataFrame([dict(weights="full", activations="full", ranges="none", bits=3, top1=90.0)])
+    assert figures.plot_granularity_factorial(full, ax=plt.figure().gca()).texts[0].get_text() == "90.0"
+
+
+def test_many_labels_show_the_first_ten(tiny: nn.Module) -> None:
+    pixels = "00" * 3 * 16
+    frame = pd.DataFrame([dict(label=k, sample=0, pixels=pixels, size=4, confidence=0.5) for k in range(30)])
+    ax = figures.plot_synthetic_images(frame)
+    assert len(ax.get_xticks()) == 10 and "the first 10 of 30 labels" in ax.get_xlabel()
+
+
+def test_panels_without_rows_stay_empty(frames: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    cells = [dict(weights=w, activations="per_tensor", ranges="dynamic", bits=b, epochs=e, seed=0, top1=50.0)
+             for w in ("full", "per_kernel") for b, e in ((2, 0), (3, 0), (3, 5))]  # fmt: skip
+    pd.DataFrame(cells).assign(**FACTS).to_csv(tmp_path / "granularity_factorial.csv", index=False)
+    black = frames["synthetic_images"].assign(pixels="00" * 3 * 64)
+    black.to_csv(tmp_path / "synthetic_images.csv", index=False)
+    assert registry.redraw_figures([], tmp_path) == ["granularity_factorial", "synthetic_images"]
+    (tmp_path / "layer_error.csv").write_text("layer,scheme,mode\n")
+    with pytest.raises(ValueError, match=r"layer_error\.csv has no rows"):
+        registry.redraw_figures(["layer_error"], tmp_path)
+
+
+def test_the_gallery_says_every_seed_and_device(frames: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    data = frames["results_table"].assign(device="cpu (one), cpu (two)", seed="0, 1, 2", commit=np.nan)
+    data.to_csv(tmp_path / "results_table.csv", index=False)
+    registry.redraw_figures(["results_table"], tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "seed 0, 1, 2, cpu (one), cpu (two), torch 2" in text and "commit" not in text

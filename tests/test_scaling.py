@@ -71,10 +71,11 @@ def executions(x: Integers, weight: Integers, conv: Conv) -> dict[str, Tensor]:
     problems(),
     st.sampled_from(["per_tensor", "per_channel", "per_sample", "per_sample_channel"]),
     st.sampled_from(["per_tensor", "per_out_channel", "per_kernel"]),
+    st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=60, deadline=None)
-def test_executions_agree_within_the_bound(problem, x_granularity, weight_granularity) -> None:
-    x, weight, conv = problem
+def test_executions_agree_within_the_bound(problem, x_granularity, weight_granularity, dtype) -> None:
+    x, weight, conv = problem[0].to(dtype), problem[1].to(dtype), problem[2]
     integers = quantized(x, weight, x_granularity, weight_granularity)
     found = executions(*integers, conv)
     bound = scaling.float_bound(*integers, conv)
