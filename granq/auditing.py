@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from granq.analysis import layer_calls, sqnr_db, where_float64_is
 from granq.checks import forward, needs, typed
-from granq.convert import LAYERS, ActQuantizer, WeightQuantizer, activation_places, frozen_ranges
+from granq.convert import LAYERS, ActQuantizer, Quantizer, WeightQuantizer, activation_places, frozen_ranges
 from granq.quantizer import min_max
 
 QUANTIZED_DB = 60.0
@@ -56,15 +56,20 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer to audit")
-    calls: dict[nn.Module, list[tuple[tuple[int, ...], int]]] = {}
+    macs: dict[nn.Module, list[int]] = {}  # of every call
+    scales: dict[ActQuantizer, float] = {}  # for each value
 
     def note(name: str, x: Tensor, output: Tensor) -> None:
         module = model.get_submodule(name)
-        calls.setdefault(module, []).append((tuple(x.shape), _macs(module, x, output)))
+        if isinstance(module, ActQuantizer):
+            grouped = module.groups(x)
+            scales[module] = min_max(grouped, module.granularity)[0].numel() / max(x.numel(), 1)
+        else:
+            macs.setdefault(module, []).append(_macs(module, x, output) // max(len(example), 1))
 
     places = activation_places(model).values()
     unset = [q for q in places if q.tracked and not q.seen]
-    once = {m: n for n, m in found}.values()  # a layer under two names is watched under one
+    once = [n for n, m in model.named_modules() if isinstance(m, (*kinds, ActQuantizer))]  # of two names the first
     try:
         with torch.no_grad(), frozen_ranges(model), layer_calls(model, once, note):
             for quantizer in unset:
@@ -72,7 +77,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
             forward(model, example)
             sources = _sources(model)
             first: dict[nn.Module, str] = {}
-            rows = [_row(n, m, calls.get(m, []), sources, first) for n, m in found]
+            rows = [_row(n, m, macs.get(m, []), sources, scales, first) for n, m in found]
             rows += _other_weights(model, found)
     finally:
         for quantizer in unset:
@@ -110,15 +115,16 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
 def _row(
     name: str,
     layer: Any,  # a convolution or linear layer
-    calls: list[tuple[tuple[int, ...], int]],
+    macs: list[int],
     sources: dict[nn.Module, tuple[str, ActQuantizer]],
+    scales: dict[ActQuantizer, float],
     first: dict[Any, str],
 ) -> dict[str, Any]:
     weight = layer.weight.detach()
     counted = first.setdefault(layer, name) == name  # under its first name only
     row = _blank(name, type(layer).__name__.removeprefix("Parametrized"), weight)
     if counted:
-        row |= {"weights": weight.numel(), "macs": sum(m for _, m in calls)}
+        row |= {"weights": weight.numel(), "macs": sum(macs)}
     parametrizations: Any = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else []
     for quantizer in (p for p in parametrizations if isinstance(p, WeightQuantizer)):
         original = parametrizations.original.detach()
@@ -133,10 +139,10 @@ def _row(
     if layer in sources:
         row["input_quantized"], source = sources[layer]
         row["act_bits"] = source.bits
-        if calls:
-            row["bits_per_activation"] = source.bits + _SCALE_BITS * _scales_per_value(source.granularity, calls[0][0])
+        if source in scales:
+            row["bits_per_activation"] = source.bits + _SCALE_BITS * scales[source]
     row["low_bit"] = bool(row["weight_sqnr_db"] < QUANTIZED_DB and row["input_quantized"])
-    row["status"] = _status(layer, bool(calls)) if counted else f"shared with {first[layer]}"
+    row["status"] = _status(layer, bool(macs)) if counted else f"shared with {first[layer]}"
     return row
 
 
@@ -160,14 +166,6 @@ def _blank(name: str, kind: str, weight: Tensor) -> dict[str, Any]:
     }
 
 
-def _scales_per_value(granularity: str, shape: tuple[int, ...]) -> float:
-    """Scales of an activation for each of its values; a row of a matrix has one scale."""
-    images, channels = shape[:2]
-    own = images * channels if len(shape) == 4 else images
-    scales = {"per_tensor": 1, "per_sample": images, "per_channel": channels, "per_sample_channel": own}[granularity]
-    return scales / max(torch.Size(shape).numel(), 1)
-
-
 def _status(layer: nn.Module, reached: bool) -> str:
     if not reached:
         return "not reached"
@@ -186,11 +184,11 @@ def _levels(weight: Tensor, groups: int) -> int:
 
 
 def _macs(layer: nn.Module, x: Tensor, output: Tensor) -> int:
-    """Multiply-accumulates of one call per image: every output is a sum over the kernel of its group."""
+    """Multiply-accumulates of one call: every output is a sum over the kernel of its group."""
     weight = cast(Tensor, layer.weight)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return x[0].numel() * weight[0].numel()
-    return output[0].numel() * weight[0].numel()
+        return x.numel() * weight[0].numel()
+    return output.numel() * weight[0].numel()
 
 
 def _sources(model: nn.Module) -> dict[nn.Module, tuple[str, ActQuantizer]]:
@@ -229,7 +227,8 @@ def _widest(places: Sequence[tuple[str, ActQuantizer] | None]) -> tuple[str, Act
 
 def _other_weights(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> list[dict[str, Any]]:
     """Rows of weights that belong to no convolution or linear layer, such as those of attention and embeddings."""
-    known = {id(p) for _, layer in layers for p in layer.parameters()}
+    scales = [module for module in model.modules() if isinstance(module, Quantizer)]  # their steps, if learned
+    known = {id(p) for module in (*(layer for _, layer in layers), *scales) for p in module.parameters()}
     rows = []
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and id(weight) not in known:

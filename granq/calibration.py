@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from granq.checks import check_batches, forward, typed
-from granq.convert import LearnedSteps, Quantizer, activation_places, freeze_ranges, frozen_ranges, image_place
+from granq.convert import LearnedSteps, activation_places, bypassed, freeze_ranges, frozen_ranges, image_place
 from granq.distributed import joint_var_mean
 
 
@@ -36,16 +36,14 @@ def calibrate(
     if any(place.learned for place in places):
         raise ValueError("the steps of this model are learned: they no longer follow ranges")
     before = [(place.running_min, place.running_max, place.frozen) for place in places]
-    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-    for quantizer in quantizers:
-        quantizer.bypassed = full_precision
     for place in places:
         place.quantile, place.frozen = quantile, False
         if quantile < 1:  # what was tracked before were extremes
             place.running_min = place.running_max = place.running_min.new_empty(0)
     try:
-        for batch in images:
-            forward(model, batch)
+        with bypassed(model, full_precision):
+            for batch in images:
+                forward(model, batch)
         if not all(place.seen for place in places):
             raise ValueError("no images to calibrate on")
         freeze_ranges(model)
@@ -54,8 +52,6 @@ def calibrate(
             place.running_min, place.running_max, place.frozen = was
         raise
     finally:
-        for quantizer in quantizers:
-            quantizer.bypassed = False
         for place in places:
             place.quantile = 1.0
 
@@ -91,7 +87,8 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
     Quantized weights and inputs shift the mean and scale the variance of every channel. In one forward, layer after
     layer, a BatchNorm gets the teacher's running mean plus the difference, and its running variance times the ratio,
     of what student and teacher see on the same images: what sets these apart from real images cancels. The ratio is
-    kept between 1/4 and 4. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2).
+    kept between 1/4 and 4. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2). A
+    BatchNorm that is called several times stays as it is: it would need statistics for each call.
 
     Args:
         student: quantized copy of ``teacher``; its running statistics are replaced.
@@ -101,18 +98,22 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
     norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
     if missing := norms.keys() - dict(student.named_modules()).keys():
         raise ValueError(f"student is no copy of teacher: it has no module {sorted(missing)[0]!r}")
-    seen: dict[str, tuple[Tensor, Tensor]] = {}  # variance and mean in the teacher
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # variance and mean in the teacher, of every call
 
     def follow(name: str, norm: nn.BatchNorm2d, x: Tensor) -> None:
+        if len(seen[name]) > 1:
+            return
         var, mean = joint_var_mean(x)
-        old_var, old_mean = seen[name]
+        ((old_var, old_mean),) = seen[name]
         running_var, running_mean = cast(Tensor, norms[name].running_var), cast(Tensor, norms[name].running_mean)
         cast(Tensor, norm.running_mean).copy_(running_mean + mean - old_mean)
         cast(Tensor, norm.running_var).copy_(running_var * (var / old_var.clamp_min(1e-12)).clamp(0.25, 4))
 
     with ExitStack() as hooks, frozen_ranges(student):
         for name, norm in norms.items():
-            watch = norm.register_forward_pre_hook(lambda _, x, n=name: seen.update({n: joint_var_mean(x[0])}))
+            watch = norm.register_forward_pre_hook(
+                lambda _, x, n=name: seen.setdefault(n, []).append(joint_var_mean(x[0]))
+            )
             own = cast(nn.BatchNorm2d, student.get_submodule(name))
             hooks.callback(watch.remove)
             hooks.callback(own.register_forward_pre_hook(lambda m, x, n=name: follow(n, m, x[0])).remove)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from numbers import Integral, Real
 from types import UnionType
@@ -39,12 +39,13 @@ def forward(model: nn.Module, images: Tensor) -> Any:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` becomes cuda, mps or cpu, whichever is there first. Raises ValueError for what torch does not know."""
+    """``auto`` becomes cuda, mps or cpu, whichever is there first. Raises ValueError for one that is not there."""
     if device != "auto":
         try:
-            torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, mps") from None
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"device {device!r} cannot be used: {reason}; auto takes what is there") from None
         return device
     if torch.cuda.is_available():
         return "cuda"
@@ -68,6 +69,12 @@ def check_batches(batches: object) -> None:
     """Raise TypeError unless this can be gone through batch by batch; a tensor would fall apart into single images."""
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be batches of images, such as [images], got {type(batches).__name__}")
+
+
+def check_image_size(size: int) -> None:
+    """Raise ValueError for sides that no generator draws."""
+    if size < 4 or size % 4:
+        raise ValueError(f"image_size must be a multiple of 4, got {size}")
 
 
 def check_images(images: object) -> None:
@@ -123,13 +130,13 @@ def needs(columns: str, option: str = "") -> Callable[[Callable[P, R]], Callable
 def typed(function: Callable[P, R]) -> Callable[P, R]:
     """Every argument is of the type its annotation names. Raises TypeError if one is not."""
     form = signature(function)
+    hints = cache(partial(get_type_hints, function))  # at the first call, when every name exists
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        hints = get_type_hints(function)
         for name, value in form.bind(*args, **kwargs).arguments.items():
-            if not _fits(value, hints[name]):
-                wanted = getattr(hints[name], "__qualname__", hints[name])
+            if not _fits(value, hint := hints()[name]):
+                wanted = getattr(hint, "__qualname__", hint)
                 raise TypeError(f"{function.__name__}: {name} must be {wanted}, got {type(value).__name__}")
         return function(*args, **kwargs)
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     args = build_parser().parse_args(argv)
     try:
-        result = globals()[f"_{args.command}"](args)
+        with redirect_stdout(sys.stderr) if args.json else nullcontext():  # libraries tell there what they download
+            result = globals()[f"_{args.command}"](args)
     except (ValueError, TypeError, ImportError) as error:
         print(f"granq: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a name contains
         return 2
@@ -205,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if result:  # of several processes the first one speaks
         print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
-    return 0
+    return 1 if "failed" in result else 0
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -214,6 +216,12 @@ def parse_bits(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(p.strip().isdecimal() and 2 <= int(p) <= 8 for p in parts):
         raise ValueError(f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def _check_new(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"{path} already exists; choose another --out")
 
 
 def _at_least(args: argparse.Namespace, **least: int) -> None:
@@ -225,10 +233,11 @@ def _at_least(args: argparse.Namespace, **least: int) -> None:
 def _teacher(args: argparse.Namespace) -> dict[str, Any]:
     from granq import checks, data, files, models, runs
 
-    if args.out.exists():
-        raise ValueError(f"{args.out} already exists; choose another --out")
+    _check_new(args.out)
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {args.out}")
+    if args.pretrained and args.resume:
+        raise ValueError("--resume continues a training, and --pretrained needs none")
     partial = args.out.with_name(args.out.name + ".partial")
     if partial.exists() and not args.resume:
         raise ValueError(f"{partial} holds an unfinished training; pass --resume to continue it, or remove it")
@@ -357,7 +366,8 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
     again = build_parser().parse_args(["quantize", *options, "--out", str(args.out), "--device", args.device])
     again.resume = args.resume
     read: dict[type, Callable[[str], Any]] = {
-        str: str, float: float, int: lambda text: int(text.removesuffix(".0")), bool: "True".__eq__,
+        str: str, float: float, int: lambda text: int(text.removesuffix(".0")),
+        bool: lambda text: text.lower() == "true",  # spreadsheets write TRUE
         tuple: lambda text: tuple(map(int, re.findall(r"\d+", text))),
     }  # fmt: skip
     for field in fields(QATConfig):
@@ -372,8 +382,9 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
     from granq import checks, data, sweep
 
     _at_least(args, jobs=1)
-    checks.resolve_device(args.device)
     sweep.check_engine(args.engine)
+    if args.engine == "joblib":  # others run elsewhere
+        checks.resolve_device(args.device)
     if args.data or args.schemes:
         if not (args.data and args.network and args.schemes and args.bits):
             raise ValueError("a new plan needs --data, --network, --schemes and --bits")
@@ -450,8 +461,9 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
     names = BENCHMARKS if args.what == "all" else (args.what,)
     tables = {name: "cost_model.csv" if name == "cost" else f"{name}_latency.csv" for name in names}
     paths = {name: args.out / table for name, table in tables.items()} if args.out else {}
-    if found := [path for path in paths.values() if path.exists()]:
-        raise ValueError(f"{found[0]} already exists; choose another --out")
+    _check_new(*paths.values())
+    if args.out and args.out.is_file():
+        raise ValueError(f"{args.out} is a file; --out takes a folder")
     result: dict[str, Any] = {}
     for name in names:
         repetitions = -(-args.repetitions // 10) if name == "analysis" else args.repetitions
@@ -474,8 +486,7 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
 
     bits, device = parse_bits(args.bits), checks.resolve_device(args.device)
     _at_least(args, image_size=1, classes=1)
-    if args.out and args.out.exists():
-        raise ValueError(f"{args.out} already exists; choose another --out")
+    _check_new(*[args.out] if args.out else [])
     cifar = "cifar" in args.network
     size = args.image_size or (32 if cifar else 224)
     classes = args.classes or (100 if "cifar100" in args.network else 10 if cifar else 1000)
@@ -501,7 +512,8 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
     if args.json and not args.out:
         result["layers"] = json.loads(frame.to_json(orient="records"))
     if args.fail_under is not None and result["weights_low_bit"] < args.fail_under:
-        raise RuntimeError(f"{result['summary']}, fewer than the {args.fail_under} % of --fail-under")
+        result["failed"] = f"{result['summary']}, fewer than the {args.fail_under} % of --fail-under"
+        print(f"granq: {result['failed']}", file=sys.stderr)
     return result
 
 
@@ -549,7 +561,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
     from granq import data, files, integer, models, runs
 
-    runs.RunFolder(args.out).check_free()
+    runs.RunFolder(args.out).check_free(None)
     student, _, spec, facts, epoch = _run_on(args, "cpu")
     twin = integer.integer_model(student)
     test = data.load_split(spec, "test")
@@ -577,7 +589,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     from granq.config import QATConfig
 
     _at_least(args, seeds=1, epochs=1)
-    runs.RunFolder(args.out).check_free()
+    runs.RunFolder(args.out).check_free(None)
     args.out.mkdir(parents=True, exist_ok=True)
     device, network = checks.resolve_device(args.device), "resnet20_cifar10"
     spec = data.describe_data("digits", network)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from granq.checks import one_of
+from granq.checks import check_image_size, one_of
 from granq.convert import Scheme, get_scheme, quantize_model
 
 RECIPES = ("adadfq", "gdfq", "layers")
@@ -97,8 +97,7 @@ class QATConfig:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}")
-        if self.image_size < 4 or self.image_size % 4:
-            raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
+        check_image_size(self.image_size)
 
     def quantized(self, model: nn.Module) -> fx.GraphModule:
         """A copy of ``model`` quantized as these settings say: ``quantize_model``."""

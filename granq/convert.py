@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -149,8 +150,10 @@ class WeightQuantizer(Quantizer):
             return fake_quantize(weight, self.bits, self.granularity, self.clamp, promote=self.promote)
         step = self.input_step(weight)
         if self.learned is not None:  # the input's step learns from here too: folded, it scales the grid of the weight
-            return fake_quantize_learned(weight * step, self.learned(), self.bits) / step
-        return fake_quantize_with(weight * step, self.folded_qparams(weight), self.bits, self.clamp) / step
+            value = fake_quantize_learned(weight * step, self.learned(), self.bits)
+        else:
+            value = fake_quantize_with(weight * step, self.folded_qparams(weight), self.bits, self.clamp)
+        return (value / step).to(weight.dtype)
 
     @property
     def source(self) -> ActQuantizer | None:
@@ -206,21 +209,25 @@ class ActQuantizer(Quantizer):
             self.register_buffer("running_max", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in (2, 4) or (self.rows and x.dim() != 2):
-            return self._quantize(x.flatten(0, -2)).view_as(x)
-        return self._quantize(x)
+        grouped = self.groups(x)
+        value = self._quantize(grouped)
+        return value if grouped is x else value.view_as(x)
+
+    def groups(self, x: Tensor) -> Tensor:
+        """``x`` as it is grouped: (N, C, H, W) or (N, F) itself, (..., F) as rows (N, F)."""
+        return x if x.dim() == 2 or (x.dim() == 4 and not self.rows) else x.reshape(-1, x.shape[-1])
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if self.tracked and self.learned is None and not self.frozen:
+            self._observe(x)
+        if self.bypassed:
+            return x
         if self.learned is not None:
             return fake_quantize_learned(x, self.learned(), self.bits)
         if not self.tracked:
             # training under autocast asks for speed, not for the release's arithmetic in half precision
             promote = self.promote or torch.is_autocast_enabled(x.device.type)
             return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=promote)
-        if not self.frozen:
-            self._observe(x)
-        if self.bypassed:
-            return x
         return fake_quantize_with(x, self.qparams(), self.bits, self.clamp)
 
     @property
@@ -293,7 +300,8 @@ def quantize_model(
 
     Raises:
         ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, a layer whose weight is parametrized
-            already, a forward that cannot be traced, or ``image_bits`` where the image is not quantized.
+            already, hooks on the model itself, a forward that cannot be traced, or ``image_bits`` where the image is
+            not quantized.
     """
     scheme = get_scheme(scheme)
     check_bits(weight_bits)
@@ -311,8 +319,10 @@ def quantize_model(
                 f"the weight of {name} is parametrized already (quantized, spectral_norm, weight_norm): make it plain "
                 "with torch.nn.utils.parametrize.remove_parametrizations"
             )
+    if student._forward_pre_hooks or student._forward_hooks:
+        raise ValueError(f"a hook of {type(model).__name__} itself would be lost: put what it does into the forward")
     try:
-        graph = _Tracer().trace(student)
+        graph = _Tracer().trace(student, _defaults(student.forward))
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise ValueError(
             f"cannot trace {type(model).__name__}: {(str(error) or type(error).__name__).splitlines()[0]}; "
@@ -330,7 +340,7 @@ def quantize_model(
             bits = image_bits if image_bits and node.op == "placeholder" else act_bits
             place = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
             quantizers[place] = ActQuantizer(bits, scheme, rows)
-            _insert_after(graph, node, place, scheme.places, set(layers))
+            _insert(graph, node, place, scheme.places, set(layers))
     student.act_quant = quantizers
     quantized = fx.GraphModule(student, graph, class_name=type(model).__name__)
     kept = dict(quantized.named_modules(remove_duplicate=False))
@@ -400,6 +410,25 @@ def frozen_ranges(model: nn.Module) -> Iterator[None]:
             quantizer.frozen = frozen
 
 
+@contextmanager
+def bypassed(model: nn.Module, bypass: bool = True) -> Iterator[None]:
+    """Within the block nothing is quantized; ranges are tracked as always."""
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    for quantizer in quantizers:
+        quantizer.bypassed = bypass
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.bypassed = False
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """Arguments that have a default keep it in the graph, which would else take ``if mask is not None`` for true."""
+    values = {name: p.default for name, p in signature(function).parameters.items() if p.default is not Parameter.empty}
+    return values or None  # what fx takes for none
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = (*LAYERS, nn.BatchNorm2d)  # subclasses too, whose code outside of torch.nn fx would trace
@@ -422,8 +451,11 @@ def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
     if node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
         return True
-    arguments = node.normalized_arguments(root, normalize_to_only_use_kwargs=True)  # None where torch knows no names
-    return arguments is not None and arguments.kwargs.get("inplace") is True
+    try:
+        arguments = signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # torch's built-in functions have no signature, and no such argument
+        return False
+    return arguments.get("inplace") is True
 
 
 _RELU_FUNCTIONS: set[Callable[..., Any]] = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
@@ -472,15 +504,18 @@ def _folded_places(model: fx.GraphModule, layers: Mapping[str, nn.Module]) -> di
     return sources
 
 
-def _insert_after(graph: fx.Graph, node: fx.Node, place: str, places: str, layers: set[str]) -> None:
-    with graph.inserting_after(node):
-        quantized = graph.call_module(f"act_quant.{place}", (node,))
+def _insert(graph: fx.Graph, node: fx.Node, place: str, places: str, layers: set[str]) -> None:
     if places == "relu":
+        with graph.inserting_after(node):
+            quantized = graph.call_module(f"act_quant.{place}", (node,))
         node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
         return
-    for user in list(node.users):  # only the layers read the quantized value; a residual sum reads the original
-        if user.op == "call_module" and user.target in layers:
-            user.replace_input_with(node, quantized)
+    # only the layers read the quantized value; a residual sum reads the original
+    readers = [user for user in node.users if user.op == "call_module" and user.target in layers]
+    with graph.inserting_before(min(readers)):  # by then a view of the value has changed it, if one does
+        quantized = graph.call_module(f"act_quant.{place}", (node,))
+    for user in readers:
+        user.replace_input_with(node, quantized)
 
 
 _STORED = "parametrizations.weight.original"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from granq.checks import one_of, typed
+from granq.checks import check_image_size, one_of, typed
 
 CIFAR_STATS = (
     (0.4914, 0.4822, 0.4465),
@@ -62,8 +62,8 @@ def describe_data(name: str, network: str = "", image_size: int | None = None) -
     Raises:
         ValueError: unknown name, a folder without test images, or ``image_size`` no multiple of 4.
     """
-    if image_size is not None and (image_size < 4 or image_size % 4):  # no generator draws others
-        raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
+    if image_size is not None:
+        check_image_size(image_size)
     if name == "digits":
         spec = DataSpec(name, 10, 32, (0.3053,) * 3, (0.3760,) * 3)  # of the 8x8 originals, 16 grey levels
     elif name in ("cifar10", "cifar100"):
@@ -112,7 +112,7 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
 
     small = spec.image_size <= _IN_MEMORY_SIZE
     resize = v2.Resize((spec.image_size,) * 2) if small else v2.Resize(round(spec.image_size * 256 / 224))
-    transform = v2.Compose([v2.RGB(), resize, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
+    transform = v2.Compose([resize, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
     if spec.name in ("cifar10", "cifar100"):
         cls = datasets.CIFAR10 if spec.name == "cifar10" else datasets.CIFAR100
         data: ImageData = cls(spec.root, train=split == "train", transform=transform, download=True)
@@ -126,6 +126,8 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
                     f"{spec.root!r} has a class folder {odd!r} in one split only, so labels would not match"
                 )
         _refuse_links(folder)
+        if (count := len(class_names(folder))) != spec.classes:  # labels are numbers of folders
+            raise ValueError(f"{folder} has {count} class folders, not the {spec.classes} of {spec.name}")
         data = datasets.ImageFolder(str(folder), transform=transform, loader=_open_image)
     if not small:
         return data
@@ -152,6 +154,8 @@ def _open_image(path: str) -> Any:
             with Image.open(path) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise ValueError(f"it has {image.width} x {image.height} pixels, more than {_MAX_PIXELS:,}")
+                if image.mode[0] in "IF":  # Pillow would cut them off at 255
+                    raise ValueError(f"its pixels have more than 8 bits a channel (mode {image.mode}): convert it")
                 return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a usable image: {error}") from error

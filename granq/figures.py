@@ -482,7 +482,7 @@ def plot_granularity_factorial(
     )  # fmt: skip
     ax.tick_params(labelsize=6)
     trained = ", trained" if rows.epochs.iloc[0] else ""
-    widest = f" (\u00b1{(rows.top1_high - rows.top1_low).max() / 2:.1f})" if "top1_high" in rows else ""
+    widest = f"\nat most \u00b1{(rows.top1_high - rows.top1_low).max() / 2:.1f}" if "top1_high" in rows else ""
     ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{trained}{widest}")
     if colorbar:
         plain_log(ax.figure.colorbar(ax.collections[0], ax=ax, label="points below the best").ax.yaxis)

@@ -62,13 +62,15 @@ def vanishing_epsilon(value: float = 2.5, bits: int = 3) -> Trap:
 
 
 def ties_above_the_range(bits: int = 3, seed: int = 0) -> Trap:
-    """Two roundings, of the zero point and of the code, can both go up: a code above the largest there is.
+    """The zero point can be rounded down and the code up: a code above the largest there is.
 
     Returns:
-        Share of codes above 2^(bits-1) - 1 among values half a step off the integers, with a step of one, in channels
-        of 5 x 5 pixels: without a clamp (about one in nine at 3 bits), and with it. Any other value never ties.
+        Share of codes above 2^(bits-1) - 1 among values half a step off the integers, in channels of 5 x 5 pixels that
+        hold both ends of the range, which makes the step one: without a clamp (15 % at 3 bits; the largest value of
+        each channel is always among them), and with it. Any other value never ties.
     """
     steps = torch.randint(2**bits, (100, 16, 5, 5), generator=torch.Generator().manual_seed(seed))
+    steps[..., 0, 0], steps[..., 0, 1] = 0, 2**bits - 1  # both ends, which 25 pixels need not hold
     x = steps + 0.5
     qparams = choose_qparams(x, bits)
     top = 2 ** (bits - 1) - 1

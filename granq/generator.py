@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from granq.checks import check_images, forward, typed
+from granq.checks import check_image_size, check_images, forward, typed
 from granq.distributed import JointBatchNorm2d, joint_var_mean, own_part, world
 from granq.quantizer import at_least_float32
 
@@ -50,8 +50,7 @@ class Generator(nn.Module):
 
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__()
-        if image_size % 4:
-            raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
+        check_image_size(image_size)
         self.classes, self.size = classes, image_size // 4
         self.embedding = nn.Embedding(classes, LATENT)
         self.linear = nn.Linear(LATENT, 128 * self.size**2)
@@ -111,8 +110,8 @@ class ConditionalGenerator(Generator):
 @typed
 def build_generator(classes: int, image_size: int) -> Generator:
     """The generator the paper uses at this size: ``Generator`` up to 64 pixels, ``ConditionalGenerator`` above."""
-    if classes < 1 or image_size < 4 or image_size % 4:
-        raise ValueError(f"needs classes and a multiple of 4 pixels, got {classes} classes and {image_size} pixels")
+    if classes < 1:
+        raise ValueError(f"a generator needs at least 1 class, got {classes}")
     return (Generator if image_size <= 64 else ConditionalGenerator)(classes, image_size)
 
 
@@ -239,7 +238,7 @@ def kept(generator: Generator) -> Iterator[None]:
 @contextmanager
 def batchnorm_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Tensor]]]:
     """Collect the input of every BatchNorm2d of ``model`` during one forward."""
-    with _watched(model, lambda norm, args, output: (norm, args[0])) as seen:
+    with _watched(model, lambda norm, x, output: (norm, x)) as seen:
         yield seen
 
 
@@ -247,15 +246,18 @@ def batchnorm_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Te
 def batchnorm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the output of every BatchNorm2d of ``model`` during one forward: what ``layer_loss`` compares."""
     # copies: a ReLU or a residual sum behind it may work in place
-    with _watched(model, lambda norm, args, output: output.clone()) as seen:
+    with _watched(model, lambda norm, x, output: output.clone()) as seen:
         yield seen
 
 
 @contextmanager
-def _watched(model: nn.Module, keep: Callable[[Any, Any, Tensor], T]) -> Iterator[list[T]]:
+def _watched(model: nn.Module, keep: Callable[[Any, Tensor, Tensor], T]) -> Iterator[list[T]]:
     seen: list[T] = []
     hooks = [
-        m.register_forward_hook(lambda *call: seen.append(keep(*call)))
+        m.register_forward_hook(
+            lambda norm, args, named, output: seen.append(keep(norm, args[0] if args else named["input"], output)),
+            with_kwargs=True,
+        )
         for m in model.modules()
         if isinstance(m, nn.BatchNorm2d)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -53,7 +54,8 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
         except ImportError as error:
             raise ValueError(f"{name} needs the package timm: pip install timm") from error
         if name.removeprefix("timm:") in timm.list_models():
-            return timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, num_classes=classes).eval()
+            head: Any = {} if pretrained else {"num_classes": classes}  # pretrained, others would be drawn at random
+            return timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, **head).eval()
     raise ValueError(
         f"unknown network {name!r}; known are pytorchcv's and torchvision's names, such as resnet20_cifar10, "
         "resnet20_cifar100, resnet18, resnet50, mobilenetv2_w1; torchvision:resnet18 where both have one; timm:resnet18"
@@ -68,7 +70,7 @@ def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top
     facts = asdict(spec) | {"name": spec.name.split(":")[0]}
     del facts["root"]
     info = {"network": network, "top1": top1, "torch": torch.__version__, **facts}
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}  # tied ones, apart
     save_file(state, str(path), metadata={"granq": json.dumps(info)})
 
 
@@ -84,21 +86,28 @@ def load_teacher(
         device: where to put it.
 
     Raises:
-        ValueError: the file is missing, corrupt, or of another network or number of classes.
+        ValueError: the file is missing or corrupt, or file or download are of another network or number of classes.
     """
     if path is None:
         try:
-            return build_network(network, spec.classes, pretrained=True).to(device), spec
-        except OSError as error:
+            model = build_network(network, spec.classes, pretrained=True)
+        except (OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"cannot download weights of {network}: {error}; pass a checkpoint file") from error
+        if known := getattr(model, "pretrained_cfg", None):  # timm's; all others are trained on what spec says
+            spec = replace(spec, mean=tuple(known["mean"]), std=tuple(known["std"]))
+        classes = forward(model, torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[1]
+        if classes != spec.classes:
+            raise ValueError(
+                f"the weights of {network} tell {classes} classes apart, but {spec.name} has {spec.classes}"
+            )
+        return model.to(device), spec
     model = build_network(network, spec.classes)
     state, info = _read_checkpoint(Path(path))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit {network} with {spec.classes} classes: {str(error).splitlines()[1].strip()}"
-        ) from error
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} does not fit {network} with {spec.classes} classes: {reason[:200]}") from error
     if info:
         spec = replace(spec, image_size=info["image_size"], mean=tuple(info["mean"]), std=tuple(info["std"]))
     return model.to(device), spec
@@ -113,16 +122,19 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 
             with safe_open(str(path), "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
-                return state, json.loads((file.metadata() or {}).get("granq", "{}"))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+                info = json.loads((file.metadata() or {}).get("granq", "{}"))
+        else:
+            state, info = torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # every reader has its own exceptions; the user needs one sentence
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"teacher file {str(path)!r} is not a readable checkpoint: {first}") from error
     if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        state = state.get("state_dict", state.get("model", state))
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"teacher file {str(path)!r} holds no state dict (parameter names with tensors)")
-    return {k.removeprefix("module."): v for k, v in state.items()}, {}
+    known = isinstance(info, dict) and {"image_size", "mean", "std"} <= info.keys()
+    # what DataParallel and torch.compile put in front of names
+    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()}, info if known else {}
 
 
 @contextmanager
@@ -153,6 +165,7 @@ def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = 
 def augment(images: Tensor, padding: int = 4, flip: bool = True) -> Tensor:
     """Random crop from a reflected border, and a random horizontal flip, both drawn per image. uint8 (N, 3, H, W)."""
     n, _, h, w = images.shape
+    padding = min(padding, h - 1, w - 1)  # a border cannot reflect more than there is
     padded = F.pad(images.float(), (padding,) * 4, mode="reflect")
     dy, dx = (torch.randint(0, 2 * padding + 1, (n, 1), device=images.device) for _ in range(2))
     rows = (torch.arange(h, device=images.device) + dy)[:, None, :, None].expand(-1, 3, -1, padded.shape[3])
@@ -228,7 +241,9 @@ def train_teacher(
         momentum=0.9,
         nesterov=True,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader), pct_start=0.25)
+    total = epochs * len(loader)
+    rise = 0.25 if total != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=rise)
     parts: dict[str, Any] = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
     settings = repr((network, spec, epochs, lr, batch_size, seed, bf16, init))
     first = 0
@@ -250,6 +265,7 @@ def train_teacher(
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 logits = model(images.to(memory_format=torch.channels_last))
+            logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
             loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

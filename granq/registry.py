@@ -268,7 +268,7 @@ def _measured(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _results_table(s: Setting) -> pd.DataFrame:
-    measured = _measured(s.accuracy)
+    measured = _measured(s.accuracy).astype({"seed": int})  # beside published rows, which have none, it is a float
     facts = {k: _joined(measured[k]) for k in ("teacher_test_top1", "seed", "torch", "device", "commit")}
     return figures.results_table(s.accuracy).assign(**facts)
 
@@ -482,7 +482,7 @@ FIGURES: dict[str, Figure] = {
         (6.8, 3.6),
         "Test accuracy in cells colored by the points below the best, weight granularities down and activation "
         "granularities across, one map per bit width, dynamic ranges above and static ones below; empty where no range "
-        "exists.",
+        "exists. Below each title half of the widest 95 % interval of the map.",
         command="granq factorial --network resnet20_cifar10 --images 2000 --run RUN --out FILE.csv",
     ),
     "training_curves": Figure(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from granq.files import hold, read_checkpoint, save_atomically, write_checkpoint
 from granq.generator import Generator, build_generator
 from granq.models import build_network
 
+_TORN = re.compile(r"(checkpoint|config|history|result)\..*\.tmp")  # of a process killed while writing
+
 
 class RunFolder:
     """One run on disk.
@@ -43,18 +46,19 @@ class RunFolder:
         self.checkpoint, self.previous = self.path / "checkpoint.pt", self.path / "checkpoint.previous.pt"
         self.config = self.path / "config.json"
 
-    def check_free(self, resume: bool = False) -> None:
-        """Raise ValueError if a run started here would overwrite something, or if there is none to resume."""
+    def check_free(self, resume: bool | None = False) -> None:
+        """Raise ValueError if something would be overwritten, or if there is no run to resume; None: nothing can be."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --out takes a folder")
         found = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-        begun = self.path.is_dir() and all(name == ".lock" or name.endswith(".tmp") for name in found)
+        begun = self.path.is_dir() and all(name == ".lock" or _TORN.fullmatch(name) for name in found)
         if begun:
             return  # killed before it had written anything: a start and a continuation are the same
         if resume and not self.config.is_file():
             raise ValueError(f"{self.path} holds no run to resume")
         if not resume and found:
-            raise ValueError(f"{self.path} already holds files; choose another --out or pass --resume to continue it")
+            continued = " or pass --resume to continue it" if resume is not None else ""
+            raise ValueError(f"{self.path} already holds files; choose another --out{continued}")
 
     def in_use(self) -> bool:
         """Whether a process holds the folder."""
@@ -76,7 +80,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with hold(self.path, self.path / ".lock"):
-            for torn in self.path.glob("*.tmp"):  # of a process killed while writing
+            for torn in filter(lambda path: _TORN.fullmatch(path.name), self.path.iterdir()):
                 torn.unlink()
             yield
 

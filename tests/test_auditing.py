@@ -1,9 +1,11 @@
+import json
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from granq import SCHEMES, audit, build_network, quantize_model, summarize_audit
+from granq import SCHEMES, audit, build_network, calibrate, learn_steps, quantize_model, summarize_audit
 from granq.auditing import QUANTIZED_DB
 from granq.cli import main
 
@@ -181,3 +183,46 @@ def test_a_layer_counts_as_quantized_if_every_call_of_it_is():
     summary = summarize_audit(strict.reset_index())
     assert summary["weights_not_quantized"] == pytest.approx(100 * 27 / (81 + 27 + 9 + 12))
     assert "2 tensors of weights belong to no layer that is called" in summary["summary"]
+
+
+class Rows(nn.Module):
+    """(N, T, F): a Linear for every one of T rows, and one behind a flattened map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.inner, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 6), nn.Linear(16 * 6, 5)
+
+    def forward(self, x):
+        x = self.conv(x).relu().flatten(2).transpose(1, 2)  # (N, 16, 8)
+        return self.head(self.inner(x).relu().flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "inner"), [("strict", 3 + 64 / 8), ("layerwise", 3 + 64 / (2 * 16 * 8)), ("per_channel", 3 + 64 / 32)]
+)
+def test_rows_have_their_own_products_and_scales(scheme, inner):
+    frame = audit(quantize_model(Rows(), scheme, 3, 3), torch.randn(2, 3, 4, 4)).set_index("layer")
+    assert frame.macs.to_dict() == {"conv": 3 * 8 * 16, "inner": 16 * 8 * 6, "head": 16 * 6 * 5}
+    assert frame.bits_per_activation["inner"] == pytest.approx(inner)
+
+
+def test_scales_behind_a_flattened_map_are_those_of_the_map(tiny):
+    """release: one scale for each of 4 channels of 4 x 4 pixels, although the layer reads rows."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    frame = audit(quantize_model(net, "release", 3, 3), torch.randn(2, 3, 4, 4)).set_index("layer")
+    assert frame.bits_per_activation["3"] == pytest.approx(3 + 64 / 16)
+
+
+def test_learned_steps_are_no_weights(tiny):
+    student, images = quantize_model(tiny, "foldable", 3, 3), torch.randn(2, 3, 8, 8)
+    calibrate(student, [images])
+    before = audit(student, images)
+    learn_steps(student)
+    assert summarize_audit(audit(student, images)) == summarize_audit(before)
+
+
+def test_a_failing_share_is_one_object_too(capsys):
+    args = ["audit", "--network", "resnet20_cifar10", "--scheme", "release", "--fail-under", "99.5", "--json"]
+    assert main(args) == 1
+    said = capsys.readouterr()
+    assert "fewer than the 99.5 %" in json.loads(said.out)["failed"] and "99.5" in said.err

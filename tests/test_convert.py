@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -366,3 +367,92 @@ def test_a_parametrized_weight_is_refused(tiny, wrap):
     with pytest.raises(ValueError, match="the weight of conv1 is parametrized already"):
         quantize_model(tiny, "strict", 3, 3)
     assert not audit(tiny, torch.randn(2, 3, 8, 8)).low_bit.any()
+
+
+@pytest.mark.parametrize("name", "add sub mul div tanh exp log sqrt pow clamp where sin neg sigmoid std".split())
+def test_torch_s_own_functions_are_traced(name):
+    """They have no signature and, overloaded as they are, no unique schema."""
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x, function = self.conv1(x).abs() + 1, getattr(torch, name)
+            more = dict(add=(x,), sub=(1,), mul=(x,), div=(2,), pow=(2,), clamp=(0, 1)).get(name, ())
+            return self.conv2(function(x > 1, x, x) if name == "where" else x * function(x, *more))
+
+    model, images = Calls(), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(quantize_model(model, "strict", 8, 8)(images), model(images), atol=0.1, rtol=0.1)
+
+
+class Views(nn.Module):
+    """A cut of a tensor is changed in place before a layer reads the tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        nn.functional.relu(x[:, :4], inplace=True)
+        return self.conv2(x)
+
+
+class Defaults(nn.Module):
+    """Arguments with defaults, which decide what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, mask=None, features=False):
+        x = self.conv1(x)
+        if mask is not None:
+            x = x * mask
+        return x if features else self.conv2(x)
+
+
+@pytest.mark.parametrize("model", [Views, Defaults])
+@pytest.mark.parametrize("scheme", ["strict", "foldable"])
+def test_the_copy_computes_what_the_model_does(model, scheme):
+    model, images = model(), torch.randn(4, 3, 8, 8)
+    student = quantize_model(model, scheme, 8, 8)
+    calibrate(student, [images])
+    torch.testing.assert_close(student(images), model(images), atol=0.02, rtol=0.02)
+
+
+def test_hooks_of_the_model_itself_are_refused(tiny):
+    tiny.register_forward_pre_hook(lambda module, args: (args[0] / 255,))
+    with pytest.raises(ValueError, match="a hook of TinyNet itself would be lost"):
+        quantize_model(tiny, "strict", 3, 3)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_half_precision_runs(tiny, scheme):
+    images = torch.randn(2, 3, 8, 8).bfloat16()
+    student = quantize_model(tiny, scheme, 8, 8).bfloat16()
+    calibrate(student, [images])
+    assert student(images).dtype == torch.bfloat16
+
+
+def test_a_batchnorm_that_is_called_twice_stays(tiny):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.own = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.own(self.norm(self.conv2(self.norm(self.conv1(x)))) + 3).mean((2, 3))
+
+    teacher, images = Shared().eval(), torch.randn(16, 3, 8, 8)
+    student = quantize_model(teacher, "strict", 4, 4)
+    reestimate_batchnorm(student, teacher, images)
+    assert torch.equal(student.norm.running_mean, teacher.norm.running_mean)
+    assert not torch.equal(student.own.running_mean, teacher.own.running_mean)
+
+
+def test_numpy_s_integers_are_bits(tiny):
+    quantize_model(tiny, "strict", np.int64(3), np.int64(4))

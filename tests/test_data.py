@@ -1,23 +1,27 @@
 """Files from elsewhere: read only what is an image of the dataset, run nothing, and say which file was wrong."""
 
 import io
+import json
 import pickle
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import TinyNet
 from PIL import Image
+from safetensors.torch import save_file
 
 from granq import data
 from granq.cli import main
 from granq.data import describe_data, load_split
 from granq.files import write_csv
-from granq.models import load_teacher, top1_on
+from granq.models import build_network, load_teacher, top1_on
 
 
 def load(folder: str) -> None:
@@ -154,3 +158,55 @@ def test_splits_with_other_classes_are_refused(folder):
         load(folder)  # a test split alone is enough to quantize
     finally:
         other.with_name("zebra").rename(other)
+
+
+@pytest.mark.parametrize("kind", ["I;16", "F"])
+def test_pixels_of_more_than_8_bits_are_refused(folder, kind):
+    """Pillow would make all of them white."""
+    (bad := images(folder)[0]).unlink()
+    pixels = np.linspace(0, 60_000, 32 * 32).reshape(32, 32)
+    Image.fromarray(pixels.astype(np.uint16 if kind == "I;16" else np.float32)).save(bad.with_suffix(".tiff"))
+    with pytest.raises(ValueError, match=r"more than 8 bits a channel \(mode"):
+        load(folder)
+
+
+def test_labels_are_those_of_the_network(folder):
+    root = Path(folder.removeprefix("folder:"))
+    spec = replace(describe_data(folder, "resnet20_cifar10"), classes=3)
+    with pytest.raises(ValueError, match="has 2 class folders, not the 3"):
+        load_split(spec, "test")
+    assert root.is_dir()
+
+
+@pytest.mark.parametrize(("state", "message"), [
+    ({1: torch.zeros(2)}, "holds no state dict"), ([torch.zeros(2)], "holds no state dict"),
+])  # fmt: skip
+def test_what_is_no_state_dict_is_said(state, message, tmp_path, folder):
+    torch.save(state, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match=message):
+        load_teacher("resnet20_cifar10", describe_data(folder, "resnet20_cifar10"), tmp_path / "t.pt")
+
+
+def test_teachers_of_other_programs_are_read(tmp_path, folder):
+    """DataParallel's and torch.compile's names, the key that timm's training uses, and headers of others."""
+    spec = describe_data(folder, "resnet20_cifar10")
+    state = {f"module._orig_mod.{k}": v for k, v in build_network("resnet20_cifar10", 2).state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "t.pt")
+    load_teacher("resnet20_cifar10", spec, tmp_path / "t.pt")
+    for header in ("[]", "{}", '{"network": "a"}'):
+        save_file(state, tmp_path / "t.safetensors", metadata={"granq": header})
+        assert load_teacher("resnet20_cifar10", spec, tmp_path / "t.safetensors")[1] == spec
+
+
+def test_downloaded_weights_must_fit_the_classes(folder, monkeypatch, tmp_path, capsys):
+    def download(name, **options):
+        print("Downloading ...")
+        return TinyNet(10)
+
+    monkeypatch.setattr("pytorchcv.model_provider.get_model", download)
+    out = tmp_path / "t.safetensors"
+    args = ["teacher", "--network", "resnet20_cifar10", "--pretrained", "--json", "--out", str(out), "--device", "cpu"]
+    assert main([*args, "--data", folder]) == 2
+    assert "tell 10 classes apart, but" in capsys.readouterr().err and not out.exists()
+    assert main([*args, "--data", "digits"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] < 50  # what libraries print is not on standard output

@@ -5,6 +5,7 @@
 
 import errno
 import gc
+import math
 import multiprocessing
 import os
 import random
@@ -26,7 +27,7 @@ from granq import QATConfig, cli, files, models, train
 from granq import runs as runs_module
 from granq.data import describe_data, load_split
 from granq.models import top1_on, train_teacher
-from granq.qat import Trainer, diversity
+from granq.qat import Trainer, diversity, generator_trouble
 from granq.runs import RunFolder, fingerprint
 
 TINY = QATConfig(epochs=8, warmup_epochs=2, iterations=3, batch_size=4, image_size=8, device="cpu", student_lr=0.1)
@@ -470,3 +471,62 @@ def test_deterministic_switch_is_on_during_the_run_only():
         evaluate=lambda _: during.append(torch.are_deterministic_algorithms_enabled()) or 0.0,
     )
     assert during == [True] and not torch.are_deterministic_algorithms_enabled()
+
+
+class Answers(nn.Module):
+    """A network whose answer is ``change`` of its logits (N, 3)."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = network(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+def seen_in_place(x):
+    y = x
+    y += 1
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (x, x), "one tensor of logits .* got tuple"),
+        (lambda x: x[:, 0], r"one tensor of logits .* got \(1,\)"),
+        (lambda x: x * math.nan, "logits are not finite"),
+        (seen_in_place, "computes something else even without quantization"),
+    ],
+)
+def test_a_teacher_without_plain_logits_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        train(Answers(change), TINY)
+
+
+def test_files_of_others_are_not_swept_away(tmp_path):
+    (tmp_path / "important.tmp").write_text("mine")
+    with pytest.raises(ValueError, match="already holds files"):
+        train(network(), TINY, out=str(tmp_path))
+    assert (tmp_path / "important.tmp").read_text() == "mine"
+
+
+def test_a_run_killed_before_its_first_epoch_belongs_to_whoever_continues(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(network(), TINY, out=tmp_path, facts={"teacher": "a"})
+    train(network(), TINY, out=tmp_path, facts={"teacher": "b"}, resume=True)
+    assert RunFolder(tmp_path).read_config()["teacher"] == "b"
+
+
+def test_a_teacher_who_knows_two_classes_well_is_no_trouble():
+    row = dict(diversity=0.5, warmup=False, teacher_top1=99.0)
+    assert generator_trouble(row, 2) == generator_trouble(row | dict(teacher_top1=100.0), 1) == ""
+    assert "gives only 60 %" in generator_trouble(row | dict(teacher_top1=60.0), 2)
+
+
+def test_four_steps_of_a_teacher(tmp_path, capsys):
+    """OneCycleLR divides by the rise less one step."""
+    spec = describe_data("digits", "resnet20_cifar10")
+    train_teacher("resnet20_cifar10", spec, epochs=4, batch_size=1347)
