@@ -42,10 +42,14 @@ def resolve_device(device: str) -> str:
     """``auto`` becomes cuda, mps or cpu, whichever is there first. Raises ValueError for one that is not there."""
     if device != "auto":
         try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, mps") from None
+        try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(f"device {device!r} cannot be used: {reason}; auto takes what is there") from None
+            raise ValueError(f"there is no device {device!r} here: {reason}; auto takes what is there") from None
         return device
     if torch.cuda.is_available():
         return "cuda"

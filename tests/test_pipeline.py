@@ -436,7 +436,8 @@ def test_a_run_starts_from_the_generator_of_another(tmp_path):
     [
         ("demo --seeds 0", "--seeds must be at least 1"), ("demo --epochs 0", "--epochs must be at least 1"),
         ("sweep --jobs 0", "--jobs must be at least 1"), ("bench --repetitions 0", "--repetitions must be at least 1"),
-        ("teacher --data digits --network resnet20_cifar10 --device foo", "device 'foo' cannot be used"),
+        ("teacher --data digits --network resnet20_cifar10 --device foo", "unknown device 'foo'"),
+        ("teacher --data digits --network resnet20_cifar10 --device cuda:99", "there is no device 'cuda:99' here"),
         ("sweep --data digits --network a a --schemes strict --bits 3,3", "names one network twice"),
         ("teacher --data digits --network resnet20_cifar10 --image-size 30", "must be a multiple of 4, got 30"),
         ("teacher --data digits --network resnet20_cifar10 --image-size -4", "must be a multiple of 4, got -4"),
