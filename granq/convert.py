@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Any
 
 import torch
@@ -295,8 +295,8 @@ def quantize_model(
         image_bits: of the image, 2 to 8; default ``act_bits``. Hardware for k bits runs the first layer on 2k as two
             passes, one for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
-    A layer that the forward never calls but whose weight it reads (``F.linear(x, self.head.weight)``) stays in full
-    precision; ``audit`` lists it.
+    Numbers, texts and None that are defaults of the forward's arguments are fixed in the copy. A layer that the forward
+    never calls but whose weight it reads (``F.linear(x, self.head.weight)``) stays in full precision; ``audit`` lists it.
 
     Raises:
         ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, a layer whose weight is parametrized
@@ -424,9 +424,9 @@ def bypassed(model: nn.Module, bypass: bool = True) -> Iterator[None]:
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any] | None:
-    """Arguments that have a default keep it in the graph, which would else take ``if mask is not None`` for true."""
-    values = {name: p.default for name, p in signature(function).parameters.items() if p.default is not Parameter.empty}
-    return values or None  # what fx takes for none
+    """Defaults that decide what a forward does, for fx to fix: else ``if mask is not None`` would be true."""
+    plain = (type(None), bool, int, float, str)
+    return {n: p.default for n, p in signature(function).parameters.items() if isinstance(p.default, plain)} or None
 
 
 class _Tracer(fx.Tracer):
