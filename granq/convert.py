@@ -295,8 +295,8 @@ def quantize_model(
         image_bits: of the image, 2 to 8; default ``act_bits``. Hardware for k bits runs the first layer on 2k as two
             passes, one for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
-    Numbers, texts and None that are defaults of the forward's arguments are fixed in the copy. A layer that the forward
-    never calls but whose weight it reads (``F.linear(x, self.head.weight)``) stays in full precision; ``audit`` lists it.
+    Numbers, texts and None that are defaults of the forward's arguments are fixed in the copy. A layer that is never
+    called but whose weight is read (``F.linear(x, self.head.weight)``) stays in full precision; ``audit`` lists it.
 
     Raises:
         ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, a layer whose weight is parametrized
