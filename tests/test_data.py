@@ -210,3 +210,12 @@ def test_downloaded_weights_must_fit_the_classes(folder, monkeypatch, tmp_path, 
     assert "tell 10 classes apart, but" in capsys.readouterr().err and not out.exists()
     assert main([*args, "--data", "digits"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] < 50  # what libraries print is not on standard output
+
+
+def test_accuracy_is_measured_in_eval_mode(folder):
+    spec = replace(describe_data(folder, "resnet20_cifar10"), image_size=8)
+    model = TinyNet(2).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    test = load_split(spec, "test")
+    assert top1_on(model, test, spec) == top1_on(model, test, spec)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
