@@ -340,7 +340,7 @@ def measure_layer_error(
         energy = _energy(out)
         if "local" in modes:
             for scheme, student in students.items():
-                quantizer = next(places[scheme][name])
+                quantizer = next(places[scheme].get(name, iter(())), None)  # none inside what fx does not trace
                 value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
                 add(scheme, name, "local", out, energy, value)
         if "accumulated" in modes:  # a copy: an in-place ReLU behind the layer would change it

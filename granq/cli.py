@@ -206,7 +206,10 @@ def main(argv: list[str] | None = None) -> int:
         print("granq: interrupted; the last checkpoint is kept, --resume continues", file=sys.stderr)
         return 130
     if result:  # of several processes the first one speaks
-        print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+        lines = (f"{k}: {v}" for k, v in result.items() if k != "failed")
+        print(json.dumps(result) if args.json else "\n".join(lines))
+    if "failed" in result:
+        print(f"granq: {result['failed']}", file=sys.stderr)
     return 1 if "failed" in result else 0
 
 
@@ -513,7 +516,6 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
         result["layers"] = json.loads(frame.to_json(orient="records"))
     if args.fail_under is not None and result["weights_low_bit"] < args.fail_under:
         result["failed"] = f"{result['summary']}, fewer than the {args.fail_under} % of --fail-under"
-        print(f"granq: {result['failed']}", file=sys.stderr)
     return result
 
 
@@ -561,7 +563,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
     from granq import data, files, integer, models, runs
 
-    runs.RunFolder(args.out).check_free(None)
+    runs.RunFolder(args.out).check_free(resumable=False)
     student, _, spec, facts, epoch = _run_on(args, "cpu")
     twin = integer.integer_model(student)
     test = data.load_split(spec, "test")
@@ -589,7 +591,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     from granq.config import QATConfig
 
     _at_least(args, seeds=1, epochs=1)
-    runs.RunFolder(args.out).check_free(None)
+    runs.RunFolder(args.out).check_free(resumable=False)
     args.out.mkdir(parents=True, exist_ok=True)
     device, network = checks.resolve_device(args.device), "resnet20_cifar10"
     spec = data.describe_data("digits", network)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,7 +222,7 @@ class ActQuantizer(Quantizer):
         if self.tracked and self.learned is None and not self.frozen:
             self._observe(x)
         if self.bypassed:
-            return x
+            return x.clone()  # as the quantized value: another tensor than what may still be changed in place
         if self.learned is not None:
             return fake_quantize_learned(x, self.learned(), self.bits)
         if not self.tracked:
@@ -295,13 +296,12 @@ def quantize_model(
         image_bits: of the image, 2 to 8; default ``act_bits``. Hardware for k bits runs the first layer on 2k as two
             passes, one for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
-    Numbers, texts and None that are defaults of the forward's arguments are fixed in the copy. A layer that is never
-    called but whose weight is read (``F.linear(x, self.head.weight)``) stays in full precision; ``audit`` lists it.
+    Arguments of the forward whose default is None, a bool or a text are fixed in the copy. A layer that is never called
+    but whose weight is read (``F.linear(x, self.head.weight)``) stays in full precision; ``audit`` lists it.
 
     Raises:
         ValueError: unknown scheme, bits outside 2 to 8, no layer to quantize, a layer whose weight is parametrized
-            already, hooks on the model itself, a forward that cannot be traced, or ``image_bits`` where the image is
-            not quantized.
+            already, a forward that cannot be traced, or ``image_bits`` where the image is not quantized.
     """
     scheme = get_scheme(scheme)
     check_bits(weight_bits)
@@ -320,15 +320,19 @@ def quantize_model(
                 "with torch.nn.utils.parametrize.remove_parametrizations"
             )
     if student._forward_pre_hooks or student._forward_hooks:
-        raise ValueError(f"a hook of {type(model).__name__} itself would be lost: put what it does into the forward")
+        warnings.warn(f"hooks of {type(model).__name__} itself are not in the quantized copy", stacklevel=3)
+    defaults = _defaults(student.forward)
     try:
-        graph = _Tracer().trace(student, _defaults(student.forward))
+        graph = _Tracer().trace(student, defaults)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise ValueError(
             f"cannot trace {type(model).__name__}: {(str(error) or type(error).__name__).splitlines()[0]}; "
             "torch.fx needs a forward without control flow on tensor values"
         ) from error
 
+    for node in graph.nodes:
+        if node.op == "placeholder" and (name := node.target.rpartition("_")[0]) in (defaults or {}):
+            node.target = name  # fx gave it a number
     _assign_in_place(graph, student)
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
@@ -425,8 +429,8 @@ def bypassed(model: nn.Module, bypass: bool = True) -> Iterator[None]:
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any] | None:
     """Defaults that decide what a forward does, for fx to fix: else ``if mask is not None`` would be true."""
-    plain = (type(None), bool, int, float, str)
-    return {n: p.default for n, p in signature(function).parameters.items() if isinstance(p.default, plain)} or None
+    rest = list(signature(function).parameters.items())[1:]  # the first is the image, with a default or without
+    return {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)} or None
 
 
 class _Tracer(fx.Tracer):

@@ -541,7 +541,8 @@ def plot_training_curves(
         look, differs = role(str(rows.scheme.iloc[0])), [str(rows[key].iloc[0]) for key in several]
         label, own = " ".join([look.label, *differs]), dashes.setdefault(look.label, {})
         text = None if label in own else label  # once, not for every seed
-        style = look.line | {"linestyle": own.setdefault(label, [look.dash, "--", ":", "-."][len(own) % 4])}
+        free = [look.dash, *(dash for dash in ("-", "--", ":", "-.") if dash != look.dash)]
+        style = look.line | {"linestyle": own.setdefault(label, free[len(own) % len(free)])}
         ax.plot(rows.epoch, rows[quantity], label=text, **style)
     start, end = data.epoch.min() - 0.5, data.epoch.max() + 0.5
     if warmup.any():

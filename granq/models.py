@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"teacher file {str(path)!r} holds no state dict (parameter names with tensors)")
     known = isinstance(info, dict) and {"image_size", "mean", "std"} <= info.keys()
     # what DataParallel and torch.compile put in front of names
-    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()}, info if known else {}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, info if known else {}
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -309,7 +308,7 @@ def _check_tensor(x: Tensor) -> None:
 
 
 def check_bits(bits: int) -> None:
-    if not isinstance(bits, Integral) or isinstance(bits, bool):
+    if not isinstance(bits, int) or isinstance(bits, bool):
         raise TypeError(f"bits must be an integer from 2 to 8, got {bits!r}")
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be from 2 to 8, got {bits}")

@@ -46,8 +46,8 @@ class RunFolder:
         self.checkpoint, self.previous = self.path / "checkpoint.pt", self.path / "checkpoint.previous.pt"
         self.config = self.path / "config.json"
 
-    def check_free(self, resume: bool | None = False) -> None:
-        """Raise ValueError if something would be overwritten, or if there is no run to resume; None: nothing can be."""
+    def check_free(self, resume: bool = False, *, resumable: bool = True) -> None:
+        """Raise ValueError if what is started here would overwrite something, or if there is no run to resume."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --out takes a folder")
         found = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
@@ -57,7 +57,7 @@ class RunFolder:
         if resume and not self.config.is_file():
             raise ValueError(f"{self.path} holds no run to resume")
         if not resume and found:
-            continued = " or pass --resume to continue it" if resume is not None else ""
+            continued = " or pass --resume to continue it" if resumable else ""
             raise ValueError(f"{self.path} already holds files; choose another --out{continued}")
 
     def in_use(self) -> bool:
@@ -80,7 +80,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with hold(self.path, self.path / ".lock"):
-            for torn in filter(lambda path: _TORN.fullmatch(path.name), self.path.iterdir()):
+            for torn in [path for path in self.path.iterdir() if _TORN.fullmatch(path.name)]:
                 torn.unlink()
             yield
 

@@ -319,3 +319,19 @@ def test_histograms_are_of_what_entered_the_layer() -> None:
 def test_wrong_choices_are_named(wrong: dict, sentence: str, tiny: nn.Module) -> None:
     with pytest.raises(ValueError, match=sentence):
         analysis.measure_scale_maps(tiny, images()[0], "conv2", **(dict(bits=3) | wrong))
+
+
+def test_layers_that_fx_does_not_trace_are_measured() -> None:
+    """Inside an encoder layer of torch, which stays one node of the graph."""
+
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x):
+            return self.head(self.encoder(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
+
+    frame = analysis.measure_layer_error(Encoded().eval(), images(1), ["strict"], 8)
+    assert {"conv", "encoder.linear1", "head"} <= set(frame.layer)

@@ -206,7 +206,7 @@ def test_rows_have_their_own_products_and_scales(scheme, inner):
     assert frame.bits_per_activation["inner"] == pytest.approx(inner)
 
 
-def test_scales_behind_a_flattened_map_are_those_of_the_map(tiny):
+def test_scales_behind_a_flattened_map_are_those_of_the_map():
     """release: one scale for each of 4 channels of 4 x 4 pixels, although the layer reads rows."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     frame = audit(quantize_model(net, "release", 3, 3), torch.randn(2, 3, 4, 4)).set_index("layer")

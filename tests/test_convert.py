@@ -1,6 +1,5 @@
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -423,10 +422,23 @@ def test_the_copy_computes_what_the_model_does(model, scheme):
     torch.testing.assert_close(student(images), model(images), atol=0.02, rtol=0.02)
 
 
-def test_hooks_of_the_model_itself_are_refused(tiny):
+def test_hooks_of_the_model_itself_are_said_to_be_left_out(tiny):
     tiny.register_forward_pre_hook(lambda module, args: (args[0] / 255,))
-    with pytest.raises(ValueError, match="a hook of TinyNet itself would be lost"):
+    with pytest.warns(UserWarning, match="hooks of TinyNet itself are not in the quantized copy"):
         quantize_model(tiny, "strict", 3, 3)
+
+
+def test_arguments_keep_their_names():
+    model, images = Defaults(), torch.randn(2, 3, 8, 8)
+    student = quantize_model(model, "strict", 8, 8)
+    assert torch.equal(student(images, mask=None, features=False, size=(4, 4)), student(images, size=(4, 4)))
+    assert student(images, size=(4, 4)).shape == (2, 4, 4, 4)
+
+    class ByName(Defaults):
+        def forward(self, pixel_values=None):
+            return super().forward(pixel_values)
+
+    assert quantize_model(ByName(), "strict", 8, 8)(pixel_values=images).shape == (2, 4, 8, 8)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -452,7 +464,3 @@ def test_a_batchnorm_that_is_called_twice_stays(tiny):
     reestimate_batchnorm(student, teacher, images)
     assert torch.equal(student.norm.running_mean, teacher.norm.running_mean)
     assert not torch.equal(student.own.running_mean, teacher.own.running_mean)
-
-
-def test_numpy_s_integers_are_bits(tiny):
-    quantize_model(tiny, "strict", np.int64(3), np.int64(4))

@@ -339,12 +339,13 @@ def test_runs_that_differ_in_more_than_their_seed_are_not_averaged() -> None:
 
 
 def test_training_curves_are_one_line_a_run() -> None:
-    runs = [history()[:3].drop(columns="seed").assign(bits=b, scheme=s) for s in ("release", "strict") for b in "ab"]
+    runs = [history()[:3].drop(columns="seed").assign(bits=b, scheme=s) for s in ("release", "layerwise") for b in "ab"]
     ax = figures.plot_training_curves(pd.concat(runs, ignore_index=True))
     assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2, 3]] * 4
     labels = [line.get_label() for line in ax.lines]
-    assert labels == ["release (GranQ) a", "release (GranQ) b", "strict a", "strict b"]
-    assert ax.lines[0].get_linestyle() != ax.lines[1].get_linestyle()
+    assert labels == ["release (GranQ) a", "release (GranQ) b", "layerwise a", "layerwise b"]
+    dashes = [line.get_linestyle() for line in ax.lines]
+    assert dashes[0] != dashes[1] and dashes[2] != dashes[3]
     with pytest.raises(ValueError, match="several rows have the same scheme, epoch"):
         figures.plot_training_curves(history().drop(columns="seed"))
 
@@ -384,7 +385,7 @@ def test_what_no_number_can_show_is_left_out_and_nothing_else() -> None:
     assert figures.plot_granularity_factorial(full, ax=plt.figure().gca()).texts[0].get_text() == "90.0"
 
 
-def test_many_labels_show_the_first_ten(tiny: nn.Module) -> None:
+def test_many_labels_show_the_first_ten() -> None:
     pixels = "00" * 3 * 16
     frame = pd.DataFrame([dict(label=k, sample=0, pixels=pixels, size=4, confidence=0.5) for k in range(30)])
     ax = figures.plot_synthetic_images(frame)

@@ -490,6 +490,21 @@ def seen_in_place(x):
     return x
 
 
+class SeenLater(nn.Module):
+    """A cut of a tensor is changed in place between two layers that read the tensor: one quantizer is not enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.left, self.right = nn.Conv2d(4, 3, 3), nn.Conv2d(4, 3, 3)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        y = self.left(x)
+        nn.functional.relu(x[:, :2], inplace=True)
+        return (y + self.right(x)).mean((2, 3))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -526,7 +541,12 @@ def test_a_teacher_who_knows_two_classes_well_is_no_trouble():
     assert "gives only 60 %" in generator_trouble(row | dict(teacher_top1=60.0), 2)
 
 
-def test_four_steps_of_a_teacher(tmp_path, capsys):
+def test_four_steps_of_a_teacher():
     """OneCycleLR divides by the rise less one step."""
     spec = describe_data("digits", "resnet20_cifar10")
     train_teacher("resnet20_cifar10", spec, epochs=4, batch_size=1347)
+
+
+def test_a_teacher_that_one_quantizer_cannot_serve_is_refused():
+    with pytest.raises(ValueError, match="computes something else even without quantization"):
+        train(SeenLater().eval(), replace(TINY, scheme="strict"))
