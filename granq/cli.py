@@ -221,9 +221,9 @@ def parse_bits(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _check_new(*paths: Path) -> None:
+def _check_new(*paths: Path | None) -> None:
     for path in paths:
-        if path.exists():
+        if path and path.exists():
             raise ValueError(f"{path} already exists; choose another --out")
 
 
@@ -489,7 +489,7 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
 
     bits, device = parse_bits(args.bits), checks.resolve_device(args.device)
     _at_least(args, image_size=1, classes=1)
-    _check_new(*[args.out] if args.out else [])
+    _check_new(args.out)
     cifar = "cifar" in args.network
     size = args.image_size or (32 if cifar else 224)
     classes = args.classes or (100 if "cifar100" in args.network else 10 if cifar else 1000)
