@@ -1,152 +1,145 @@
-"""The settings of a run: everything that decides it besides the teacher."""
+"""The settings of a run: everything that decides it besides the teacher. Imports no torch.
 
-from __future__ import annotations
+What belongs together is written together; ``QATConfig`` has all of it, flat: ``QATConfig(epochs=4)``, ``--epochs 4``,
+CSV column ``epochs``.
+"""
 
-import math
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from torch import fx, nn
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from granq.checks import check_image_size, one_of
-from granq.convert import Scheme, get_scheme, quantize_model
+from granq.schemes import Scheme, get_scheme
 
-RECIPES = ("adadfq", "gdfq", "layers")
+RECIPES = ("adadfq", "gdfq", "match")
+Bits = Annotated[int, Field(ge=2, le=8)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
-class QATConfig:
-    """Everything that decides a run besides the teacher. Defaults: CIFAR, docs/method.md section 6, a short budget."""
+class Run(BaseModel):
+    """How long a run is, and where it computes."""
 
-    scheme: str | Scheme = "release"
-    weight_bits: int = 3
-    act_bits: int = 3
-    image_bits: int = 0  # of the image, with static ranges best beside pixel_range=1; 0: act_bits
-    recipe: str = "adadfq"
-    epochs: int = 10
-    iterations: int = 100  # per epoch
-    batch_size: int = 64
-    warmup_epochs: int = 4  # the generator alone
-    student_lr: float = 1e-4
-    generator_lr: float = 1e-3
-    milestones: tuple[int, ...] = ()
-    range_quantile: float = 1.0  # of static ranges, set anew before the student trains if below 1; see calibrate
-    pixel_range: float = 0.0  # static range of the image: this share of that of all pixels; 0: of generated images
-    reestimate_batchnorm: bool = False  # before the student trains; see calibration
-    refined_images: int = 0  # recipe layers trains on this many, made once (generator.refine); 0: on new ones each time
-    random_shapes: bool = False  # every other batch of refined images is made from generator.random_shapes
-    learned_steps: bool = False  # quantization steps are trained too; see calibration
-    temperature: float = 20.0
-    alpha_ds: float = 0.2
-    alpha_as: float = 0.1
-    lambda_l: float = 0.1
-    lambda_u: float = 0.8
-    gamma: float = 1.0
-    image_size: int = 32
-    seed: int = 0
-    device: str = "auto"
-    deterministic: bool = False  # on CUDA; on the CPU every run is
-    bf16: bool = False  # training computes under bfloat16 autocast; weights, ranges, losses and tests stay in float32
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            fits = isinstance(value, (int, float) if kind is float else kind)
-            fits &= kind is bool or not isinstance(value, bool)
-            if kind is tuple:
-                fits = isinstance(value, tuple) and all(type(v) is int for v in value)
-            if field.name == "scheme":
-                fits = isinstance(value, str | Scheme)
-            if not fits:
-                raise TypeError(f"{field.name} must be {kind.__name__}, such as {field.default!r}; got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}")
-        one_of("recipe", self.recipe, RECIPES)
-        scheme = get_scheme(self.scheme)
-        for name in ("weight_bits", "act_bits"):
-            if not 2 <= getattr(self, name) <= 8:
-                raise ValueError(f"{name} must be from 2 to 8, got {getattr(self, name)}")
-        if self.image_bits and not (2 <= self.image_bits <= 8 and scheme.activations and scheme.places == "inputs"):
-            raise ValueError(
-                f"image_bits must be from 2 to 8, with a scheme that quantizes the image, or 0; got {self.image_bits} "
-                f"and {self.scheme}"
-            )
-        for name in ("epochs", "iterations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("student_lr", "generator_lr", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0.5 < self.range_quantile <= 1:
-            raise ValueError(f"range_quantile must be above 0.5 and at most 1, got {self.range_quantile}")
-        if not 0 <= self.pixel_range <= 1:
-            raise ValueError(f"pixel_range must be from 0 to 1, got {self.pixel_range}")
-        if self.pixel_range and not (scheme.tracked and scheme.places == "inputs"):
-            raise ValueError(f"pixel_range needs a scheme with a static range for the image; {self.scheme} has none")
-        if self.refined_images < 0 or self.refined_images % self.batch_size:
-            raise ValueError(
-                f"refined_images must be a multiple of the batch size {self.batch_size}, got {self.refined_images}"
-            )
-        if self.refined_images and self.recipe != "layers":
-            raise ValueError("refined_images is for recipe layers: in the others the generator trains on")
-        if self.random_shapes and not self.refined_images:
-            raise ValueError("random_shapes are images to refine: needs refined_images above 0")
-        if self.learned_steps and not scheme.clamp:
-            raise ValueError(f"learned_steps needs a scheme that clamps its codes, which {self.scheme} does not")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"warmup_epochs must be from 0 to epochs = {self.epochs}, got {self.warmup_epochs}")
-        check_image_size(self.image_size)
+    epochs: int = Field(10, ge=1, description="epochs in all")
+    iterations: int = Field(100, ge=1, description="iterations of an epoch")
+    batch_size: int = Field(64, ge=1, description="generated images of an iteration")
+    warmup_epochs: int = Field(4, ge=0, description="epochs at the start in which the generator learns alone")
+    image_size: int = Field(32, ge=4, multiple_of=4, description="side of the images in pixels")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything that draws")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    deterministic: bool = Field(False, description="same seed, same bits on CUDA too; on the CPU every run is")
+    bf16: bool = Field(False, description="train under bfloat16 autocast; accuracies stay those of float32")
 
-    def quantized(self, model: nn.Module) -> fx.GraphModule:
-        """A copy of ``model`` quantized as these settings say: ``quantize_model``."""
-        return quantize_model(model, self.scheme, self.weight_bits, self.act_bits, self.image_bits or None)
+
+class Quantization(BaseModel):
+    """What the student's numbers may be."""
+
+    scheme: str | Scheme = Field("granq", description="granq, strict, layerwise, per_channel or foldable")
+    weight_bits: Bits = Field(3, description="width of weights")
+    act_bits: Bits = Field(3, description="width of activations")
+    image_bits: Bits | Literal[0] = Field(
+        0, description="width of the image, such as 6: two passes of a 3-bit first layer; 0: that of activations"
+    )
+    range_quantile: float = Field(
+        1.0, gt=0.5, le=1, description="share of the values inside static ranges; 1: up to the extremes"
+    )
+    pixel_range: Share = Field(
+        0.0, description="static range of the image, as a share of that of all pixels; 0: that of generated images"
+    )
+
+
+class Game(BaseModel):
+    """What generator and student minimize, and how fast. Weights as in docs/method.md, section 5."""
+
+    recipe: Literal["adadfq", "gdfq", "match"] = Field("adadfq", description="whose losses; match is our own")
+    student_lr: Rate = Field(1e-4, description="peak learning rate of the student")
+    generator_lr: Rate = Field(1e-3, description="learning rate of the generator")
+    milestones: tuple[int, ...] = Field((), description="epochs at which both rates fall to a tenth")
+    temperature: Rate = Field(20.0, description="of the student's loss")
+    alpha_ds: Weight = Field(0.2, description="weight of the disagreement loss")
+    alpha_as: Weight = Field(0.1, description="weight of the agreement loss")
+    lambda_l: Weight = Field(0.1, description="lower margin of the entropy")
+    lambda_u: Weight = Field(0.8, description="upper margin of the entropy")
+    gamma: Weight = Field(1.0, description="weight of the BatchNorm loss")
+
+
+class Match(BaseModel):
+    """What recipe match adds; ``QATConfig.for_recipe`` switches it on."""
+
+    refined_images: int = Field(0, ge=0, description="train on so many refined images, made once; 0: on new ones")
+    random_shapes: bool = Field(False, description="every other batch of refined images starts from random shapes")
+    reestimate_batchnorm: bool = Field(False, description="undo the shift that quantization causes in BatchNorm")
+    learned_steps: bool = Field(False, description="train quantization steps too (LSQ)")
+
+
+class QATConfig(Match, Game, Quantization, Run):
+    """Everything that decides a run besides the teacher. Defaults: CIFAR, a short budget.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) a wrong type, range or name, or settings that contradict each other.
+    """
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, scheme: str | Scheme) -> str | Scheme:
+        get_scheme(scheme)
+        return scheme
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "QATConfig":
+        scheme, refined = get_scheme(self.scheme), self.refined_images
+        image = scheme.activations and scheme.places == "inputs"
+        fits = {
+            f"warmup_epochs must be at most epochs, {self.epochs}": self.warmup_epochs <= self.epochs,
+            f"image_bits needs a scheme that quantizes the image, not {self.scheme}": image or not self.image_bits,
+            f"pixel_range needs a static range of the image, which {self.scheme} has not": (image and scheme.tracked)
+            or not self.pixel_range,
+            f"refined_images must be a multiple of batch_size, {self.batch_size}": refined % self.batch_size == 0,
+            "refined_images is for recipe match: in others the generator learns": self.recipe == "match" or not refined,
+            "random_shapes are images to refine: needs refined_images above 0": refined or not self.random_shapes,
+            f"learned_steps needs a scheme that clamps, not {self.scheme}": scheme.clamp or not self.learned_steps,
+        }
+        for sentence, holds in fits.items():
+            if not holds:
+                raise ValueError(sentence)
+        return self
+
+    def change(self, **changes: Any) -> "QATConfig":
+        """Return these settings with other values, checked again."""
+        return type(self)(**(dict(self) | changes))
 
     @classmethod
-    def paper(cls, dataset: str, network: str, bits: int, **changes: Any) -> QATConfig:
-        """The published settings (docs/method.md section 6) for CIFAR ResNet-20, ResNet-18/50 and MobileNetV2."""
-        common: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
-        if dataset in ("cifar10", "cifar100", "digits") or "cifar" in network:
-            chosen = dict(epochs=200, batch_size=200, milestones=(100, 200, 300))
-        else:
-            chosen = dict(
-                epochs=400,
-                batch_size=16,
-                temperature=5.0,
-                student_lr=1e-5,
-                milestones=(350, 400),
-                image_size=224,
-            )
-            if "resnet50" in network:
-                steps = {3: (150, 300, 400), 4: (200, 300, 400)}.get(bits, (350, 400))
-                chosen |= dict(student_lr=1e-4, milestones=steps, warmup_epochs=50)
-                chosen |= dict(lambda_l=0.4 if bits == 3 else 0.3, alpha_ds=0.1 if bits == 4 else 0.2)
-            elif "mobilenet" in network:
-                chosen |= dict(alpha_ds=0.3 if bits == 4 else 0.2)
-            else:
-                chosen |= dict(warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3)
-        return cls(**(common | chosen | changes))
-
-    @classmethod
-    def layers(cls, **changes: Any) -> QATConfig:
-        """Recipe ``layers`` with what belongs to it where the scheme allows; what each buys: ``docs/moonshot.md``."""
-        scheme = get_scheme(changes.get("scheme", cls.scheme))
-        chosen: dict[str, Any] = {"recipe": "layers", "student_lr": 5e-4, "reestimate_batchnorm": True}
-        chosen["refined_images"] = 32 * changes.get("batch_size", cls.batch_size)
-        chosen["random_shapes"] = bool(changes.get("refined_images", chosen["refined_images"]))
-        chosen |= {"learned_steps": scheme.clamp, "range_quantile": 0.99 if scheme.tracked else 1.0}
+    def for_recipe(cls, recipe: str, scheme: str | Scheme = "granq", **changes: Any) -> "QATConfig":
+        """Return the short budget with what belongs to a recipe, where the scheme allows it."""
+        chosen: dict[str, Any] = {"recipe": recipe, "scheme": scheme}
+        if recipe == "match":
+            known = get_scheme(scheme)
+            chosen |= {"student_lr": 5e-4, "reestimate_batchnorm": True, "learned_steps": known.clamp}
+            chosen["range_quantile"] = 0.99 if known.tracked else 1.0
+            chosen["refined_images"] = 32 * changes.get("batch_size", cls.model_fields["batch_size"].default)
+            chosen["random_shapes"] = bool(changes.get("refined_images", chosen["refined_images"]))
+        if changes.get("image_bits") and get_scheme(scheme).tracked:
+            chosen["pixel_range"] = 1.0  # with bits to spare nothing needs to be cut off
         return cls(**(chosen | changes))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> QATConfig:
-        """From parsed JSON; unknown keys are refused."""
-        if not isinstance(values, dict):
-            raise TypeError(f"settings are a dictionary, got {type(values).__name__}")
-        if unknown := values.keys() - {f.name for f in fields(cls)}:
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        steps, scheme = values.get("milestones", ()), values.get("scheme", cls.scheme)
-        if isinstance(scheme, dict):  # one of the user's own
-            scheme = Scheme(**(scheme | {"skip": tuple(scheme.get("skip", ()))}))
-        read = {"milestones": tuple(steps) if isinstance(steps, list) else steps, "scheme": scheme}
-        return cls(**(values | read))
+    def paper(cls, data: str, network: str, bits: int, **changes: Any) -> "QATConfig":
+        """Return the published settings (docs/method.md, section 6), by data, network and width."""
+        chosen: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
+        if data in ("cifar10", "cifar100", "digits") or "cifar" in network:
+            batch = 200 if "cifar100" in (data, network.rpartition("_")[2]) else 16
+            chosen |= dict(epochs=200, batch_size=batch, milestones=(100, 200, 300))
+            return cls(**(chosen | changes))
+        chosen |= dict(epochs=400, batch_size=16, image_size=224, temperature=5.0, student_lr=1e-5)
+        chosen["milestones"] = (350, 400)
+        if "resnet50" in network:
+            chosen |= dict(student_lr=1e-4, warmup_epochs=50, lambda_l=0.4 if bits == 3 else 0.3)
+            chosen["milestones"] = {3: (150, 300, 400), 4: (200, 300, 400)}.get(bits, (350, 400))
+            chosen["alpha_ds"] = 0.1 if bits == 4 else 0.2
+        elif "mobilenet" in network:
+            chosen["alpha_ds"] = 0.3 if bits == 4 else 0.2
+        else:
+            chosen |= dict(warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3)
+        return cls(**(chosen | changes))

@@ -1,9 +1,7 @@
-"""What generator and student minimize; the distance to the BatchNorm statistics is in ``generator``.
+"""What generator and student minimize, one equation a function; the BatchNorm loss is in ``generator``.
 
 Logits of teacher and student are (N, K) throughout, labels (N,). Equations: ``docs/method.md``, section 5.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -12,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from granq.distributed import joint_var_mean
+from granq.fast import channel_var_mean
 from granq.quantizer import at_least_float32
 
 
 def disagreement_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-    """CE(t - s, y): images on which only the teacher knows the label. Logits (N, K), labels (N,)."""
+    """CE(t - s, y): images on which only the teacher knows the label."""
     return F.cross_entropy(teacher - student, labels)
 
 
@@ -33,7 +31,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def margin_loss(teacher: Tensor, student: Tensor, low: float, high: float) -> Tensor:
-    """Keeps the normalized entropy of the difference between ``low`` and ``high`` (AdaDFQ)."""
+    """Keep the normalized entropy of the difference between ``low`` and ``high`` (AdaDFQ)."""
     h = entropy(teacher - student)
     h = (h - h.min()) / (math.log(teacher.shape[1]) - h.min()).clamp_min(1e-12)
     return F.relu(low - h).mean() + F.relu(h - high).mean()
@@ -61,11 +59,11 @@ def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: S
     Args:
         teacher: outputs of its BatchNorms, each (N, C, H, W).
         student: those of the student.
-        ceilings: ``relu_ceilings``; what a ReLU behind a BatchNorm would cut off both is no difference.
+        ceilings: ``relu_ceilings``; what a ReLU after a BatchNorm would cut off both is no difference.
     """
     terms = []
     for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):
         if ceiling is not None:
             t, s = t.clamp(0, ceiling), s.clamp(0, ceiling)
-        terms.append(F.mse_loss(s, t) / joint_var_mean(t)[0].mean())
+        terms.append(F.mse_loss(s, t) / channel_var_mean(t)[0].mean())
     return torch.stack(terms).mean()

@@ -1,150 +1,234 @@
-"""A run folder: claimed by one process, checkpointed after every epoch, read again whatever interrupted it.
+"""One run, from settings to a result: claimed by one process, checkpointed after every epoch, resumed to the same bits.
 
-``config.json`` says what the run is, ``checkpoint.pt`` and ``checkpoint.previous.pt`` hold its last two epochs,
-``history.csv`` its rows. Nothing in it is ever executed: configurations are JSON, checkpoints load with
-``weights_only=True``.
+In a run folder ``config.json`` says what the run is, ``checkpoint.pt`` holds its last epoch, ``history.csv`` its rows.
+Nothing in it is ever executed: settings are JSON, checkpoints load with ``weights_only=True``.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import os
-import platform
-import re
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from tqdm.auto import tqdm
 
-from granq.checks import typed
 from granq.config import QATConfig
 from granq.convert import freeze_ranges
 from granq.data import DataSpec
-from granq.files import hold, read_checkpoint, save_atomically, write_checkpoint, write_csv
+from granq.devices import resolve_device, versions
+from granq.errors import UserError
+from granq.files import hold, in_use, read_checkpoint, save_atomically, write_checkpoint, write_csv
 from granq.generator import Generator, build_generator
+from granq.match import Match, preparations
 from granq.models import build_network
+from granq.qat import GDFQ, AdaDFQ, Evaluate, Game, quantized
 
-_TORN = re.compile(r"(checkpoint|config|history|result)\..*\.tmp")  # of a process killed while writing
+RECIPES: dict[str, type[AdaDFQ]] = {"adadfq": AdaDFQ, "gdfq": GDFQ, "match": Match}
+LOW_DIVERSITY, LOW_RECOGNITION = 0.1, 2.0  # share of the variance; times the accuracy of guessing, half way up at most
+
+
+@dataclass
+class Result:
+    """A finished run. ``best_top1`` is the best epoch *on the test split*, a selection; ``last_top1`` is not."""
+
+    student: nn.Module
+    generator: nn.Module
+    config: QATConfig
+    history: pd.DataFrame
+    ptq_top1: float
+    last_top1: float
+    best_top1: float
+    seconds: float
+
+    def row(self, dataset: str, network: str, teacher_top1: float, test_images: int) -> dict[str, Any]:
+        """Return what a results table keeps of a run: accuracies, every setting that repeats it, versions."""
+        c, tops = self.config, ("ptq_top1", "last_top1", "best_top1")
+        facts = {"dataset": dataset, "network": network, "scheme": c.scheme, "bits": f"W{c.weight_bits}A{c.act_bits}"}
+        facts |= {"recipe": c.recipe, "seed": c.seed, "teacher_top1": teacher_top1}
+        facts |= {name: getattr(self, name) for name in tops} | {"seconds": round(self.seconds, 1)}
+        settings = c.model_dump(exclude={*facts, "weight_bits", "act_bits", "device"})
+        return facts | {"test_images": test_images} | settings | versions(resolve_device(c.device))
+
+
+def train(
+    teacher: nn.Module,
+    config: QATConfig,
+    *,
+    evaluate: Evaluate | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    facts: dict[str, Any] | None = None,
+    generator: nn.Module | None = None,
+    student_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    pixels: tuple[Tensor, Tensor] | None = None,
+    after_epoch: Callable[[Game], None] | None = None,
+) -> Result:
+    """Quantize ``teacher`` without data and fine-tune the student on generated images.
+
+    Args:
+        teacher: network with BatchNorm2d layers; a copy of it is used, the caller's stays as it is.
+        config: the settings.
+        evaluate: student -> test accuracy in percent, after the warm-up and every later epoch; it only measures.
+        out: run folder, new or empty.
+        resume: continue the run in ``out``; on the CPU it ends bit for bit as an uninterrupted run.
+        facts: what ``config.json`` keeps besides the settings.
+        generator: starts from a copy of this one: any module (noise (N, 100), labels (N,)) -> images (N, 3, H, W).
+        student_loss: (teacher's logits, student's logits, labels) -> loss, instead of the recipe's.
+        pixels: lowest and highest value of each channel of an image (1, 3, 1, 1), for ``config.pixel_range``.
+        after_epoch: called with the run after each epoch.
+
+    Raises:
+        UserError: ``out`` is in use, or not as ``resume`` says, or of another run; or the teacher cannot teach.
+        FloatingPointError: a loss became NaN or infinite; the last checkpoint stays.
+    """
+    folder = RunFolder(out) if out else None
+    if folder:
+        folder.check_free(resume)
+    game = begin(teacher, config, generator, student_loss, pixels)  # refuses before the folder is made
+    with folder.claimed() if folder else nullcontext():
+        identity = fingerprint(config, game.teacher, *([generator] if generator else [])) if folder else ""
+        if folder:
+            _start(folder, game, identity, resume, facts or {})
+        _run(game, evaluate, folder, identity, after_epoch)
+    history = pd.DataFrame(game.rows)
+    trained = history.test_top1[~history.warmup.astype(bool)]
+    last, best = (trained.iloc[-1], trained.max()) if len(trained) else (game.ptq_top1,) * 2
+    top1 = game.ptq_top1, float(last), float(best)
+    return Result(game.student, game.generator, config, history, *top1, game.seconds)
+
+
+def begin(
+    teacher: nn.Module,
+    config: QATConfig,
+    generator: nn.Module | None = None,
+    student_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    pixels: tuple[Tensor, Tensor] | None = None,
+) -> Game:
+    """Return the run of ``train`` before its first epoch, in memory."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    recipe = RECIPES[config.recipe](config)
+    if student_loss is not None:
+        recipe.student_loss = student_loss  # type: ignore[method-assign]
+    return Game(teacher, config, recipe, generator, pixels, preparations(config))
+
+
+def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: dict[str, Any]) -> None:
+    """Continue from the checkpoint, if there is one to continue from, or write what the run is."""
+    here = versions(game.device)
+    saved = folder.load(identity, game.device) if resume else None
+    if saved is None:  # nothing is trained yet: a config that is there may be of another teacher
+        folder.write_config(game.config, facts | {"versions": here})
+        return
+    game.restore(saved)
+    if (began := folder.read_config().get("versions")) != here:
+        warnings.warn(f"{folder.path} began with {began}, not with {here}: the last bits may differ", stacklevel=3)
+
+
+def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", identity: str, after_epoch: Any) -> None:
+    """Run the epochs that are left, and keep each."""
+    c, trouble = game.config, ""
+    name = f"{c.scheme} W{c.weight_bits}A{c.act_bits} seed {c.seed}"
+    with tqdm(total=c.epochs, initial=game.epoch, desc=name, unit="epoch") as progress:
+        while game.epoch < c.epochs:
+            row = game.run_epoch(evaluate)
+            test, teacher, bn = f"{row['test_top1']:.1f}%", f"{row['teacher_top1']:.0f}%", f"{row['bn_loss']:.2f}"
+            progress.set_postfix(test=test, teacher=teacher, bn=bn)
+            progress.update()
+            before, trouble = trouble, generator_trouble(row, game.classes)
+            if trouble and not before:  # said when it begins, not in every epoch
+                progress.write(f"epoch {game.epoch}: {trouble}", file=sys.stderr)
+            if folder:
+                folder.save(game.state() | {"fingerprint": identity}, game.rows)
+            if after_epoch:
+                after_epoch(game)
+
+
+def generator_trouble(row: dict[str, float], classes: int) -> str:
+    """Say what is wrong with the generated images of a finished epoch; empty if nothing is (docs/reliability.md)."""
+    guess, top1, between = 100 / classes, row["teacher_top1"], row["diversity"]
+    if between < LOW_DIVERSITY:
+        said = f"the generator has collapsed: only {between:.0%} of the variance is between its images"
+        return f"{said}; lower generator_lr or take another seed"
+    if not row["warmup"] and top1 < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
+        said = f"the teacher gives only {top1:.0f} % of the generated images the label they were drawn for"
+        return f"{said} (guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"
+    return ""
 
 
 class RunFolder:
-    """One run on disk.
-
-    Args:
-        path: the folder; it need not exist yet.
-    """
+    """One run on disk; the folder need not exist yet."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.checkpoint, self.previous = self.path / "checkpoint.pt", self.path / "checkpoint.previous.pt"
-        self.config = self.path / "config.json"
+        self.config, self.checkpoint = self.path / "config.json", self.path / "checkpoint.pt"
+        self.history, self.lock = self.path / "history.csv", self.path / ".lock"
 
     def check_free(self, resume: bool = False, *, resumable: bool = True) -> None:
-        """Raise ValueError if what is started here would overwrite something, or if there is no run to resume."""
+        """Raise UserError if a run started here would overwrite something, or if there is no run to resume."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; --out takes a folder")
-        found = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-        begun = self.path.is_dir() and all(name == ".lock" or _TORN.fullmatch(name) for name in found)
-        if begun:
-            return  # killed before it had written anything: a start and a continuation are the same
-        if resume and not self.config.is_file():
-            raise ValueError(f"{self.path} holds no run to resume")
-        if not resume and found:
+            raise UserError(f"{self.path} is a file; --out takes a folder")
+        torn = set(self.path.glob("c*.tmp"))  # of a process that was killed while it wrote checkpoint or config
+        found = self.path.exists() and {*self.path.iterdir()} - torn - {self.lock}
+        if found and not resume:
             continued = " or pass --resume to continue it" if resumable else ""
-            raise ValueError(f"{self.path} already holds files; choose another --out{continued}")
+            raise UserError(f"{self.path} already holds files; choose another --out{continued}")
+        if resume and not self.config.is_file() and (found or not self.path.exists()):
+            raise UserError(f"{self.path} holds no run to resume")
 
     def in_use(self) -> bool:
-        """Whether a process holds the folder."""
-        if not (self.path / ".lock").exists():
-            return False
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                return False
-        except Timeout:
-            return True
+        """Say whether a process holds the folder."""
+        return in_use(self.lock)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder; the system frees it when the process ends, however it ends.
-
-        Raises:
-            ValueError: another process holds it.
-            OSError: it cannot be written.
-        """
+        """Hold the folder within the block. Raises UserError if another process holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with hold(self.path, self.path / ".lock"):
-            for torn in [path for path in self.path.iterdir() if _TORN.fullmatch(path.name)]:
+        with hold(self.path, self.lock):
+            for torn in self.path.glob("c*.tmp"):
                 torn.unlink()
             yield
 
-    def write_config(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
-        """``config.json``: the settings and the facts of the run, as data."""
-        text = json.dumps({"config": config} | facts, indent=2)
+    def write_config(self, config: QATConfig, facts: dict[str, Any]) -> None:
+        """Write settings and facts of the run as ``config.json``."""
+        text = json.dumps({"config": config.model_dump(mode="json")} | facts, indent=2)
         save_atomically(self.config, lambda path: path.write_text(text))
 
     def read_config(self) -> dict[str, Any]:
-        """What ``write_config`` wrote. Raises ValueError if it is missing or damaged."""
+        """Read what ``write_config`` wrote, the settings as QATConfig. Raises UserError if it is missing or damaged."""
         try:
             facts = json.loads(self.config.read_text())
-            facts["config"]["image_size"]
+            return facts | {"config": QATConfig.model_validate_json(json.dumps(facts["config"]))}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.config} is missing or damaged ({error}); the run cannot be read") from error
-        return facts
+            raise UserError(f"{self.config} is missing or damaged ({error}); the run cannot be read") from error
 
     def save(self, state: dict[str, Any], rows: list[dict[str, float]]) -> None:
-        """Replace checkpoint and history; the checkpoint before stays as ``checkpoint.previous.pt``."""
-        temporary = self.path / "checkpoint.new.tmp"
-        kept = "the checkpoint before is kept" if self.checkpoint.exists() else "there is no checkpoint yet"
-        try:
-            write_checkpoint(temporary, state)  # complete and on disk before anything is moved
-            if self.checkpoint.exists():
-                os.replace(self.checkpoint, self.previous)
-            os.replace(temporary, self.checkpoint)
-            write_csv(self.path / "history.csv", pd.DataFrame(rows))
-        except OSError as error:
-            raise OSError(f"cannot write to {self.path} ({error}); {kept}") from error
+        """Replace checkpoint and history."""
+        write_checkpoint(self.checkpoint, state)
+        write_csv(self.history, pd.DataFrame(rows))
 
-    def load(self, fingerprint: str | None = None, device: str = "cpu") -> dict[str, Any] | None:
-        """The newest whole checkpoint, or None if no epoch was finished.
-
-        Every record of the file carries a checksum; a torn or foreign file is passed over with a warning.
-
-        Args:
-            fingerprint: what the run must belong to; ``None`` accepts any.
-            device: where tensors go.
-
-        Raises:
-            ValueError: there are checkpoints, and none of them can be used.
-        """
-        reasons = []
-        for path in (self.checkpoint, self.previous):
-            if not path.is_file():
-                continue
-            try:
-                state = read_checkpoint(path, {"epoch", "student", "rows"}, device)
-                if fingerprint and state.get("fingerprint") != fingerprint:
-                    raise ValueError("it belongs to another teacher or other settings")
-            except ValueError as error:
-                reasons.append(f"{path.name}: {error}")
-                continue
-            if reasons:
-                warnings.warn(f"{self.path}: continuing from {path.name} ({reasons[0]})", stacklevel=2)
-            return state
-        if reasons:
-            raise ValueError(f"{self.path} has no usable checkpoint ({'; '.join(reasons)})")
-        return None
+    def load(self, identity: str | None = None, device: str = "cpu") -> dict[str, Any] | None:
+        """Read the checkpoint; None if no epoch was finished. Raises UserError if it is damaged or of another run."""
+        if not self.checkpoint.is_file():
+            return None
+        state = read_checkpoint(self.checkpoint, {"epoch", "student", "rows"}, device)
+        if identity and state.get("fingerprint") != identity:
+            raise UserError(f"{self.path} belongs to another teacher or other settings")
+        return state
 
 
-def fingerprint(config: dict[str, Any], *networks: nn.Module) -> str:
-    """SHA-256 of settings and weights (teacher, generator): two runs that share it are the same run."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+def fingerprint(config: QATConfig, *networks: nn.Module) -> str:
+    """Return the SHA-256 of settings and weights (teacher, generator): two runs that share it are the same run."""
+    digest = hashlib.sha256(config.model_dump_json().encode())
     for name, value in (item for network in networks for item in network.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -160,64 +244,32 @@ class SavedRun(NamedTuple):
     epoch: int  #: finished epochs
 
 
-@typed
 def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
-    """The student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
+    """Load the student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
 
-    Args:
-        run: the folder.
-        device: where to put the student.
-
-    Raises:
-        ValueError: it holds no run with a finished epoch, or one of ``train`` alone, which does not know the network,
-            or its ``config.json`` is damaged.
+    Raises UserError if it has no finished epoch or a damaged file, or is of ``train`` alone, which knows no network.
     """
-    state, facts = _read_run(run, "cpu")
+    state, facts = _read_run(run)
     if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
-        raise ValueError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
-    config, saved = QATConfig.from_dict(facts["config"]), facts["spec"]
-    try:
-        spec = DataSpec(**(saved | {"mean": tuple(saved["mean"]), "std": tuple(saved["std"])}))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{run}/config.json has a damaged spec ({error}); the run cannot be read") from error
-    student = config.quantized(build_network(facts["network"], spec.classes))
+        raise UserError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
+    spec = DataSpec.model_validate(facts["spec"])
+    student = quantized(build_network(facts["network"], spec.classes), facts["config"])
     student.load_state_dict(state["student"])
     freeze_ranges(student)
-    return SavedRun(student.to(device), config, spec, facts, state["epoch"])
+    return SavedRun(student.to(device), facts["config"], spec, facts, state["epoch"])
 
 
-def _read_run(run: str | Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Newest checkpoint and ``config.json`` of a run folder."""
-    folder = RunFolder(run)
-    state = folder.load(device=device) if folder.config.is_file() else None
-    if state is None:
-        raise ValueError(f"{run} holds no run with a finished epoch; make one with granq quantize --out {run}")
-    return state, folder.read_config()
-
-
-@typed
 def load_generator(run: str | Path, device: str = "cpu") -> Generator:
-    """The generator of a run folder. Raises ValueError if it holds no finished epoch."""
-    state, facts = _read_run(run, device)
-    size = facts["config"]["image_size"]
+    """Load the generator of a run folder. Raises UserError if it holds no finished epoch."""
+    state, facts = _read_run(run)
     classes = next(len(v) for k, v in state["generator"].items() if "embedding" in k or k == "norm0.weight.weight")
-    generator = build_generator(classes, size).to(device)
+    generator = build_generator(classes, facts["config"].image_size).to(device)
     generator.load_state_dict(state["generator"])
     return generator
 
 
-def versions(device: str = "cpu") -> dict[str, str]:
-    """What a number must carry to be trusted: software versions and the device's name."""
-    import torchvision
-
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
-    )
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": f"{device} ({name})",
-    }
+def _read_run(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    state = RunFolder(run).load() if RunFolder(run).config.is_file() else None
+    if state is None:
+        raise UserError(f"{run} holds no run with a finished epoch; make one with granq quantize --out {run}")
+    return state, RunFolder(run).read_config()

@@ -1,0 +1,1 @@
+"""The command line, and many runs at once."""

@@ -1,0 +1,293 @@
+"""What every command does; ``granq quantize`` is ``jobs.Job.run``. Public names are imported at first use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from tyro.conf import Positional, Suppress, arg
+
+import granq
+from granq.app.jobs import Data, Network, TeacherFile, parse_bits
+from granq.config import QATConfig
+from granq.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
+Words = tuple[str, ...]
+Result = dict[str, Any]
+
+
+def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, device: Device = "auto") -> Result:
+    """Quantize the digits to 2 bits: three schemes, a table and pictures. Downloads nothing."""
+    import pandas as pd
+
+    from granq.app.sweep import combine
+    from granq.runs import RunFolder
+
+    RunFolder(out).check_free(resumable=False)
+    network, schemes = "resnet20_cifar10", ("layerwise", "granq", "strict")
+    given = f"--data digits --epochs {epochs} --warmup-epochs {epochs // 2} --iterations 20 --batch-size 32"
+    given += f" --student-lr 0.001 --device {device}"
+    teachers = [granq.digits_teacher(network)]
+    runs = combine(out, [network], teachers, schemes, ["2,2"], ["adadfq"], range(seeds), given.split())
+    results = pd.DataFrame([run.run() for run in runs])
+    one, columns = results.iloc[-1], ["ptq_top1", "last_top1", "best_top1"]
+    cells = results.groupby("scheme", sort=False)[columns].agg(lambda v: f"{v.mean():.2f} ± {v.std():.2f}")
+    table = (
+        f"digits, {network}, W2A2, teacher {one.teacher_top1:.2f} %, n = {seeds} seeds, {one.test_images} test images, "
+        f"{one.device}, torch {one.torch}. Mean ± std in percent; best_top1 selects on the test split.\n\n"
+        f"{cells.to_markdown()}\n"
+    )
+    (out / "results.md").write_text(table)
+    model, spec = granq.load_teacher(network, granq.describe_data("digits", network), teachers[0])
+    test, layers = granq.batches(granq.load_split(spec, "test"), spec), ["features.stage2.unit1.body.conv2.conv"]
+    distortion = granq.measure_activation_distortion(model, test, layers, bits=[2])
+    images = granq.measure_generated_images(granq.load_generator(one.out), model, spec)
+    granq.save_figure("accuracy", results, granq.plot_accuracy_bits, out, (4.6, 2.4))
+    granq.save_figure("activation_distortion", distortion, granq.plot_activation_distortion, out)
+    granq.save_figure("synthetic_images", images, granq.plot_synthetic_images, out, (6.8, 1.2))
+    print(f"{table}\nNext: open {out}/accuracy.png, then {out}/activation_distortion.png.")
+    return {"out": str(out), "teacher_top1": one.teacher_top1} | results.groupby("scheme").last_top1.mean().to_dict()
+
+
+def teacher(
+    *, data: Data, network: Network, out: Path, pretrained: bool = False, init: Path | None = None,
+    epochs: Count = 30, lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
+    image_size: int | None = None, resume: bool = False, device: Device = "auto",
+) -> Result:  # fmt: skip
+    """Train a full-precision teacher, or fetch a pretrained one.
+
+    Args:
+        out: file to write, FILE.safetensors
+        pretrained: download the weights instead of training
+        init: continue from the weights of this teacher file
+        lr: peak learning rate
+        bf16: train under bfloat16 autocast (faster on AVX512 and GPUs)
+        resume: continue from OUT.partial, which is written after every epoch
+    """
+    from granq import devices, files
+
+    partial = out.with_name(f"{out.name}.partial")
+    if out.exists() or out.suffix != ".safetensors":
+        raise UserError(f"--out must be a new file that ends in .safetensors, got {out}")
+    if partial.exists() and not resume:
+        raise UserError(f"{partial} holds an unfinished training; pass --resume to continue it, or remove it")
+    spec, device = granq.describe_data(data, network, image_size), devices.resolve_device(device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if pretrained:
+        model, spec = granq.load_teacher(network, spec, None, device)
+        top1 = granq.top1_on(model, granq.load_split(spec, "test"), spec, device)
+    else:
+        options: dict[str, Any] = dict(epochs=epochs, lr=lr, seed=seed, bf16=bf16, init=init, device=device)
+        model, top1 = granq.train_teacher(network, spec, checkpoint=partial, **options)
+    files.save_atomically(out, lambda path: granq.save_teacher(path, model, network, spec, top1))
+    partial.unlink(missing_ok=True)
+    return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | devices.versions(device)
+
+
+def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> Result:
+    """Measure the accuracy of a finished run."""
+    from granq import devices
+
+    device = devices.resolve_device(device)
+    saved, spec = _run_on(run, data, device)
+    test, c = granq.load_split(spec, "test"), saved.config
+    return {
+        "run": str(run), "data": data, "network": saved.facts["network"], "scheme": str(c.scheme),
+        "bits": f"W{c.weight_bits}A{c.act_bits}", "epoch": saved.epoch, "images": len(test),
+        "top1": granq.top1_on(saved.student, test, spec, device), "teacher_top1": saved.facts["teacher_top1"],
+    } | devices.versions(device)  # fmt: skip
+
+
+def _run_on(run: Path, data: str, device: str = "cpu") -> tuple[granq.SavedRun, granq.DataSpec]:
+    """Return a run, and its images' description with ``data`` in place of the data that measured it."""
+    saved = granq.load_run(run, device)
+    spec = granq.describe_data(data, saved.facts["network"])
+    if spec.classes != saved.spec.classes:
+        raise UserError(f"{data} has {spec.classes} classes, but the run's network has {saved.spec.classes}")
+    return saved, saved.spec.model_copy(update={"name": spec.name, "root": spec.root})
+
+
+def audit(
+    *, network: Network, scheme: str = "granq", bits: str = "3,3", teacher: Path | None = None,
+    classes: Count | None = None, image_size: Count | None = None, fail_under: float | None = None,
+    out: Path | None = None,
+) -> Result:  # fmt: skip
+    """Say, layer by layer, what a scheme really quantizes in a network; it needs no weights.
+
+    Args:
+        teacher: checkpoint; without it weights are random
+        classes: by default what the network's name says (cifar10: 10), or 1000
+        image_size: by default 32 for CIFAR networks, or 224
+        fail_under: exit code 1 if fewer percent of the weights are quantized
+        out: write the table as CSV
+    """
+    import torch
+
+    from granq import data, files
+
+    widths, size = parse_bits(bits), image_size or (32 if "cifar" in network else 224)
+    classes = classes or (100 if "cifar100" in network else 10 if "cifar" in network else 1000)
+    torch.manual_seed(0)
+    if teacher:
+        mean, std = data.IMAGENET_STATS
+        spec = granq.DataSpec(name="", classes=classes, image_size=size, mean=mean, std=std)
+        model, _ = granq.load_teacher(network, spec, teacher)
+    else:
+        model = granq.build_network(network, classes)
+    torch.manual_seed(0)
+    frame = granq.audit(granq.quantize_model(model, scheme, **widths), torch.randn(2, 3, size, size))
+    result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
+    result |= {"image_size": size, "weights": str(teacher or "random, seed 0"), **granq.summarize_audit(frame)}
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_csv(out, frame)
+    else:
+        shown = ["layer", "weight_shape", "levels", "weight_sqnr_db", "input_quantized", "bits_per_weight", "status"]
+        print(frame[shown].round(1).to_string(index=False))
+        result["layers"] = _records(frame)
+    if fail_under is not None and result["weights_low_bit"] < fail_under:
+        result["failed"] = f"{result['summary']}, fewer than the {fail_under} % of --fail-under"
+    return result
+
+
+def factorial(
+    *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
+    bits: str = "2,3,4,5,8", images: Annotated[int, Field(ge=2)] | None = None, seeds: Count = 1,
+    train_epochs: Annotated[int, Field(ge=0)] = 0, iterations: Count = 100, resume: bool = False,
+    device: Device = "auto",
+) -> Result:  # fmt: skip
+    """Measure the accuracy of every weight granularity with every activation granularity.
+
+    Args:
+        out: CSV, a row for every finished cell
+        run: granq quantize run whose generator calibrates; without it one is warmed up
+        bits: widths, of weights and activations alike
+        images: test images, drawn with seed 0; by default all
+        train_epochs: measure also after so many epochs of training, which follow a warm-up of 4
+        iterations: of an epoch
+        resume: measure the cells that --out lacks
+    """
+    from granq.measure import factorial as cells
+    from granq.measure.images import generated_batches
+
+    if out.exists() and not resume:
+        raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
+    widths = [int(b) if b.isdecimal() else 0 for b in bits.split(",")]
+    shared = granq.Workbench(
+        "full", data=data, network=network, teacher=teacher, runs=[run] if run else [], device=device
+    )
+    count = min(images or len(shared.test), len(shared.test))
+    config = QATConfig(iterations=iterations, image_size=shared.spec.image_size, device=shared.device)
+    generator = shared.zero_shot[0] if run else cells.warm_generator(shared.teacher, config)
+    facts = {k: v for k, v in shared.facts().items() if k not in ("budget", "seed")}
+    source = run.name if run else f"warm-up of {config.warmup_epochs} x {iterations} iterations"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    frame = cells.measure_granularity_factorial(
+        shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, train_epochs, seeds),
+        lambda seed: generated_batches(generator, seed), config=config, facts=facts | {"generator": source},
+        out=out,
+    )  # fmt: skip
+    return {"out": str(out), "images": count, **facts, "cells": len(frame), "rows": _records(frame)}
+
+
+def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
+    """Write a run of scheme foldable as integers (safetensors) and ONNX, and check both."""
+    from granq import devices, files, runs
+
+    runs.RunFolder(out).check_free(resumable=False)
+    saved, spec = _run_on(run, data)
+    twin, test = granq.integer_model(saved.student), granq.load_split(spec, "test")
+    images, _ = next(granq.batches(test, spec))
+    out.mkdir(parents=True, exist_ok=True)
+    granq.export_onnx(twin, images[:2], out / "network.onnx")
+    agreement = granq.measure_integer_agreement(saved.student, images)
+    files.write_csv(out / "agreement.csv", agreement)
+    result = {
+        "run": str(run), "data": data, "network": saved.facts["network"], "epoch": saved.epoch, "images": len(test),
+        "teacher_top1": saved.facts["teacher_top1"], "top1_fake_quantized": granq.top1_on(saved.student, test, spec),
+        "top1_integer": granq.top1_on(twin, test, spec), "outputs_beyond_bound": int(agreement.beyond_bound.sum()),
+        "torch": devices.versions()["torch"],
+    }  # fmt: skip
+    granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | result)
+    return result | {"out": str(out)}
+
+
+def figures(
+    names: Positional[Words] = (), *, from_csv: bool = False, budget: Literal["quick", "full"] = "quick",
+    data: str | None = None, network: Network = "resnet20_cifar10", teacher: Path | None = None,
+    run: tuple[Path, ...] = (), out: Path | None = None, seed: int = 0, device: Device = "auto",
+) -> Result:  # fmt: skip
+    """Measure figures, write their CSV, and draw them from it; all of them without names.
+
+    Args:
+        from_csv: draw again from the CSV files in --out, compute nothing
+        budget: quick (digits, minutes) or full (cifar10)
+        data: images instead of the budget's, such as folder:PATH
+        teacher: checkpoint; without it quick trains one
+        run: finished granq quantize runs to show
+        out: by default figures, and figures/quick for the quick budget
+    """
+    folder = out or Path("figures/quick" if budget == "quick" and not from_csv else "figures")
+    if from_csv:
+        drawn = granq.redraw_figures(names, folder)
+    else:
+        options: dict[str, Any] = dict(data=data, network=network, teacher=teacher, device=device, seed=seed)
+        drawn = granq.make_figures(names, granq.Workbench(budget, runs=run, out=folder, **options))
+    return {"out": str(folder), "figures": ", ".join(drawn)}
+
+
+def bench(
+    what: Positional[Literal["quantizer", "scaling", "all"]] = "all", *, repetitions: Count = 30,
+    out: Path | None = None, device: Device = "auto",
+) -> Result:  # fmt: skip
+    """Time the quantizer and the scaled convolution against plain baselines; --out is the folder for their CSV."""
+    from granq import devices, files
+
+    device, result = devices.resolve_device(device), {}
+    for name in ("quantizer", "scaling") if what == "all" else (what,):
+        measure = granq.measure_latency_quantizer if name == "quantizer" else granq.measure_latency_scaling
+        frame = measure(repetitions=repetitions, device=device)
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            files.write_csv(out / f"{name}_latency.csv", frame)
+        print(frame.round(3).to_string(index=False))
+        result[name] = _records(frame)
+    return result
+
+
+def sweep(
+    *, out: Path, network: Words = (), teacher: tuple[Path, ...] = (), schemes: Words = (), bits: Words = (),
+    recipes: Words = ("adadfq",), seeds: tuple[int, ...] = (0,), jobs: Count = 1, cluster: str = "",
+    status: bool = False, options: Suppress[Words] = (),
+) -> Result:  # fmt: skip
+    """Plan many runs of granq quantize, whose other options go here too, and execute what is not done yet.
+
+    Args:
+        out: folder of the sweep; alone, it continues what is planned
+        network: one or more; --teacher then lists one file for each
+        bits: such as 2,2 3,3
+        seeds: {seed} in another option becomes the seed of its run, as in --generator runs/warm_{seed}
+        jobs: runs at once on this machine
+        cluster: execute them on the workers of this dask.distributed scheduler, an address such as tcp://host:8786
+        status: print the table and start nothing
+    """
+    from granq.app import sweep as plans
+
+    if network or schemes or bits or options:
+        plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
+    table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster)
+    print(table.to_string(index=False, na_rep=""))
+    left = 0 if status else int((table.state != "done").sum())
+    failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left else {}
+    return {"out": str(out), "runs": len(table), **table.state.value_counts().to_dict()} | failed
+
+
+def _records(frame: Any) -> list[Result]:
+    return json.loads(frame.to_json(orient="records"))
+
+
+COMMANDS = {f.__name__: f for f in (demo, teacher, evaluate, audit, factorial, export, sweep, figures, bench)}

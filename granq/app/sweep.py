@@ -1,0 +1,126 @@
+"""Many runs: a list on disk that joblib executes, on this machine or on a cluster.
+
+A sweep is a folder: ``runs.jsonl`` has a line for every run, with everything ``granq quantize`` needs, and next to it
+every run has a folder. Nothing else is remembered: a sweep that was stopped anywhere goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+from joblib import Parallel, delayed, parallel_config
+
+from granq.app.jobs import Job, from_arguments
+from granq.errors import UserError
+from granq.files import save_atomically, write_csv
+from granq.runs import RunFolder
+
+
+def combine(
+    out: Path, networks: Sequence[str], teachers: Sequence[Path], schemes: Sequence[str], bits: Sequence[str],
+    recipes: Sequence[str], seeds: Sequence[int], options: Sequence[str],
+) -> list[Job]:  # fmt: skip
+    """Return a run for every combination; seeds vary slowest, so that every row has its n = 1 early.
+
+    ``{seed}`` in one of the ``options``, which all runs share, becomes the seed of the run.
+    """
+    if not (networks and schemes and bits) or len(teachers) not in (0, len(networks)):
+        raise UserError("a plan needs --data, --network, --schemes and --bits, and --teacher a file for each network")
+    pairs, jobs = list(zip(networks, teachers or [None] * len(networks), strict=True)), []
+    for seed, recipe, (network, teacher), width, scheme in product(seeds, recipes, pairs, bits, schemes):
+        name = re.sub(r"[^\w.-]+", "_", f"{network} {recipe} {scheme} w{width.replace(',', 'a')} s{seed}")
+        argv = ["--network", network, "--recipe", recipe, "--scheme", scheme, "--bits", width, "--seed", str(seed)]
+        argv += ["--out", str(out / name), *(["--teacher", str(teacher)] if teacher else [])]
+        jobs.append(from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)]))
+    return jobs
+
+
+def write_plan(out: Path, jobs: Iterable[Job]) -> None:
+    """Add ``jobs`` to the plan in ``out``. Raises UserError if a run of that name is there with other settings."""
+    plan = {job.out.name: job for job in (read_plan(out) if (out / "runs.jsonl").exists() else [])}
+    for job in jobs:
+        if plan.setdefault(job.out.name, job) != job:
+            raise UserError(f"{out} plans {job.out.name} with other settings; choose another --out for these")
+    text = "".join(f"{job.model_dump_json()}\n" for job in plan.values())
+    out.mkdir(parents=True, exist_ok=True)
+    save_atomically(out / "runs.jsonl", lambda path: path.write_text(text))
+
+
+def read_plan(out: Path) -> list[Job]:
+    """Return what ``write_plan`` wrote. Runs lie in ``out``, wherever that was moved to."""
+    if not (out / "runs.jsonl").is_file():
+        raise UserError(f"{out} holds no sweep; plan one with --data, --network, --schemes and --bits")
+    jobs = map(Job.model_validate_json, (out / "runs.jsonl").read_text().splitlines())
+    return [job.change(out=out / job.out.name) for job in jobs]
+
+
+def status(out: Path) -> pd.DataFrame:
+    """Write the rows of finished runs to ``results.csv``, and return how far each run is.
+
+    Returns:
+        Columns run, state (waiting, stopped, running, failed, done), epoch, test_top1 after it, and what failed.
+    """
+    rows, results = [], []
+    for job in read_plan(out):
+        state, history, result = "waiting", job.out / "history.csv", job.out / "result.json"
+        if result.is_file():
+            state = "done"
+            results.append(json.loads(result.read_text()))
+        elif RunFolder(job.out).in_use():
+            state = "running"
+        elif history.is_file() or error_of(job).is_file():
+            state = "failed" if error_of(job).is_file() else "stopped"
+        last = pd.read_csv(history).iloc[-1][["epoch", "test_top1"]].to_dict() if history.is_file() else {"epoch": 0}
+        said = error_of(job).read_text().splitlines()[-1] if state == "failed" else ""
+        rows.append({"run": job.out.name, "state": state, **last, "said": said})
+    if results:
+        write_csv(out / "results.csv", pd.DataFrame(results))
+    return pd.DataFrame(rows).astype({"epoch": int})
+
+
+def error_of(job: Job) -> Path:
+    """Return the file that keeps what stopped ``job``."""
+    return job.out.with_name(f"{job.out.name}.error")
+
+
+def execute(job: Job) -> None:
+    """Start or continue one run in this process. What keeps it from its end goes to ``NAME.error``."""
+    torch.set_num_threads(1)  # runs share the cores; and with another number of threads the last bits may differ
+    error_of(job).unlink(missing_ok=True)
+    try:
+        job.change(resume=job.out.exists()).run()
+    except Exception:
+        error_of(job).write_text(traceback.format_exc())
+
+
+def run_sweep(out: Path, jobs: int = 1, cluster: str = "") -> pd.DataFrame:
+    """Execute what the plan lacks, and return the status.
+
+    Args:
+        out: folder of ``write_plan``; workers on other machines must see it too.
+        jobs: runs at once on this machine, each in a process with one thread.
+        cluster: address of the scheduler of a ``dask.distributed`` cluster, whose workers execute the runs instead.
+
+    Raises:
+        UserError: no plan in ``out``, or workers with several threads, which would share torch's random numbers.
+    """
+    states = status(out).state
+    left = [job for job, state in zip(read_plan(out), states, strict=True) if state not in ("done", "running")]
+    if cluster:
+        from distributed import Client
+
+        with Client(cluster) as client:
+            if set(client.nthreads().values()) - {1}:
+                raise UserError(f"workers of {cluster} have several threads: start them with --nthreads 1")
+            with parallel_config("dask", client=client):
+                Parallel(batch_size=1)(delayed(execute)(job) for job in left)
+    else:
+        Parallel(n_jobs=jobs, backend="loky", batch_size=1)(delayed(execute)(job) for job in left)
+    return status(out)

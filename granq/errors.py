@@ -1,0 +1,13 @@
+"""What a user got wrong, in one sentence."""
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input. The command line prints its sentence and exits with code 2; every other error is a bug."""
+
+
+def one_of(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise UserError unless ``value`` is one of the ``known`` names of a ``what``."""
+    if value not in (names := list(known)):
+        raise UserError(f"unknown {what} {value!r}; known: {', '.join(names)}")

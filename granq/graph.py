@@ -1,0 +1,146 @@
+"""The traced graph (torch.fx): where activations are quantized, what a layer reads, and what stands after it."""
+
+from collections.abc import Callable, Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from granq.errors import UserError
+
+LAYERS = (nn.Conv2d, nn.Linear)
+_RELU_FUNCTIONS: set[Callable[..., Any]] = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
+_RELU_METHODS = {"relu", "relu_"}
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Return the names of the Conv2d and Linear layers of ``model``, in the order of definition."""
+    return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+
+def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Return the module that ``node`` calls, if it calls one."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def layer_input(node: fx.Node) -> Any:
+    """Return what a call reads: its first argument, or the one named ``input``."""
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def is_relu(root: nn.Module, node: fx.Node) -> bool:
+    """Say whether ``node`` is a ReLU or ReLU6: as a module, a function or a method."""
+    if node.op == "call_module":
+        return isinstance(module_of(root, node), nn.ReLU | nn.ReLU6)
+    return (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _RELU_METHODS
+    )
+
+
+def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return the call of a BatchNorm2d that alone reads ``node``, if there is one."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and isinstance(module_of(root, users[0]), nn.BatchNorm2d) else None
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """Trace ``model``. Arguments of its forward whose default is None, a bool or a text are fixed.
+
+    Raises:
+        UserError: the forward cannot be traced.
+    """
+    rest = list(signature(model.forward).parameters.items())[1:]  # the first is the image
+    # fixed: otherwise ``if mask is not None`` would be true
+    fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
+    try:
+        graph = _Tracer().trace(model, fixed or None)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        raise UserError(
+            f"cannot trace {type(model).__name__}: {(str(error) or type(error).__name__).splitlines()[0]}; "
+            "torch.fx needs a forward without control flow on tensor values"
+        ) from error
+    for node in graph.nodes:
+        if node.op == "placeholder" and (name := node.target.rpartition("_")[0]) in fixed:
+            node.target = name  # fx gave it a number
+    _read_changed_values(graph, model)
+    return graph
+
+
+def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
+    """Return the nodes whose value is quantized, each once: two layers that read one tensor share its place.
+
+    Args:
+        graph: of ``trace``.
+        root: the traced model.
+        where: ``"relu"``, after every ReLU, or ``"inputs"``, in front of every layer.
+        layers: names of the layers to quantize.
+    """
+    if where == "relu":
+        return [node for node in graph.nodes if is_relu(root, node)]
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
+    return list(dict.fromkeys(value for node in calls if isinstance(value := layer_input(node), fx.Node)))
+
+
+def insert_call(graph: fx.Graph, node: fx.Node, name: str, where: str, layers: set[str]) -> None:
+    """Call module ``name`` on the value of ``node``; who reads that value for quantization reads the result instead."""
+    if where == "relu":
+        with graph.inserting_after(node):
+            call = graph.call_module(name, (node,))
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        return
+    # only the layers read the quantized value; a residual sum reads the original
+    readers = [user for user in node.users if user.op == "call_module" and user.target in layers]
+    with graph.inserting_before(min(readers)):  # by then a view of the value has changed it, if one does
+        call = graph.call_module(name, (node,))
+    for user in readers:
+        user.replace_input_with(node, call)
+
+
+def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a module that runs ``graph`` on the modules of ``root``, with all state-dict keys of ``root``."""
+    module = fx.GraphModule(root, graph, class_name=type(root).__name__)
+    kept = dict(module.named_modules(remove_duplicate=False))
+    for name, own in root.named_modules(remove_duplicate=False):
+        # fx drops what the forward does not reach, and of a layer it only reads all but the weight
+        if name not in kept or (isinstance(own, LAYERS) and kept[name] is not own):
+            module.add_submodule(name, own)
+    return module
+
+
+def calls_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
+    """Yield every call of a layer in a traced model: its name, and the module whose result it reads."""
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+        if isinstance(module_of(model, node), LAYERS):
+            value = layer_input(node)
+            yield str(node.target), module_of(model, value) if isinstance(value, fx.Node) else None
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaves = (*LAYERS, nn.BatchNorm2d)  # subclasses too, whose code outside of torch.nn fx would trace
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _read_changed_values(graph: fx.Graph, root: nn.Module) -> None:
+    """``F.relu_(x)`` changes ``x`` even if nobody takes its result: who reads ``x`` later now reads the result."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node, place in order.items():
+        value = layer_input(node)
+        if isinstance(value, fx.Node) and _is_in_place(node, root):
+            for user in [user for user in value.users if order[user] > place]:
+                user.replace_input_with(value, node)
+
+
+def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return getattr(module_of(root, node), "inplace", False) is True
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
+        return True
+    try:
+        arguments = signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # torch's built-in functions have no signature, and no such argument
+        return False
+    return arguments.get("inplace") is True

@@ -1,0 +1,54 @@
+"""The one way to look into a network: watch calls of its modules during a forward."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+Batch = Tensor | Sequence[Tensor]  #: images (N, 3, H, W), or a pair (images, labels)
+
+
+def images_of(batch: Batch) -> Tensor:
+    """Return the images of a batch."""
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+@contextmanager
+def temporarily(objects: Iterable[Any], **values: Any) -> Iterator[None]:
+    """Give every object these attributes within the block; afterwards it has those of before."""
+    before = [(one, {name: getattr(one, name) for name in values}) for one in objects]
+    try:
+        for one, _ in before:
+            vars(one).update(values)
+        yield
+    finally:
+        for one, old in before:
+            vars(one).update(old)
+
+
+def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Put ``model`` into eval mode within a block; afterwards every module has the mode it had before."""
+    return temporarily(model.modules(), training=False)
+
+
+@contextmanager
+def watch(
+    model: nn.Module, names: Iterable[str], visit: Callable[[str, Tensor, Any], None], *, before: bool = False
+) -> Iterator[None]:
+    """Call ``visit(name, input, output)`` at every call of the modules ``names`` within the block.
+
+    A later layer may change the output in place: clone what you keep. With ``before`` the visit comes before the module
+    computes, and the output is ``None``.
+    """
+
+    def hook(name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> None:
+        visit(name, args[0] if args else named["input"], output)
+
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+            handle = register(lambda _, *call, name=name: hook(name, *call), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield

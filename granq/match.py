@@ -1,0 +1,253 @@
+"""Recipe match, our own, on top of ``qat``: the student follows the teacher layer by layer, on refined images.
+
+The generator's part is over when the student's training begins. Images are drawn once and refined toward the teacher's
+BatchNorm statistics, half of them from random shapes. The student is compared with the teacher after every BatchNorm.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from granq.config import QATConfig
+from granq.convert import activation_places, frozen_ranges, layer_quantizers
+from granq.errors import UserError
+from granq.fast import channel_var_mean
+from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
+from granq.graph import is_relu, module_of
+from granq.hooks import watch
+from granq.losses import layer_loss, soft_label_loss
+from granq.qat import GDFQ, Game, describe_images
+from granq.quantizer import at_least_float32
+from granq.ranges import LearnedSteps
+
+REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
+NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
+SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
+SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # weight and temperature of the soft labels
+REFINED_LABELS = 0.1  # weight of the labels in refine
+SHAPES = 40  # at most, in an image of random_shapes
+
+
+class Match(GDFQ):
+    """Recipe match: in the warm-up as gdfq; then only the student learns, and layers are compared."""
+
+    ranges_of_teacher = True
+
+    def __init__(self, config: QATConfig) -> None:
+        super().__init__(config)
+        self.refined: tuple[Tensor, Tensor] | None = None
+
+    def student_loss(self, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
+        return SOFT_LABELS * soft_label_loss(t, s, SOFT_TEMPERATURE)
+
+    def decay(self, done: float) -> float:
+        return (1 + math.cos(math.pi * done)) / 2  # SGDR, 2017
+
+    def rate(self, module: nn.Module) -> int:
+        return NORM_RATE if isinstance(module, nn.BatchNorm2d) else super().rate(module)
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(groups, lr)
+
+    def draw(self, game: Game) -> tuple[Tensor, Tensor]:
+        if not self.config.refined_images:
+            return super().draw(game)
+        if self.refined is None:
+            self.refined = refined_images(game)
+        images, labels = self.refined
+        chosen = torch.randint(0, len(images), (self.config.batch_size,))
+        return vary(images[chosen], SPREAD / 2), labels[chosen]
+
+    def step(self, game: Game) -> dict[str, Tensor]:
+        with torch.no_grad(), game.autocast():
+            images, labels = self.draw(game)
+            with batchnorm_inputs(game.teacher) as norms, batchnorm_outputs(game.teacher) as wanted:
+                t = at_least_float32(game.teacher(images))
+        with batchnorm_outputs(game.student) as got, game.autocast():
+            s = at_least_float32(game.student(images))
+        loss = layer_loss(wanted, got, relu_ceilings(game.student)) + self.student_loss(t, s, labels)
+        game.update("student", game.student_params, loss)
+        with torch.no_grad():
+            return {"student_loss": loss.detach()} | describe_images(images, t, labels, batchnorm_loss(norms))
+
+
+def preparations(config: QATConfig) -> list[Callable[[Game], None]]:
+    """Return what the settings ask for when the warm-up ends, in order; any recipe may have it."""
+
+    def reestimate(game: Game) -> None:
+        with torch.no_grad():
+            images = torch.cat([game.recipe.draw(game)[0] for _ in range(REESTIMATION)])
+        reestimate_batchnorm(game.student, game.teacher, images)
+
+    steps: dict[Callable[[Game], None], bool] = {
+        reestimate: config.reestimate_batchnorm,
+        lambda game: learn_steps(game.student): config.learned_steps,
+    }
+    return [step for step, wanted in steps.items() if wanted]
+
+
+def refined_images(game: Game) -> tuple[Tensor, Tensor]:
+    """Make the images that a run trains on, with labels. They depend on seed and generator only, also when resumed."""
+    c, generator = game.config, copy.deepcopy(game.generator)  # drawing moves the running statistics of its norms
+    cuda = [torch.cuda.current_device()] if game.device.startswith("cuda") else []
+    batches = []
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(c.seed)
+        for number in range(c.refined_images // c.batch_size):
+            if c.random_shapes and number % 2:
+                images = random_shapes(c.batch_size, c.image_size, game.device)
+                labels = torch.randint(0, game.classes, (c.batch_size,), device=game.device)
+            else:
+                with torch.no_grad(), game.autocast():
+                    images, labels = synthesize(generator, c.batch_size, game.classes, game.device)
+                with torch.no_grad():  # as smooth as photographs are, in different light
+                    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
+                    images = vary((images + smooth) / 2, SPREAD)
+            with game.autocast():
+                batches.append((refine(game.teacher, images, labels), labels))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+@torch.enable_grad()
+def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, lr: float = 0.03) -> Tensor:
+    """Move the pixels of generated images toward the teacher's BatchNorm statistics, and toward their labels.
+
+    A generator matches the statistics on average; pixels are free to match them in this batch, and after a few steps of
+    Adam nearly do (the distilled data of ZeroQ, Cai et al., CVPR 2020, and DeepInversion, Yin et al., CVPR 2020).
+
+    Args:
+        teacher: network with BatchNorm2d layers, in eval mode.
+        images: (N, 3, H, W), not changed.
+        labels: (N,).
+        steps: of Adam.
+        lr: in units of the images.
+    """
+    pixels = images.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr)
+    for _ in range(steps):
+        with batchnorm_inputs(teacher) as norms:
+            # a copy: autocast takes a leaf for a weight, and would keep the first step's pixels in its cache
+            logits = teacher(pixels.clone())
+        loss = batchnorm_loss(norms) + REFINED_LABELS * F.cross_entropy(logits, labels)
+        (pixels.grad,) = torch.autograd.grad(loss, pixels)
+        optimizer.step()
+    return pixels.detach()
+
+
+def vary(images: Tensor, spread: float) -> Tensor:
+    """Return images in different light: contrast 1 +- ``spread``, brightness and colour shifted; half are flipped.
+
+    A generator's images differ in what they show but little in mean and contrast, of which BatchNorm statistics over a
+    batch say nothing. (N, 3, H, W) -> the same; shifts are normal with deviation ``spread`` (0 to 1) for the image and
+    0.4 times that for each channel, in units of the images. Draws from the global random state.
+    """
+    one, each = images.new_empty((len(images), 1, 1, 1)), images.new_empty((*images.shape[:2], 1, 1))
+    contrast = one.clone().uniform_(1 - spread, 1 + spread)
+    shift = one.clone().normal_(0, spread) + each.normal_(0, 0.4 * spread)
+    return torch.where(one.uniform_() < 0.5, images.flip(3), images) * contrast + shift
+
+
+def random_shapes(count: int, image_size: int, device: str = "cpu") -> Tensor:
+    """Draw images of shapes that hide each other, from no data at all: (count, 3, size, size), standardized.
+
+    Dead leaves (Lee, Mumford and Huang, IJCV 2001): 5 to 40 turned ellipses and rectangles, many small and few large as
+    in photographs of any scale, each of one color with a slope of light. Baradad et al. (NeurIPS 2021) train networks
+    on such images. Draws from the global random state.
+    """
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(count, 1, 1, 1, device=device).uniform_(low, high)
+
+    def normal(spread: float, channels: int = 1) -> Tensor:
+        return spread * torch.randn(count, channels, 1, 1, device=device)
+
+    axis = (torch.arange(image_size, device=device) + 0.5) / image_size  # the side is 1
+    images = normal(0.6, 3).expand(-1, -1, image_size, image_size)
+    shapes = torch.randint(5, SHAPES + 1, (count, 1, 1, 1), device=device)
+    for i in range(SHAPES):
+        x, y, angle = axis - uniform(-0.125, 1.125), axis[:, None] - uniform(-0.125, 1.125), uniform(0, math.pi)
+        along = x * angle.cos() + y * angle.sin()
+        across = (y * angle.cos() - x * angle.sin()) / uniform(0.4, 1)
+        # round ones and straight ones; the reciprocal of a uniform number has the sizes of dead leaves
+        reach = torch.where(uniform(0, 1) < 0.5, along.hypot(across), along.abs().maximum(across.abs()))
+        inside = (reach < (0.0625 / uniform(0.05, 1)).clamp_max(0.75)) & (i < shapes)
+        images = torch.where(inside, normal(0.9) + normal(0.4, 3) + normal(1.0) * along, images)
+    return images
+
+
+@torch.no_grad()
+def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    """Move the student's BatchNorm statistics by as much as quantization moved those of ``images``.
+
+    Quantized weights and inputs shift the mean and scale the variance of every channel. In one forward, layer after
+    layer, a BatchNorm gets the teacher's running mean plus the difference, and its running variance times the ratio,
+    of what student and teacher see on the same images: what sets these apart from real images cancels. The ratio is
+    kept between 1/4 and 4. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2). A
+    BatchNorm that is called several times stays as it is: it would need statistics for each call.
+
+    Args:
+        student: quantized copy of ``teacher``; its running statistics are replaced.
+        teacher: the full-precision network, in eval mode.
+        images: one batch (N, 3, H, W), such as generated ones; a few hundred.
+    """
+    norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}  # variance and mean, of every call
+
+    def follow(name: str, x: Tensor, _: None) -> None:
+        if len(seen[name]) != 1:
+            return
+        (var, mean), ((old_var, old_mean),) = channel_var_mean(x), seen[name]
+        own, norm = cast(Any, student.get_submodule(name)), cast(Any, norms[name])
+        own.running_mean.copy_(norm.running_mean + mean - old_mean)
+        own.running_var.copy_(norm.running_var * (var / old_var.clamp_min(1e-12)).clamp(0.25, 4))
+
+    with watch(teacher, norms, lambda name, x, _: seen[name].append(channel_var_mean(x)), before=True):
+        teacher(images)
+    with frozen_ranges(student), watch(student, norms, follow, before=True):
+        student(images)
+
+
+def learn_steps(model: nn.Module) -> list[nn.Parameter]:
+    """Make the steps of weights and of static activation ranges parameters, from what they are now on (LSQ).
+
+    Dynamic ranges stay those of each image. Returns the logarithms of the steps: for a learning rate of their own.
+
+    Raises:
+        UserError: the scheme does not clamp its codes, so its steps bound nothing; or ranges were not calibrated yet.
+    """
+    weights = {q.weight: q.weight.qparams(q.original) for q in layer_quantizers(model).values() if q.weight}
+    places = {place: place.qparams() for place in activation_places(model).values() if place.tracked}
+    quantizers = [*weights.items(), *places.items()]
+    if not quantizers or not all(quantizer.clamp for quantizer, _ in quantizers):
+        raise UserError("steps are learned where codes are clamped to their range, which this scheme does not do")
+    for quantizer, qparams in quantizers:
+        quantizer.learned = LearnedSteps(*qparams)
+    return [cast(LearnedSteps, quantizer.learned).log_step for quantizer, _ in quantizers]
+
+
+@contextmanager
+def batchnorm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the output of every call of a BatchNorm2d of ``model`` during one forward, for ``layer_loss``."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    seen: list[Tensor] = []
+    with watch(model, norms, lambda name, x, output: seen.append(output.clone())):  # a ReLU may work in place
+        yield seen
+
+
+def relu_ceilings(model: fx.GraphModule) -> list[float | None]:
+    """For every call of a BatchNorm2d, in order: where the ReLU that alone reads it ends (infinity, 6), or ``None``."""
+    ceilings: list[float | None] = []
+    for node in model.graph.nodes:
+        if isinstance(module_of(model, node), nn.BatchNorm2d):
+            readers = list(node.users)
+            alone = len(readers) == 1 and is_relu(model, readers[0])
+            six = alone and (readers[0].target is F.relu6 or isinstance(module_of(model, readers[0]), nn.ReLU6))
+            ceilings.append((6.0 if six else math.inf) if alone else None)
+    return ceilings

@@ -1,0 +1,199 @@
+"""What a quantized model really quantizes: one row per layer, measured on its weights and on one forward."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from granq import convert
+from granq.convert import ActQuantizer, WeightQuantizer
+from granq.errors import UserError
+from granq.graph import LAYERS, layer_input, module_of
+from granq.hooks import eval_mode
+from granq.measure import running
+from granq.quantizer import min_max
+
+QUANTIZED_DB = 60.0
+"""Above this SQNR a weight is not quantized: 8 bits give about 50 dB, an untouched 1x1 kernel about 150 dB."""
+
+# After these a quantized value still lies on its grid; averages, sums and BatchNorm leave it.
+_KEEP_GRID = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.PixelShuffle, nn.ChannelShuffle)
+_METHODS = set("flatten view reshape permute transpose squeeze unsqueeze contiguous chunk split".split())
+_FUNCTIONS = {getattr(torch, name, None) for name in _METHODS} | {F.max_pool2d, F.dropout, operator.getitem}
+_JOINS = {torch.cat, torch.concat, torch.stack}
+_SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
+_KINDS = (*LAYERS, nn.modules.conv._ConvNd)
+Place = tuple[str, ActQuantizer]
+
+
+@torch.no_grad()
+def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
+    """Measure every convolution, every linear layer and every other tensor of weights of ``model``, none skipped.
+
+    Args:
+        model: a model from ``quantize_model``, or any other (whose layers then count as not quantized).
+        example: images (N, 3, H, W); one forward counts multiply-accumulates and scales. Tracked ranges that are
+            still unset are set for the moment; ``model`` stays as it is.
+
+    Returns:
+        Columns
+            layer, type, weight_shape, weights (count), macs (per image, over all calls),
+            weight_granularity ("" if full precision), levels (distinct values in the worst group, zero spread aside),
+            weight_sqnr_db (infinite if untouched), input_quantized (place, "" if the input is full precision),
+            scales (weight scales of the layer), bits_per_weight and bits_per_activation (**true** bits: codes, and a
+            32-bit scale and 32-bit zero point per group; 32 if not quantized), weight_share, macs_share (0 to 1),
+            weight_bits and act_bits (nominal, 0 if full precision), low_bit (weights and input both really quantized),
+            status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached (not called,
+            though its weight may be read), not a layer: not quantized; of the latter two MACs are not counted).
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, (*_KINDS, ActQuantizer))]  # of two names the first
+    if not names:
+        raise UserError(f"{type(model).__name__} has no convolution or linear layer to audit")
+    seen: dict[nn.Module, Any] = {}  # of a layer MACs of all images, of a quantizer scales for each value
+
+    def visit(name: str, x: Tensor, output: Tensor) -> None:
+        module = model.get_submodule(name)
+        if isinstance(module, ActQuantizer):
+            seen[module] = min_max(module.groups(x), module.granularity)[0].numel() / x.numel()
+        else:
+            seen[module] = seen.get(module, 0) + _macs(module, x, output)
+
+    unset = any(place.tracked and not place.seen for place in convert.activation_places(model).values())
+    before = {name: value.clone() for name, value in model.state_dict().items()} if unset else {}
+    with eval_mode(model), convert.frozen_ranges(model):
+        try:
+            if unset:
+                convert.calibrate(model, [example])
+            images = running.run(model, [example], "audit", names, visit)
+            frame = pd.DataFrame(_layer_rows(model, seen, images) + _other_weights(model))
+        finally:
+            model.load_state_dict(before, strict=False)
+    for count, share in (("weights", "weight_share"), ("macs", "macs_share")):
+        frame[share] = frame[count] / max(frame[count].sum(), 1)
+    return frame
+
+
+def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
+    """Return percentages (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts and a sentence."""
+    quantized = frame.weight_sqnr_db < QUANTIZED_DB
+    weights = 100 * frame.weight_share[quantized].sum()
+    wide = frame.low_bit & (frame.act_bits > frame.act_bits[frame.low_bit].min())  # an image with bits of its own
+    macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
+    bits = sorted(set(frame.weight_bits[frame.weight_bits > 0])) or ["low"]
+    text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
+    if wide.any():
+        text += f", {100 * frame.macs_share[wide].sum():.1f} % on inputs of {frame.act_bits[wide].max()} bits"
+    if uncalled := int(((frame.macs == 0) & (frame.weights > 0)).sum()):
+        text += f"; {uncalled} tensors of weights belong to no layer that is called, and their MACs are not counted"
+    return {
+        "weights_low_bit": float(weights),
+        "macs_low_bit": float(macs),
+        "weights_not_quantized": float(100 - weights),
+        "true_bits_per_weight": float((frame.bits_per_weight * frame.weight_share).sum()),
+        "layers": len(frame),
+        "layers_input_quantized": int((frame.input_quantized != "").sum()),
+        "summary": text,
+    }
+
+
+def _row(name: str, kind: str, weight: Tensor) -> dict[str, Any]:
+    """Return a row of weights in full precision."""
+    row = dict(layer=name, type=kind, weight_shape="x".join(map(str, weight.shape)), weights=weight.numel(), macs=0)
+    row |= dict(weight_granularity="", levels=0, weight_sqnr_db=math.inf, input_quantized="", scales=0)
+    row |= dict(bits_per_weight=32.0, bits_per_activation=32.0, weight_bits=0, act_bits=0, low_bit=False, status="")
+    return row
+
+
+def _layer_rows(model: nn.Module, seen: dict[nn.Module, Any], images: int) -> list[dict[str, Any]]:
+    sources, first = _sources(model), {module: name for name, module in model.named_modules()}
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _KINDS)]
+    rows = [_layer_row(name, layer, sources.get(layer), seen) for name, layer in layers]
+    for row, (name, layer) in zip(rows, layers, strict=True):
+        if name == first[layer]:
+            row |= {"macs": seen.get(layer, 0) // images, "status": _status(layer, layer in seen)}
+        else:  # counted under its first name only
+            row |= {"weights": 0, "status": f"shared with {first[layer]}"}
+    return rows
+
+
+def _layer_row(name: str, layer: Any, source: Place | None, seen: dict[nn.Module, Any]) -> dict[str, Any]:
+    weight, quantizer = layer.weight, convert.weight_quantizer(layer)
+    row = _row(name, type(layer).__name__.removeprefix("Parametrized"), weight)
+    if quantizer:
+        original = convert.original_weight(layer)
+        groups = min_max(original, quantizer.granularity)[0].numel()
+        sqnr = running.sqnr_db(original, weight, tuple(range(weight.dim()))).item()
+        row |= dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits, scales=groups)
+        # a folded weight has its levels in units of the input steps, which are 1 otherwise
+        row |= dict(levels=_levels(weight * quantizer.input_step(original), groups), weight_sqnr_db=sqnr)
+        if sqnr < QUANTIZED_DB:
+            row["bits_per_weight"] = quantizer.bits + _SCALE_BITS * groups / weight.numel()
+    if source:
+        row["input_quantized"], place = source
+        row |= dict(act_bits=place.bits, bits_per_activation=place.bits + _SCALE_BITS * seen[place])
+        row["low_bit"] = row["weight_sqnr_db"] < QUANTIZED_DB
+    return row
+
+
+def _levels(weight: Tensor, groups: int) -> int:
+    """Count distinct values in the group that has most; equal up to one part in 10^4 of the group's range."""
+    rows = running.where_float64_is(weight.reshape(groups, -1)).double()
+    step = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)).clamp_min(1e-30) * 1e-4
+    return int(((rows.sort(1).values.diff(dim=1) > step).sum(1) + 1).max())
+
+
+def _status(layer: Any, reached: bool) -> str:
+    if not reached:
+        return "not reached"
+    if not isinstance(layer, LAYERS):
+        return "transposed: not quantized" if layer.transposed else "not quantized"
+    groups = getattr(layer, "groups", 1)
+    return "" if groups == 1 else "depthwise" if groups == layer.in_channels else "grouped"
+
+
+def _macs(layer: Any, x: Tensor, output: Tensor) -> int:
+    """Count the multiply-accumulates of one call: every output is a sum over the kernel of its group."""
+    return (x if getattr(layer, "transposed", False) else output).numel() * layer.weight[0].numel()
+
+
+def _sources(model: nn.Module) -> dict[nn.Module, Place]:
+    """Return the place whose grid every layer reads; those that read off the grid in one of their calls are absent."""
+
+    def grid(node: Any) -> Place | None:
+        if not isinstance(node, fx.Node):
+            return None
+        module = module_of(model, node)
+        if isinstance(module, ActQuantizer):
+            return str(node.target).removeprefix("act_quant."), module
+        if node.target in _JOINS:
+            return _widest([grid(part) for part in cast(Any, node.args[0])])
+        kept = isinstance(module, _KEEP_GRID) or (node.op == "call_method" and node.target in _METHODS)
+        return grid(layer_input(node)) if kept or node.target in _FUNCTIONS else None
+
+    found: dict[nn.Module, list[Place | None]] = {}
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+        layer = module_of(model, node)
+        if isinstance(layer, LAYERS):
+            found.setdefault(layer, []).append(grid(layer_input(node)))
+    return {layer: widest for layer, inputs in found.items() if (widest := _widest(inputs))}
+
+
+def _widest(places: Sequence[Place | None]) -> Place | None:
+    """Return the place with most bits; none if one of them is off the grid."""
+    known = [place for place in places if place]
+    return max(known, key=lambda place: place[1].bits) if known and len(known) == len(places) else None
+
+
+def _other_weights(model: nn.Module) -> list[dict[str, Any]]:
+    """Return rows of weights that belong to no layer and no quantizer, such as those of attention and embeddings."""
+    owners = [m for m in model.modules() if isinstance(m, (*_KINDS, WeightQuantizer, ActQuantizer))]
+    known = {id(p) for module in owners for p in module.parameters()}
+    others = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in known]
+    return [_row(n, "Parameter", p) | {"status": "not a layer: not quantized"} for n, p in others]

@@ -1,0 +1,117 @@
+"""Generated images: how far their activations are from those of real images, and what the teacher thinks of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from granq.data import DataSpec
+from granq.errors import UserError
+from granq.generator import LATENT, synthesize
+from granq.graph import layer_names
+from granq.hooks import Batch, eval_mode
+from granq.measure import running
+from granq.measure.running import BINS
+
+
+def measure_synthetic_gap(
+    model: nn.Module, synthetic_batches: Iterable[Batch], real_batches: Iterable[Batch]
+) -> pd.DataFrame:
+    """Measure how far the activations of synthetic images are from those of real images, per layer and channel.
+
+    The two-sample distance is Kolmogorov and Smirnov's: the largest difference of the two distribution functions,
+    0 (equal) to 1 (disjoint), seen at 64 quantiles of the channel in the **first real batch**.
+
+    Returns:
+        Columns layer, channel, mean_synthetic, mean_real, variance_synthetic, variance_real, ks_distance,
+        images_synthetic, images_real.
+    """
+    edges: dict[str, Tensor] = {}  # (C, BINS)
+
+    def collect(batches: Iterable[Batch], text: str) -> tuple[dict[str, Tensor], int]:
+        sums: dict[str, Tensor] = {}  # (C, 3 + BINS): count, sum, sum of squares, values up to each edge
+
+        def visit(name: str, x: Tensor, _: Tensor) -> None:
+            flat = running.by_channel(x).transpose(0, 1).flatten(1).contiguous()  # (C, values)
+            if name not in edges:
+                edges[name] = _quantiles(flat, BINS)
+            values = flat.double()
+            moments = torch.stack([torch.full_like(values[:, 0], flat.shape[1]), values.sum(1), values.square().sum(1)])
+            running.merge(sums, name, torch.cat([moments.T, _values_up_to(edges[name], flat)], 1))
+
+        return sums, running.run(model, batches, f"synthetic gap, {text}", layer_names(model), visit)
+
+    real, images_real = collect(real_batches, "real")  # first: it fixes the edges
+    synthetic, images_synthetic = collect(synthetic_batches, "synthetic")
+    frames = []
+    for name, values in real.items():
+        other, own = ((v[:, 1:] / v[:, :1]).T for v in (synthetic[name], values))  # per value, (2 + BINS, C)
+        gap = {"mean_synthetic": other[0], "mean_real": own[0]}
+        gap |= {f"variance_{k}": (v[1] - v[0].square()).clamp_min(0) for k, v in (("synthetic", other), ("real", own))}
+        gap["ks_distance"] = (other - own)[2:].abs().amax(0)
+        frames.append(pd.DataFrame({"layer": name, "channel": range(len(values))} | gap))
+    return pd.concat(frames, ignore_index=True).assign(images_synthetic=images_synthetic, images_real=images_real)
+
+
+def _quantiles(flat: Tensor, count: int) -> Tensor:
+    """Return ``count`` quantiles of every row, (C, values) -> (C, count); torch.quantile refuses large inputs."""
+    index = torch.linspace(0, flat.shape[1] - 1, count, dtype=torch.float64).round().long().to(flat.device)
+    return flat.sort(1).values[:, index].contiguous()
+
+
+def _values_up_to(edges: Tensor, flat: Tensor) -> Tensor:
+    """Count the values of every row up to each edge: (C, BINS) and (C, values) -> (C, BINS)."""
+    index = torch.searchsorted(edges, flat)  # bin b holds the values in (edge[b-1], edge[b]]
+    counts = torch.zeros(len(flat), BINS + 1, dtype=torch.float64, device=flat.device)
+    counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
+    return counts.cumsum(1)[:, :-1]
+
+
+def generated_batches(generator: nn.Module, seed: int, count: int = 1024, batch_size: int = 64) -> Iterator[Tensor]:
+    """Yield images as a run sees them, BatchNorm with the batch's statistics; generator and random state stay."""
+    own, device = copy.deepcopy(generator).train(), str(next(generator.parameters()).device)
+    for start in range(0, count, batch_size):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed((1_000_003 * seed + start) % 2**63)  # every batch has its own numbers
+            images, _ = synthesize(own, min(batch_size, count - start), device=device)
+        yield images
+
+
+@torch.no_grad()
+def measure_generated_images(
+    generator: nn.Module, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
+) -> pd.DataFrame:
+    """Draw images for every label, and measure what the teacher thinks of them.
+
+    The generator draws one balanced batch in its own mode, so that in training mode its BatchNorm layers use the
+    statistics of that batch, as during the run; its state is not changed, and the global random state neither.
+
+    ``spec`` says how many classes the teacher has, and the normalization, to show pixels in their natural range.
+
+    Returns:
+        One row per image: label (asked for), sample, predicted, confidence (the teacher's probability of the label),
+        size (side in pixels), pixels (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
+    """
+    device = next(teacher.parameters()).device
+    labels = torch.arange(spec.classes).repeat_interleave(per_class)
+    noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
+    with eval_mode(teacher):
+        images = copy.deepcopy(generator)(noise.to(device), labels.to(device))  # running statistics of a copy move
+        probability = teacher(images).softmax(1).cpu()
+    if probability.shape[1] != spec.classes:
+        raise UserError(f"the teacher knows {probability.shape[1]} classes, but spec has {spec.classes}")
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
+    pixels = ((images.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    columns = {"label": labels, "sample": list(range(per_class)) * spec.classes, "predicted": probability.argmax(1)}
+    columns |= {"confidence": probability.gather(1, labels[:, None])[:, 0].tolist(), "size": pixels.shape[1]}
+    return pd.DataFrame(columns | {"pixels": [image.contiguous().numpy().tobytes().hex() for image in pixels]})
+
+
+def decode_pixels(pixels: str, size: int) -> np.ndarray:
+    """Return the image of a row of ``measure_generated_images``: uint8 (size, size, 3)."""
+    return np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(size, size, 3)

@@ -1,0 +1,88 @@
+"""What measurements share: one walk over batches, running sums, decibels.
+
+They work on any network of Conv2d and Linear layers, and stream: one batch is in memory at a time, and between batches
+only sums of fixed size are kept. The *activation of a layer* is the tensor that enters it, which is what a quantizer in
+front of it sees. Its channels are dimension 1 of (N, C, H, W), and the features of (N, F) or (N, T, F).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from granq.errors import UserError, one_of
+from granq.graph import layer_names
+from granq.hooks import Batch, eval_mode, images_of, watch
+
+ACTIVATION_GRANULARITIES = ("per_tensor", "per_channel", "per_sample", "per_sample_channel")
+BINS = 64
+DEAD = 1e-7  # a constant channel has the smallest step there is, 1e-8 / (2^k - 1)
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    text: str,
+    names: Iterable[str] = (),
+    visit: Callable[[str, Tensor, Any], None] = lambda name, x, output: None,
+    after: Callable[[Batch, Any], None] = lambda batch, output: None,
+) -> int:
+    """Forward every batch in eval mode, without gradients, on the model's device, and return the number of images.
+
+    Every call of a module in ``names`` is a ``visit(name, input, output)`` (``granq.hooks.watch``), and every batch an
+    ``after(batch, output)``. The progress bar says ``text`` if this takes more than two seconds.
+    """
+    device, count = next(model.parameters()).device, 0
+    with eval_mode(model), watch(model, names, visit):
+        for batch in tqdm(batches, desc=text, unit="batch", delay=2, leave=False):
+            images = images_of(batch).to(device)
+            if images.dim() != 4:  # such as one image, of a tensor in place of a list of batches
+                raise UserError(f"batches must hold images (N, 3, H, W), got {tuple(images.shape)}")
+            after(batch, model(images))
+            count += len(images)
+    if not count:
+        raise UserError("there is no image to measure: batches is empty")
+    return count
+
+
+def checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Return ``layers``, each once. Raises UserError for one that is no Conv2d or Linear of ``model``."""
+    known, names = layer_names(model), list(dict.fromkeys(layers))
+    for name in names:
+        one_of("layer", name, known)
+    return names
+
+
+def merge(kept: dict[Any, Tensor], key: Any, new: Tensor, how: Callable[..., Tensor] = torch.add) -> None:
+    """Add ``new`` to what is kept under ``key``, on the CPU; ``how`` may also be a minimum or maximum."""
+    kept[key] = how(kept[key], new.cpu()) if key in kept else new.cpu()
+
+
+def where_float64_is(x: Tensor) -> Tensor:
+    """Return ``x``, on the CPU if its device, Apple's MPS, has no float64."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
+def by_channel(x: Tensor) -> Tensor:
+    """Return (N, C, H, W) and (N, F) as they are, (..., F) as rows (N, F), where they can be summed in float64."""
+    return where_float64_is(x if x.dim() in (2, 4) else x.flatten(0, -2))
+
+
+def decibel(signal: float, noise: float) -> float:
+    """Return the ratio of two energies in decibels; without noise it is infinity, and of two zeros NaN."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(10 * np.log10(np.divide(signal, noise)))
+
+
+def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the signal to quantization noise ratio in decibels over ``dims``, in float64; infinity where exact."""
+    if reference.shape != value.shape:  # else they would be broadcast
+        raise UserError(f"reference and value must have one shape, got {reference.shape} and {value.shape}")
+    signal, noise = (where_float64_is(x).double().square().sum(dims) for x in (reference, reference - value))
+    return 10 * torch.log10(signal / noise)

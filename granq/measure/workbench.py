@@ -1,0 +1,188 @@
+"""What a lesson or a figure starts from: a teacher, images and one zero-shot run, each made once, at first use."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from granq import models
+from granq.config import QATConfig
+from granq.data import DataSpec, batches, class_names, describe_data, load_split, split_folder
+from granq.devices import commit, resolve_device, versions
+from granq.errors import UserError, one_of
+from granq.graph import layer_names
+from granq.measure.images import generated_batches, measure_generated_images
+from granq.measure.methods import dataset_name, method_name, published_results
+from granq.qat import Game
+from granq.runs import RunFolder, load_generator, train
+from granq.schemes import SCHEMES
+
+RESULTS = "results_cifar10.csv"
+
+
+class Budget(NamedTuple):
+    """How much is measured. The bits are those at which the data show an effect."""
+
+    data: str
+    images: int  #: real, and as many synthetic
+    bits: int  #: of the figures at one width; digits lose nothing at 3
+    accuracy: tuple[Sequence[int], int]  #: bits and seeds
+    factorial: Sequence[int]  #: bits
+    shapes: int  #: of activations to time
+    snapshots: Sequence[int]  #: epochs after which the generator draws
+    run: dict[str, Any]  #: settings of a zero-shot run
+
+
+BUDGETS = {
+    "quick": Budget("digits", 256, 2, ((2, 3), 2), (2, 3), 3, snapshots=(1, 2, 3), run=dict(
+        epochs=3, iterations=20, warmup_epochs=1, batch_size=32, student_lr=1e-3)),
+    "full": Budget("cifar10", 1024, 3, ((3, 4, 5), 3), (2, 3, 4, 5, 8), 7, snapshots=(1, 2, 4, 6), run=dict(
+        epochs=6, iterations=100, warmup_epochs=4, batch_size=64)),
+}  # fmt: skip
+
+
+class Workbench:
+    """What measurements share.
+
+    Args:
+        budget: ``"quick"`` (digits; the teacher is trained here unless given) or ``"full"`` (cifar10).
+        data, network, teacher: dataset and network by name, and a checkpoint file.
+        runs: folders of finished ``granq quantize`` runs with this teacher: the first gives the generator, all give
+            training curves. Without them a short run is made here.
+        out: folder of the figures, where ``full`` finds the results of long runs.
+        seed: of everything that draws.
+
+    Raises:
+        UserError: unknown budget or dataset, missing files, or runs of another network.
+    """
+
+    def __init__(
+        self, budget: str = "quick", *, data: str | None = None, network: str = "resnet20_cifar10",
+        teacher: str | Path | None = None, runs: Sequence[str | Path] = (), out: str | Path = "figures",
+        device: str = "auto", seed: int = 0,
+    ) -> None:  # fmt: skip
+        one_of("budget", budget, BUDGETS)
+        self.name, self.budget, self.network, self.seed = budget, BUDGETS[budget], network, seed
+        self.data, self.out, self.device = data or self.budget.data, Path(out), resolve_device(device)
+        self._described = describe_data(self.data, network)
+        self._teacher, self._runs = Path(teacher) if teacher else None, [RunFolder(run) for run in runs]
+        for file in [run.history for run in self._runs] + ([self._teacher] if self._teacher else []):
+            if not file.is_file():
+                raise UserError(f"{file} does not exist")
+        for run in self._runs:
+            if (other := run.read_config().get("network")) != network:
+                raise UserError(f"{run.path} is a run of {other}, not of {network}")
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, DataSpec, float]:
+        spec = self._described
+        if self.name == "quick" and not self._teacher:
+            how: dict[str, Any] = dict(epochs=12, batch_size=64, seed=self.seed, device=self.device)
+            model, top1 = models.train_teacher(self.network, spec, **how)
+            return model, spec, top1
+        model, spec = models.load_teacher(self.network, spec, self._teacher, self.device)
+        return model, spec, models.top1_on(model, load_split(spec, "test"), spec, self.device)
+
+    teacher = property(lambda self: self._loaded[0], doc="The full-precision network in eval mode.")
+    spec = property(lambda self: self._loaded[1], doc="The data, with the normalization that belongs to the teacher.")
+    top1 = property(lambda self: self._loaded[2], doc="The teacher's accuracy on the test split in percent.")
+
+    @cached_property
+    def test(self) -> Any:
+        """The test split."""
+        return load_split(self.spec, "test")
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the labels, where the data have them, else their numbers."""
+        if self.spec.name.startswith("folder:"):  # small images are kept without their class names
+            return class_names(split_folder(self.spec.root, "test"))
+        return [str(name) for name in getattr(self.test, "classes", range(self.spec.classes))]
+
+    @property
+    def images(self) -> int:
+        """How many images ``real`` and ``synthetic`` give: at most half of the test split."""
+        return min(self.budget.images, len(self.test) // 2)
+
+    def sample(self, start: int, count: int, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return batches of ``count`` test images and labels, from place ``start`` of an order drawn from the seed."""
+        order = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return batches(Subset(self.test, order[start : start + count]), self.spec, batch_size)
+
+    def real(self, part: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
+        """Return batches of real test images; ``part`` 0 and 1 are disjoint samples of equal size."""
+        return (images for images, _ in self.sample(part * self.images, self.images, batch_size))
+
+    def synthetic(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """Return batches of as many generated images, drawn as during the run: BatchNorm with batch statistics."""
+        return generated_batches(self.zero_shot[0], self.seed, self.images, batch_size)
+
+    def config(self, **changes: Any) -> QATConfig:
+        """Return the settings of a zero-shot run in this budget, with changes."""
+        bits = dict(weight_bits=self.budget.bits, act_bits=self.budget.bits)
+        facts = dict(image_size=self.spec.image_size, seed=self.seed, device=self.device)
+        return QATConfig(**(self.budget.run | bits | facts | changes))
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Return top-1 on the test split in percent."""
+        return models.top1_on(model, self.test, self.spec, self.device)
+
+    @cached_property
+    def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
+        """Generator, history and generated images over training, of the given runs or of a short one made here."""
+        draw, frames = partial(measure_generated_images, teacher=self.teacher, spec=self.spec, seed=self.seed), []
+        if self._runs:
+            histories = [_history(pd.read_csv(run.history), run.read_config()["config"]) for run in self._runs]
+            generator = load_generator(self._runs[0].path, self.device).train()
+            drawn = draw(generator, per_class=3).assign(epoch=histories[0].epoch.max())
+            return generator, pd.concat(histories, ignore_index=True), drawn
+
+        def snapshot(game: Game) -> None:
+            if game.epoch in self.budget.snapshots:
+                frames.append(draw(game.generator).assign(epoch=game.epoch))
+
+        with torch.enable_grad():  # this may be the first use, in the middle of a measurement
+            result = train(self.teacher, self.config(), evaluate=self.evaluate, after_epoch=snapshot)
+        return result.generator, _history(result.history, result.config), pd.concat(frames, ignore_index=True)
+
+    @cached_property
+    def accuracy(self) -> pd.DataFrame:
+        """Rows of ``granq quantize`` for every scheme, width and seed; ``full`` reads them, and published results."""
+        if self.name == "full":
+            measured = pd.read_csv(self.out / RESULTS)
+            measured["scheme"] = [method_name(row) for row in measured.to_dict("records")]
+            table = pd.concat([measured, published_results(measured.bits)], ignore_index=True)
+            return table.assign(teacher_test_top1=measured.teacher_top1.mean(), commit="")  # of many commits
+        rows, (widths, seeds) = [], self.budget.accuracy
+        for bits, scheme, seed in itertools.product(widths, SCHEMES, range(self.seed, self.seed + seeds)):
+            config = self.config(scheme=scheme, weight_bits=bits, act_bits=bits, seed=seed)
+            result = train(self.teacher, config, evaluate=self.evaluate)
+            row = result.row(dataset_name(self.data), self.network, self.top1, len(self.test))
+            rows.append(self.facts() | row)
+        return pd.DataFrame(rows)
+
+    def layers(self, count: int) -> list[str]:
+        """Return ``count`` convolutions spread evenly over the depth, neither the first nor the last layer."""
+        names = layer_names(self.teacher)
+        inner = [n for n in names[1:-1] if isinstance(self.teacher.get_submodule(n), nn.Conv2d)] or names
+        return [inner[(i + 1) * len(inner) // (count + 1)] for i in range(count)]
+
+    def facts(self, teacher: bool = True) -> dict[str, Any]:
+        """Return the provenance that every row of a CSV carries."""
+        facts: dict[str, Any] = {"budget": self.name, "seed": self.seed, "commit": commit()}
+        if teacher:
+            facts |= dict(dataset=dataset_name(self.data), network=self.network, teacher_test_top1=self.top1)
+        return facts | {key: value for key, value in versions(self.device).items() if key in ("torch", "device")}
+
+
+def _history(rows: pd.DataFrame, config: QATConfig) -> pd.DataFrame:
+    bits = f"W{config.weight_bits}A{config.act_bits}"
+    return rows.assign(scheme=str(config.scheme), bits=bits, seed=config.seed, recipe=config.recipe)

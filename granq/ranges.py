@@ -1,0 +1,67 @@
+"""Other ways to a range than minimum and maximum: quantiles, and steps that are learned (LSQ)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from granq.quantizer import QParams, float_codes
+
+
+def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor, Tensor]:
+    """Return ends of every group's range, beyond which lie the fewest values: ``1 - quantile`` of each sign.
+
+    Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range.
+
+    Args:
+        x: (N, C, H, W) or (N, F).
+        granularity: ``per_tensor`` or ``per_channel``.
+        quantile: above 0.5 to 1.
+    """
+    rows = x.transpose(0, 1).flatten(1) if granularity == "per_channel" else x.reshape(1, -1)
+    rows, shape = rows.sort(1).values, (1, -1, *(1,) * (x.dim() - 2))
+    above, below = ((1 - quantile) * side.sum(1, True) for side in (rows > 0, rows < 0))
+    low = rows.gather(1, below.long()).view(shape)
+    return low, rows.gather(1, rows.shape[1] - 1 - above.long()).view(shape)
+
+
+class LearnedSteps(nn.Module):
+    """Quantization parameters whose steps are learned, as logarithms: a gradient step then changes them by a share.
+
+    Zero points stay, so the range grows and shrinks around zero.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, scale_inv: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.log_step = nn.Parameter(-scale_inv.detach().log())
+        self.register_buffer("zero_point", zero_point.clone())
+
+    def forward(self) -> QParams:
+        return QParams(torch.exp(-self.log_step), self.zero_point)
+
+
+def fake_quantize_learned(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+    """Quantize and dequantize ``x``, clamped, with a gradient for the scale as well.
+
+    The gradient is one inside the range and zero where ``x`` was clamped; that of the step ``1 / s`` is the rounding
+    error in steps inside the range, and the code itself outside (LSQ, Esser et al., ICLR 2020, equation 3).
+    """
+    return _LearnedStep.apply(x, *qparams, bits)
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        levels = float_codes(x, scale_inv, zero_point, bits, clamp=True).add_(zero_point)
+        ctx.save_for_backward(x, levels, scale_inv)
+        return (levels / scale_inv).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, levels, scale_inv) = grad_outputs, ctx.saved_tensors
+        error = (x * scale_inv).neg_().add_(levels)  # levels - s x, in steps; beyond half a step it was clamped
+        inside = error.abs() <= 0.501
+        slope = torch.where(inside, error, levels).mul_(grad)  # d value / d step, and step = 1 / s
+        return torch.where(inside, grad, 0), slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None

@@ -1,0 +1,1 @@
+"""Pictures: a data frame goes in, a figure comes out."""

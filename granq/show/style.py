@@ -1,0 +1,112 @@
+"""How roles look in every figure, and what all plots share.
+
+A ``plot_*`` takes the frame that its docstring names, draws one panel of it into ``ax`` (by default the current Axes)
+and returns that. It touches no file, model, random number or global style. Keywords such as ``layer`` or ``bits``
+choose the panel, by default the first in the frame; quantities and metrics are keys of the ``*_LABELS`` of the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from granq.errors import UserError
+
+STYLE = Path(__file__).with_name("granq.mplstyle")
+Ax: TypeAlias = Axes | None
+
+
+class Role(NamedTuple):
+    """How a role looks in every figure. Color, marker and dash differ, so that no meaning hangs on color alone."""
+
+    label: str
+    color: str
+    marker: str
+    dash: Any = "-"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Return the look as keywords of ``Axes.plot``."""
+        return dict(color=self.color, linestyle=self.dash, marker=self.marker, markersize=3, linewidth=1)
+
+
+#: petroff6 (arXiv 2107.02270), safe for color-vision deficiencies; tests/test_figures.py computes the distances.
+GREY, BLACK = "#9c9ca1", "#222222"
+ROLES = {
+    "full precision": Role("full precision", GREY, "s", ":"),
+    "layerwise": Role("layerwise", "#5790fc", "o", "--"),
+    "per_channel": Role("per_channel", "#f89c20", "^", "-."),
+    "granq": Role("granq", "#e42536", "D", "-"),
+    "strict": Role("strict", "#964a8b", "v", (0, (4, 1, 1, 1, 1, 1))),
+    "foldable": Role("foldable", "#7a21dd", "P", (0, (1, 1))),
+    "synthetic": Role("synthetic images", BLACK, "X", "-"),
+    "real": Role("real images", GREY, "s", ":"),
+}
+_GRANULARITY_ROLES = {  # of activations: the looks of the schemes that are built on them
+    "per_tensor": ROLES["layerwise"]._replace(label="per tensor (layer-wise)"),
+    "per_channel": ROLES["per_channel"]._replace(label="per channel"),
+    "per_sample": ROLES["strict"]._replace(label="per image"),
+    "per_sample_channel": ROLES["granq"]._replace(label="per image and channel (GranQ)"),
+}
+
+
+def role(name: str) -> Role:
+    """Return the look of a scheme or image source; "strict + x" has the color of strict, an unknown name is black."""
+    base = ROLES.get(name.partition(" + ")[0], Role(name, BLACK, "X"))
+    return ROLES.get(name, base._replace(label=name, marker="X"))
+
+
+def granularity_role(name: str) -> Role:
+    """Return the look of a granularity of activations."""
+    return _GRANULARITY_ROLES.get(name, Role(name, BLACK, "X"))
+
+
+def select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """Return the rows with these values; ``None`` means the first that is left. Raises UserError if there is none."""
+    for column, value in values.items():
+        rows = data[data[column] == (data[column].iloc[0] if value is None else value)]
+        if rows.empty:
+            raise UserError(f"the data hold no row with {column} = {value!r}")
+        data = rows
+    return data
+
+
+def dodge(count: int, width: float) -> np.ndarray:
+    """Return offsets that put ``count`` things side by side around zero."""
+    return (np.arange(count) - (count - 1) / 2) * width
+
+
+def finish(ax: Axes, legend: bool, **options: Any) -> Axes:
+    """Return ``ax``, with a legend if it is wanted."""
+    if legend:
+        ax.legend(**options)
+    return ax
+
+
+def plain_log(axis: Any) -> None:
+    """Write ticks 1, 2, 5 as numbers: a range below one decade has no power of ten to name."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def short_layer(name: str) -> str:
+    """Shorten a layer's name to what tells it apart: ``features.stage2.unit1.body.conv1.conv`` -> ``s2.u1.conv1``."""
+    words = [w for w in name.split(".") if w not in ("features", "body", "layers", "model")]
+    if len(words) > 1 and words[-1] in ("conv", "0"):
+        words.pop()
+    words = ["skip" if w in ("identity_conv", "downsample") else w for w in words]
+    return ".".join(re.sub(r"^(stage|unit|layer)(\d+)$", lambda m: m[1][0] + m[2], w) for w in words)
+
+
+def layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
+    """Name the layers at x = 0, 1, 2, ..."""
+    ax.set_xticks(range(len(layers)), [short_layer(n) for n in layers], rotation=90, fontsize=6)
+    ax.set_xlim(-0.6, len(layers) - 0.4)
