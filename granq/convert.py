@@ -48,7 +48,6 @@ class WeightQuantizer(Quantizer):
     def __init__(self, bits: int, scheme: Scheme, groups: int, source: "ActQuantizer | None" = None) -> None:
         super().__init__(bits, cast(str, scheme.weights), scheme)
         self.groups = groups
-        self.source: ActQuantizer | None
         object.__setattr__(self, "source", source)  # the quantizer of the layer's input does not become our submodule
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -164,13 +163,9 @@ def quantize_model(
     Every Conv2d and Linear keeps its name and its state-dict keys, so a teacher's state dict loads into the copy. A
     layer that is never called but whose weight is read (``F.linear(x, self.head.weight)``) stays in full precision.
 
-    Args:
-        model: any network of Conv2d and Linear layers whose forward ``torch.fx`` can trace.
-        scheme: a name in ``SCHEMES`` or a ``Scheme``.
-        weight_bits: 2 to 8, as all widths.
-        act_bits: of the inputs of layers, or of what comes after a ReLU, as the scheme says.
-        image_bits: default ``act_bits``. Hardware for k bits runs the first layer on 2k as two passes, one for each
-            half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
+    ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``image_bits`` is ``act_bits`` unless
+    given: hardware for k bits runs the first layer on 2k as two passes, one for each half of the bits, and adds them
+    shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
     Raises:
         UserError: unknown scheme or width, nothing to quantize, a weight that is parametrized already, a forward that
@@ -315,10 +310,9 @@ def calibrate(
     Args:
         model: of ``quantize_model``.
         batches: images (N, 3, H, W), or pairs (images, labels).
-        quantile: above 0.5 to 1. Below 1 a range ends where this share of a batch's positive values is below it (and of
-            its negative ones above it), instead of at the extremes; what is outside is clamped.
-        full_precision: track what the network holds without quantization. Before ``reestimate_batchnorm``, which brings
-            activations back to it, these are the ranges that will be needed.
+        quantile: share of the values inside the range (``ranges.quantile_range``), above 0.5 to 1, the extremes.
+        full_precision: track what the network holds without quantization, to which ``reestimate_batchnorm`` brings
+            activations back.
     """
     places = [place for place in activation_places(model).values() if place.tracked]
     if any(place.learned for place in places):

@@ -16,12 +16,7 @@ LATENT = 100
 
 
 class Generator(nn.Module):
-    """GDFQ's CIFAR generator (Xu et al., ECCV 2020): label embedding times noise, two upsampling stages.
-
-    Args:
-        classes: number of labels.
-        image_size: side of the images in pixels, a multiple of 4.
-    """
+    """GDFQ's CIFAR generator (Xu et al., ECCV 2020): label embedding times noise, two upsampling stages."""
 
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__()
@@ -91,16 +86,9 @@ def build_generator(classes: int, image_size: int) -> Generator:
 def synthesize(
     generator: nn.Module, count: int, classes: int | None = None, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Draw images with random labels from the global random state.
+    """Draw images (count, 3, H, W) in float32 and their labels (count,), from the global random state.
 
-    Args:
-        generator: (noise (N, 100), labels (N,)) -> images (N, 3, H, W).
-        count: N.
-        classes: number of labels; default ``generator.classes``.
-        device: where the generator is.
-
-    Returns:
-        Images in float32, and their labels.
+    ``generator`` is any module (noise (N, 100), labels (N,)) -> images; unless ``classes`` is given, it says how many.
     """
     labels = torch.randint(0, classes or int(generator.classes), (count,), device=device)  # type: ignore[arg-type]
     noise = torch.randn(count, LATENT, device=device)

@@ -46,11 +46,7 @@ def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """Trace ``model``. Arguments of its forward whose default is None, a bool or a text are fixed.
-
-    Raises:
-        UserError: the forward cannot be traced.
-    """
+    """Trace ``model`` or raise UserError. Arguments of its forward with a default None, a bool or a text are fixed."""
     rest = list(signature(model.forward).parameters.items())[1:]  # the first is the image
     # fixed: otherwise ``if mask is not None`` would be true
     fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
@@ -71,11 +67,7 @@ def trace(model: nn.Module) -> fx.Graph:
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized, each once: two layers that read one tensor share its place.
 
-    Args:
-        graph: of ``trace``.
-        root: the traced model.
-        where: ``"relu"``, after every ReLU, or ``"inputs"``, in front of every layer.
-        layers: names of the layers to quantize.
+    ``where`` is "relu", after every ReLU, or "inputs", in front of each of the ``layers`` (names).
     """
     if where == "relu":
         return [node for node in graph.nodes if is_relu(root, node)]

@@ -56,10 +56,7 @@ def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tenso
 def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: Sequence[float | None]) -> Tensor:
     """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ).
 
-    Args:
-        teacher: outputs of its BatchNorms, each (N, C, H, W).
-        student: those of the student.
-        ceilings: ``relu_ceilings``; what a ReLU after a BatchNorm would cut off both is no difference.
+    Both are outputs of BatchNorms (N, C, H, W). What a ReLU after one cuts off both (``ceilings``) is no difference.
     """
     terms = []
     for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):

@@ -122,12 +122,7 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, 
     A generator matches the statistics on average; pixels are free to match them in this batch, and after a few steps of
     Adam nearly do (the distilled data of ZeroQ, Cai et al., CVPR 2020, and DeepInversion, Yin et al., CVPR 2020).
 
-    Args:
-        teacher: network with BatchNorm2d layers, in eval mode.
-        images: (N, 3, H, W), not changed.
-        labels: (N,).
-        steps: of Adam.
-        lr: in units of the images.
+    Images are (N, 3, H, W) and stay as they are, labels (N,); ``lr`` of Adam is in units of the images.
     """
     pixels = images.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], lr)
@@ -192,10 +187,7 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
     kept between 1/4 and 4. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2). A
     BatchNorm that is called several times stays as it is: it would need statistics for each call.
 
-    Args:
-        student: quantized copy of ``teacher``; its running statistics are replaced.
-        teacher: the full-precision network, in eval mode.
-        images: one batch (N, 3, H, W), such as generated ones; a few hundred.
+    ``student`` is a quantized copy of ``teacher``; ``images`` (N, 3, H, W) are a few hundred, such as generated ones.
     """
     norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}  # variance and mean, of every call
@@ -217,10 +209,8 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
 def learn_steps(model: nn.Module) -> list[nn.Parameter]:
     """Make the steps of weights and of static activation ranges parameters, from what they are now on (LSQ).
 
-    Dynamic ranges stay those of each image. Returns the logarithms of the steps: for a learning rate of their own.
-
-    Raises:
-        UserError: the scheme does not clamp its codes, so its steps bound nothing; or ranges were not calibrated yet.
+    Dynamic ranges stay those of each image. Returns the logarithms of the steps. Raises UserError if the scheme does
+    not clamp its codes, so that its steps bound nothing, or if ranges were not calibrated yet.
     """
     weights = {q.weight: q.weight.qparams(q.original) for q in layer_quantizers(model).values() if q.weight}
     places = {place: place.qparams() for place in activation_places(model).values() if place.tracked}

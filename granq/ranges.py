@@ -11,12 +11,8 @@ from granq.quantizer import QParams, float_codes
 def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor, Tensor]:
     """Return ends of every group's range, beyond which lie the fewest values: ``1 - quantile`` of each sign.
 
-    Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range.
-
-    Args:
-        x: (N, C, H, W) or (N, F).
-        granularity: ``per_tensor`` or ``per_channel``.
-        quantile: above 0.5 to 1.
+    Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range. ``x`` is
+    (N, C, H, W) or (N, F), the granularity ``per_tensor`` or ``per_channel``, the quantile above 0.5.
     """
     rows = x.transpose(0, 1).flatten(1) if granularity == "per_channel" else x.reshape(1, -1)
     rows, shape = rows.sort(1).values, (1, -1, *(1,) * (x.dim() - 2))

@@ -260,10 +260,12 @@ def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
 
 
 def load_generator(run: str | Path, device: str = "cpu") -> Generator:
-    """Load the generator of a run folder. Raises UserError if it holds no finished epoch."""
+    """Load the generator of a run folder. Raises UserError if it holds no finished epoch, or one of your own."""
     state, facts = _read_run(run)
-    classes = next(len(v) for k, v in state["generator"].items() if "embedding" in k or k == "norm0.weight.weight")
-    generator = build_generator(classes, facts["config"].image_size).to(device)
+    sizes = [len(v) for k, v in state["generator"].items() if k in ("embedding.weight", "norm0.weight.weight")]
+    if not sizes:
+        raise UserError(f"{run} has a generator of its own kind: load checkpoint.pt, state 'generator', into yours")
+    generator = build_generator(sizes[0], facts["config"].image_size).to(device)
     generator.load_state_dict(state["generator"])
     return generator
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial, wraps
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, cast
 
 import tyro
 from pydantic import ValidationError, validate_call
@@ -22,17 +22,17 @@ DESCRIPTION = "Zero-shot quantization, measured in the open. Every command takes
 def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     """Return the command that ``argv`` asks for, ready to be called. Shows help and exits where that is asked for."""
     argv = [part for part in argv if part != "--json"]  # which main sees to
-    quantize = jobs.options(argv[1:] if argv[:1] == ["quantize"] else [])
-    quantize.__doc__ = "Quantize a teacher without its training data."
-    constructors = {"quantize": quantize} | {name: _later(command) for name, command in commands.COMMANDS.items()}
-    known = tuple(Annotated[Any, tyro.conf.subcommand(k, constructor=v)] for k, v in constructors.items())
-    union = Union[known]  # noqa: UP007 (made at run time)
-    say = partial(tyro.cli, union, prog="granq", description=DESCRIPTION, args=argv, config=jobs.MARKERS)
-    if argv[:1] == ["sweep"]:  # what it does not know is for granq quantize
-        call, rest = say(return_unknown_args=True)
-        return partial(call, options=tuple(rest))
-    chosen = say()
-    return jobs.checked(chosen).run if isinstance(chosen, quantize) else chosen
+    if argv[:1] == ["quantize"]:
+        return jobs.from_arguments(argv[1:]).run
+    known = [
+        Annotated[Any, tyro.conf.subcommand(name, constructor=_later(command))]
+        for name, command in {"quantize": jobs.Job.run, **commands.COMMANDS}.items()
+    ]
+    say = partial(tyro.cli, cast(Any, Union)[tuple(known)], prog="granq", description=DESCRIPTION, args=argv)
+    if argv[:1] != ["sweep"]:
+        return say(config=jobs.MARKERS)
+    call, rest = say(config=jobs.MARKERS, return_unknown_args=True)  # what it does not know is for granq quantize
+    return partial(call, options=tuple(rest))
 
 
 def _later(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,13 +47,14 @@ def _later(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def sentence(error: UserError | ValidationError) -> str:
     """Return what was wrong, in one line: of pydantic's list the first, without type and address."""
-    if isinstance(error, UserError):
-        return " ".join(str(error).split())
-    first = error.errors()[0]
-    names = [str(part) for part in first["loc"] if str(part).isidentifier()]
-    if first["type"] == "value_error" or not names:
-        return " ".join(first["msg"].removeprefix("Value error, ").split())
-    return f"{first['msg'].replace('Input', names[-1], 1)}, got {first['input']!r}"
+    text = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        names = [str(part) for part in first["loc"] if str(part).isidentifier()]
+        text = first["msg"].removeprefix("Value error, ")
+        if first["type"] != "value_error" and names:
+            text = f"{text.replace('Input', names[-1], 1)}, got {first['input']!r}"
+    return " ".join(text.split())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

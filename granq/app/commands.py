@@ -50,7 +50,8 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     granq.save_figure("activation_distortion", distortion, granq.plot_activation_distortion, out)
     granq.save_figure("synthetic_images", images, granq.plot_synthetic_images, out, (6.8, 1.2))
     print(f"{table}\nNext: open {out}/accuracy.png, then {out}/activation_distortion.png.")
-    return {"out": str(out), "teacher_top1": one.teacher_top1} | results.groupby("scheme").last_top1.mean().to_dict()
+    means = {str(scheme): float(top1) for scheme, top1 in results.groupby("scheme").last_top1.mean().items()}
+    return {"out": str(out), "teacher_top1": one.teacher_top1} | means
 
 
 def teacher(
@@ -93,55 +94,49 @@ def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> R
     from granq import devices
 
     device = devices.resolve_device(device)
-    saved, spec = _run_on(run, data, device)
-    test, c = granq.load_split(spec, "test"), saved.config
-    return {
-        "run": str(run), "data": data, "network": saved.facts["network"], "scheme": str(c.scheme),
-        "bits": f"W{c.weight_bits}A{c.act_bits}", "epoch": saved.epoch, "images": len(test),
-        "top1": granq.top1_on(saved.student, test, spec, device), "teacher_top1": saved.facts["teacher_top1"],
-    } | devices.versions(device)  # fmt: skip
+    saved, spec, test, facts = _run_on(run, data, device)
+    return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | devices.versions(device)
 
 
-def _run_on(run: Path, data: str, device: str = "cpu") -> tuple[granq.SavedRun, granq.DataSpec]:
-    """Return a run, and its images' description with ``data`` in place of the data that measured it."""
+def _run_on(run: Path, data: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
+    """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
     saved = granq.load_run(run, device)
-    spec = granq.describe_data(data, saved.facts["network"])
+    spec, c = granq.describe_data(data, saved.facts["network"]), saved.config
     if spec.classes != saved.spec.classes:
         raise UserError(f"{data} has {spec.classes} classes, but the run's network has {saved.spec.classes}")
-    return saved, saved.spec.model_copy(update={"name": spec.name, "root": spec.root})
+    spec = saved.spec.model_copy(update={"name": spec.name, "root": spec.root})
+    test = granq.load_split(spec, "test")
+    facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
+    facts |= {"run": str(run), "data": data, "bits": f"W{c.weight_bits}A{c.act_bits}"}
+    return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
 
 
 def audit(
     *, network: Network, scheme: str = "granq", bits: str = "3,3", teacher: Path | None = None,
-    classes: Count | None = None, image_size: Count | None = None, fail_under: float | None = None,
-    out: Path | None = None,
+    data: str | None = None, image_size: int | None = None, fail_under: float | None = None, out: Path | None = None,
 ) -> Result:  # fmt: skip
-    """Say, layer by layer, what a scheme really quantizes in a network; it needs no weights.
+    """Say, layer by layer, what a scheme really quantizes in a network; it needs no weights and no images.
 
     Args:
         teacher: checkpoint; without it weights are random
-        classes: by default what the network's name says (cifar10: 10), or 1000
-        image_size: by default 32 for CIFAR networks, or 224
+        data: for its classes and its size; by default cifar10, cifar100 or imagenet, as the network's name says
         fail_under: exit code 1 if fewer percent of the weights are quantized
         out: write the table as CSV
     """
     import torch
 
-    from granq import data, files
+    from granq import files
 
-    widths, size = parse_bits(bits), image_size or (32 if "cifar" in network else 224)
-    classes = classes or (100 if "cifar100" in network else 10 if "cifar" in network else 1000)
+    likely = "cifar100" if "cifar100" in network else "cifar10" if "cifar" in network else "imagenet"
+    widths, spec = parse_bits(bits), granq.describe_data(data or likely, network, image_size)
     torch.manual_seed(0)
-    if teacher:
-        mean, std = data.IMAGENET_STATS
-        spec = granq.DataSpec(name="", classes=classes, image_size=size, mean=mean, std=std)
-        model, _ = granq.load_teacher(network, spec, teacher)
-    else:
-        model = granq.build_network(network, classes)
+    model = granq.load_teacher(network, spec, teacher)[0] if teacher else granq.build_network(network, spec.classes)
     torch.manual_seed(0)
-    frame = granq.audit(granq.quantize_model(model, scheme, **widths), torch.randn(2, 3, size, size))
+    images = torch.randn(2, 3, spec.image_size, spec.image_size)
+    frame = granq.audit(granq.quantize_model(model, scheme, **widths), images)
     result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
-    result |= {"image_size": size, "weights": str(teacher or "random, seed 0"), **granq.summarize_audit(frame)}
+    result |= {"weights": str(teacher or "random, seed 0"), "image_size": spec.image_size}
+    result |= granq.summarize_audit(frame)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_csv(out, frame)
@@ -199,21 +194,20 @@ def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
     from granq import devices, files, runs
 
     runs.RunFolder(out).check_free(resumable=False)
-    saved, spec = _run_on(run, data)
-    twin, test = granq.integer_model(saved.student), granq.load_split(spec, "test")
-    images, _ = next(granq.batches(test, spec))
+    saved, spec, test, facts = _run_on(run, data, "cpu")
+    twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
     out.mkdir(parents=True, exist_ok=True)
     granq.export_onnx(twin, images[:2], out / "network.onnx")
     agreement = granq.measure_integer_agreement(saved.student, images)
     files.write_csv(out / "agreement.csv", agreement)
-    result = {
-        "run": str(run), "data": data, "network": saved.facts["network"], "epoch": saved.epoch, "images": len(test),
-        "teacher_top1": saved.facts["teacher_top1"], "top1_fake_quantized": granq.top1_on(saved.student, test, spec),
-        "top1_integer": granq.top1_on(twin, test, spec), "outputs_beyond_bound": int(agreement.beyond_bound.sum()),
+    facts |= {
+        "top1_fake_quantized": granq.top1_on(saved.student, test, spec),
+        "top1_integer": granq.top1_on(twin, test, spec),
+        "outputs_beyond_bound": int(agreement.beyond_bound.sum()),
         "torch": devices.versions()["torch"],
-    }  # fmt: skip
-    granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | result)
-    return result | {"out": str(out)}
+    }
+    granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | facts)
+    return facts | {"out": str(out)}
 
 
 def figures(
@@ -283,7 +277,8 @@ def sweep(
     print(table.to_string(index=False, na_rep=""))
     left = 0 if status else int((table.state != "done").sum())
     failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left else {}
-    return {"out": str(out), "runs": len(table), **table.state.value_counts().to_dict()} | failed
+    counts = {str(state): int(count) for state, count in table.state.value_counts().items()}
+    return {"out": str(out), "runs": len(table)} | counts | failed
 
 
 def _records(frame: Any) -> list[Result]:

@@ -45,7 +45,11 @@ class Job(QATConfig, Files):
     """Everything that ``granq quantize`` needs."""
 
     def run(self) -> dict[str, Any]:
-        """Train the student. Returns its row of a results table, which ``result.json`` keeps."""
+        """Quantize a teacher without its training data.
+
+        Returns:
+            The run's row of a results table, which ``result.json`` keeps too.
+        """
         from granq import devices, files, runs
 
         runs.RunFolder(self.out).check_free(self.resume)
@@ -75,7 +79,9 @@ class Job(QATConfig, Files):
         if self.from_row:
             before = float(read_row(*self.from_row)["last_top1"])
             row |= {"row_last_top1": before, "difference": row["last_top1"] - before}
-        files.save_atomically(self.out / "result.json", lambda path: path.write_text(json.dumps(row, indent=2, default=str)))
+        files.save_atomically(
+            self.out / "result.json", lambda path: path.write_text(json.dumps(row, indent=2, default=str))
+        )
         return row
 
 
@@ -87,8 +93,10 @@ def parse_bits(text: str) -> dict[str, int]:
 
 
 def from_arguments(argv: Sequence[str]) -> Job:
-    """Return the run that ``argv``, options of ``granq quantize``, describes."""
-    return checked(tyro.cli(options(argv), args=argv, config=MARKERS, prog="granq quantize"))
+    """Return the run that ``argv``, options of ``granq quantize``, describes. Raises ValidationError or UserError."""
+    groups = vars(tyro.cli(options(argv), args=argv, config=MARKERS, prog="granq quantize")).values()
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    return Job(**parse_bits(values.pop("bits")), **values)
 
 
 def options(argv: Sequence[str]) -> type:
@@ -109,13 +117,7 @@ def options(argv: Sequence[str]) -> type:
         ]
         group = make_dataclass(model.__name__, fields, kw_only=True, namespace={"__doc__": model.__doc__})
         groups.append((model.__name__.lower(), group))
-    return make_dataclass("Quantize", groups)
-
-
-def checked(chosen: Any) -> Job:
-    """Return the run in a dataclass of ``options``. Raises ValidationError or UserError if there can be none."""
-    values = {name: value for group in vars(chosen).values() for name, value in vars(group).items()}
-    return Job(**parse_bits(values.pop("bits")), **values)
+    return make_dataclass("Quantize", groups, namespace={"__doc__": "Quantize a teacher without its training data."})
 
 
 def defaults(argv: Sequence[str]) -> dict[str, Any]:
@@ -161,10 +163,17 @@ def read_row(table: str | Path, number: str | int) -> dict[str, str]:
 
 def _settings(row: dict[str, str]) -> dict[str, Any]:
     """Return what a row says of its run."""
-    numbers = dict(zip(("weight_bits", "act_bits"), re.findall(r"\d+", row["bits"]), strict=True))
-    plain = {name: row[name] for name in QATConfig.model_fields.keys() - {"device", "milestones"} if name in row}
-    config = QATConfig.model_validate_strings(plain | numbers, strict=False)
-    start = dict(config.change(milestones=tuple(map(int, re.findall(r"\d+", row.get("milestones", ""))))))
+
+    def value(text: str) -> Any:
+        try:
+            read = json.loads(text.lower())  # spreadsheets write TRUE, and 4.0 where a column lacks some values
+        except ValueError:
+            return text
+        return int(read) if isinstance(read, float) and read.is_integer() else read
+
+    settings = {name: value(row[name]) for name in QATConfig.model_fields.keys() - {"device"} if name in row}
+    settings |= dict(zip(("weight_bits", "act_bits"), map(int, re.findall(r"\d+", row["bits"])), strict=True))
+    start = dict(QATConfig.model_validate(settings, strict=False))
     start |= {name: Path(row[name]) for name in ("teacher", "generator") if name in row}
     start |= {name: row[name] for name in ("network", "preset") if name in row}
     return start | {"data": row.get("data", row["dataset"])}

@@ -1,7 +1,5 @@
 """Activations in front of a layer, before and after quantization: histograms, and the error by value."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any

@@ -1,7 +1,5 @@
 """What a quantized model really quantizes: one row per layer, measured on its weights and on one forward."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Sequence
@@ -59,11 +57,12 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     seen: dict[nn.Module, Any] = {}  # of a layer MACs of all images, of a quantizer scales for each value
 
     def visit(name: str, x: Tensor, output: Tensor) -> None:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         if isinstance(module, ActQuantizer):
             seen[module] = min_max(module.groups(x), module.granularity)[0].numel() / x.numel()
-        else:
-            seen[module] = seen.get(module, 0) + _macs(module, x, output)
+        else:  # every output is a sum over the kernel of its group
+            sums = x if getattr(module, "transposed", False) else output
+            seen[module] = seen.get(module, 0) + sums.numel() * module.weight[0].numel()
 
     unset = any(place.tracked and not place.seen for place in convert.activation_places(model).values())
     before = {name: value.clone() for name, value in model.state_dict().items()} if unset else {}
@@ -158,11 +157,6 @@ def _status(layer: Any, reached: bool) -> str:
     return "" if groups == 1 else "depthwise" if groups == layer.in_channels else "grouped"
 
 
-def _macs(layer: Any, x: Tensor, output: Tensor) -> int:
-    """Count the multiply-accumulates of one call: every output is a sum over the kernel of its group."""
-    return (x if getattr(layer, "transposed", False) else output).numel() * layer.weight[0].numel()
-
-
 def _sources(model: nn.Module) -> dict[nn.Module, Place]:
     """Return the place whose grid every layer reads; those that read off the grid in one of their calls are absent."""
 
@@ -187,8 +181,7 @@ def _sources(model: nn.Module) -> dict[nn.Module, Place]:
 
 def _widest(places: Sequence[Place | None]) -> Place | None:
     """Return the place with most bits; none if one of them is off the grid."""
-    known = [place for place in places if place]
-    return max(known, key=lambda place: place[1].bits) if known and len(known) == len(places) else None
+    return max(places, key=lambda place: place[1].bits if place else math.inf)
 
 
 def _other_weights(model: nn.Module) -> list[dict[str, Any]]:

@@ -4,8 +4,6 @@ Every weight granularity meets every activation granularity, with static and wit
 one cell is one accuracy. Codes are clamped and every layer's input is quantized, so that nothing else differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -45,9 +43,8 @@ class Cell(NamedTuple):
     @property
     def scheme(self) -> Scheme:
         """The scheme that quantizes what the cell says and nothing else."""
-        chosen = {"weights": self.weights, "activations": self.activations}
-        fields: dict[str, Any] = {name: None if g == "full" else g for name, g in chosen.items()}
-        return Scheme(**fields, tracked=self.ranges == "static")
+        weights, activations = (None if g == "full" else g for g in (self.weights, self.activations))
+        return Scheme.model_validate(dict(weights=weights, activations=activations, tracked=self.ranges == "static"))
 
 
 def factorial_cells(bits: Sequence[int] = (2, 3, 4, 5, 8), epochs: int = 0, seeds: int = 1) -> list[Cell]:

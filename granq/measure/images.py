@@ -1,7 +1,5 @@
 """Generated images: how far their activations are from those of real images, and what the teacher thinks of them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator
 

@@ -1,7 +1,5 @@
 """The error of every layer's output under quantization: of the layer alone, and with everything before it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import chain, cycle, islice, product
 from typing import Any

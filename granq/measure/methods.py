@@ -1,7 +1,5 @@
 """Which run is which method, and what others have published."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

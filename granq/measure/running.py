@@ -5,8 +5,6 @@ only sums of fixed size are kept. The *activation of a layer* is the tensor that
 front of it sees. Its channels are dimension 1 of (N, C, H, W), and the features of (N, F) or (N, T, F).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The quantization steps in front of a network's layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Activations, full precision against quantized: of a whole layer, and of one channel of one image."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

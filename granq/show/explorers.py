@@ -1,11 +1,10 @@
 """Explorers for notebooks: each takes a frame and returns a widget whose controls choose what of it is drawn.
 
-No control runs a network. All are core ipywidgets, so Tab, the arrow keys and the mouse reach them.
+No control runs a network; only the monitor draws images when an epoch arrives. All controls are core ipywidgets, so
+Tab, the arrow keys and the mouse reach them.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,10 @@ from granq.show.scales import live
 from granq.show.style import STYLE, granularity_role, plain_log, role, select, short_layer
 from granq.show.training import TRAINING_LABELS, plot_synthetic_images, plot_training_curves
 
-_LABELS = {name: granularity_role(name).label for name in ACTIVATION_GRANULARITIES}
+_LABELS = {"local": "clean (local)", "accumulated": "quantized (accumulated)"}
+_LABELS |= {name: granularity_role(name).label for name in ACTIVATION_GRANULARITIES}
+_CONTROLS = {"rank": "channel, narrow to wide", "granularity": "one scale", "worst": "layer, 1 = worst",
+             "mode": "input", "quantity": "curve"}  # fmt: skip
 _LABELS |= METRIC_LABELS | {name: label.replace("\n", " ") for name, label in TRAINING_LABELS.items()}
 
 
@@ -41,9 +43,7 @@ def distortion_microscope(data: pd.DataFrame) -> widgets.VBox:
         rows = pd.concat([part.head(1) for part in sources])
         return rows[["source", "channel", "sqnr_db", "step", "levels_in_use", "bits"]]
 
-    labels = {"rank": "channel, narrow to wide", "granularity": "one scale"}
-    columns = ("layer", "rank", "image", "bits", "granularity")
-    return _explorer("distortion microscope", draw, {c: _choose(labels.get(c, c), data[c]) for c in columns})
+    return _explorer("distortion microscope", draw, data[["layer", "rank", "image", "bits", "granularity"]])
 
 
 def scale_explorer(data: pd.DataFrame) -> widgets.VBox:
@@ -52,12 +52,8 @@ def scale_explorer(data: pd.DataFrame) -> widgets.VBox:
     dead = constant.groupby(["layer", "channel"]).any().groupby("layer").sum()  # per_tensor alone does not tell
 
     def draw(figure: Figure, layer: str, granularity: str, image: int) -> pd.DataFrame:
-        every, look, ax = (
-            live(select(data, layer=layer, granularity=granularity)),
-            granularity_role(granularity),
-            figure.subplots(),
-        )
-        shown = every[every.image == image]
+        every, look = live(select(data, layer=layer, granularity=granularity)), granularity_role(granularity)
+        shown, ax = every[every.image == image], figure.subplots()
         ax.scatter(every.channel, every.scale, s=6, color="#c9c9cd", label="all images")
         ax.scatter(shown.channel, shown.scale, s=9, color=look.color, marker=look.marker, label=f"image {image}")
         ax.set(yscale="log", xlabel="channel", ylabel="step (units of the activation)", title=short_layer(layer))
@@ -67,27 +63,25 @@ def scale_explorer(data: pd.DataFrame) -> widgets.VBox:
         values = {"different scales": shown.scale.nunique(), "median step": shown.scale.median()}
         return pd.DataFrame([values | {"widest channels": widest, "dead channels": dead[layer]}])
 
-    labels = {"layer": "layer", "granularity": "one scale", "image": "image"}
-    return _explorer("scale explorer", draw, {c: _choose(label, data[c]) for c, label in labels.items()})
+    return _explorer("scale explorer", draw, data[["layer", "granularity", "image"]])
 
 
 def layer_error_explorer(data: pd.DataFrame) -> widgets.VBox:
     """Explore ``measure_layer_error``, rows of layers and of channels in one frame: the layers from the worst."""
     inside = data[data.channel.notna()]
 
-    def draw(figure: Figure, metric: str, mode: str, rank: int) -> pd.DataFrame:
+    def draw(figure: Figure, metric: str, mode: str, worst: int) -> pd.DataFrame:
         rows, upwards = select(inside, mode=mode), metric != "mse"  # a large error is bad, a large ratio good
-        layer = rows.groupby("layer")[metric].mean().sort_values(ascending=upwards).index[rank - 1]
+        layer = rows.groupby("layer")[metric].mean().sort_values(ascending=upwards).index[worst - 1]
         left, right = figure.subplots(1, 2)
         plot_layer_error(data, metric=metric, mode=mode, legend=False, ax=left)
         left.axvline(list(data.layer.unique()).index(layer), color="black", linewidth=0.6)
         plot_channel_error(data, metric=metric, mode=mode, layer=layer, ax=right)
-        worst = select(rows, layer=layer).sort_values(metric, ascending=upwards)
-        return worst[["layer", "scheme", "channel", metric]].head(5)
+        channels = select(rows, layer=layer).sort_values(metric, ascending=upwards)
+        return channels[["layer", "scheme", "channel", metric]].head(5)
 
-    controls = {"metric": _choose("metric", METRIC_LABELS), "mode": _choose("input", data["mode"])}
-    controls["rank"] = _choose("layer, 1 = worst", range(1, inside.layer.nunique() + 1))
-    return _explorer("layer error explorer", draw, controls, height=3.2)
+    choices = {"metric": METRIC_LABELS, "mode": data["mode"], "worst": range(1, inside.layer.nunique() + 1)}
+    return _explorer("layer error explorer", draw, choices, height=3.2)
 
 
 def speed_lab(data: pd.DataFrame) -> widgets.VBox:
@@ -105,64 +99,53 @@ def speed_lab(data: pd.DataFrame) -> widgets.VBox:
         ax.barh(bars.index, bars.median_ms, color=colors, xerr=spread, capsize=3)
         for floor in rows.median_ms[rows.index == "copy"]:
             ax.axvline(floor, color="black", linestyle=":")
-        ax.set(xscale="log", xlabel="time (ms), median and quartiles; dotted: a copy of the same bytes")
+            ax.set_title("dotted: a copy of the same bytes")
+        ax.set(xscale="log", xlabel="time (ms), median and quartiles")
         plain_log(ax.xaxis)
         return select(rows, execution=execution).drop(columns=["torch", "device", "method", "size"], errors="ignore")
 
-    names = [name for name in data.execution if name != "copy"]
-    controls = {"size": _choose("size", data["size"]), "execution": _choose("execution", names)}
-    return _explorer("speed lab", draw, controls)
+    return _explorer("speed lab", draw, {"size": data["size"], "execution": data.execution[data.execution != "copy"]})
 
 
 def training_monitor(
     run: str | Path, teacher: nn.Module | None = None, spec: DataSpec | None = None, interval: float = 2.0
 ) -> widgets.VBox:
-    """Watch the folder of a run while another process writes it: its curves up to an epoch, and generated images.
+    """Watch the folder of a run while another process writes it: curves, and with a teacher and its data, images.
 
-    Play rereads the folder, which need not exist yet, every ``interval`` seconds. Images need ``teacher`` and ``spec``.
+    Play rereads the folder, which need not exist yet, every ``interval`` seconds.
     """
-    folder, drawn = RunFolder(run), {0: pd.DataFrame()}
-    epoch = widgets.IntSlider(0, 0, 0, description="up to epoch", continuous_update=False, **_LOOK)
+    folder, drawn = RunFolder(run), dict[int, pd.DataFrame]()
     play = widgets.Play(interval=round(1000 * interval), min=0, max=100_000, tooltip="reread the run folder")
 
-    def reread(_: Any = None) -> None:
-        if folder.history.is_file():
-            last, follow = int(pd.read_csv(folder.history).epoch.max()), epoch.value == epoch.max
-            if teacher is not None and spec is not None and last not in drawn:
-                drawn[last] = measure_generated_images(load_generator(run).train(), teacher, spec)
-            epoch.max = last
-            epoch.value = last if follow else epoch.value
+    def draw(figure: Figure, quantity: str, reread: int) -> pd.DataFrame:
+        if not folder.history.is_file():
+            raise UserError("no epoch is finished yet")
+        history = pd.read_csv(folder.history)  # replaced atomically: never half a file
+        last = int(history.epoch.max())
+        if teacher is not None and spec is not None and last not in drawn:
+            drawn[last] = measure_generated_images(load_generator(run).train(), teacher, spec)
+        axes = figure.subplots(1, 1 + (last in drawn), squeeze=False)[0]
+        plot_training_curves(history, quantity=quantity, legend=False, ax=axes[0])
+        if last in drawn:
+            plot_synthetic_images(drawn[last], ax=axes[1])
+        return history[["epoch", "test_top1", "teacher_top1"]].tail(1)
 
-    def draw(figure: Figure, quantity: str, epoch: int) -> pd.DataFrame:
-        if not epoch:
-            raise UserError("epoch 0: no epoch is finished yet")
-        rows, images = pd.read_csv(folder.history), drawn[max(e for e in drawn if e <= epoch)]
-        axes = figure.subplots(1, 1 if images.empty else 2, squeeze=False)[0]
-        plot_training_curves(rows[rows.epoch <= epoch], quantity=quantity, legend=False, ax=axes[0])
-        if not images.empty:
-            plot_synthetic_images(images, ax=axes[1])
-        return rows.loc[rows.epoch == epoch, ["epoch", "test_top1", "teacher_top1"]]
-
-    reread()
-    play.observe(reread, "value")
-    monitor = _explorer("training monitor", draw, {"quantity": _choose("curve", TRAINING_LABELS), "epoch": epoch})
-    monitor.children[1].children += (play,)
-    return monitor
+    return _explorer("training monitor", draw, {"quantity": TRAINING_LABELS, "reread": play})
 
 
-_LOOK: dict[str, Any] = {"style": {"description_width": "140px"}, "layout": {"width": "375px"}}
-
-
-def _choose(label: str, values: Iterable[Any]) -> widgets.Widget:
-    """Return a list of known names, or a slider, which draws when it is let go."""
+def _choose(name: str, values: Iterable[Any]) -> widgets.Widget:
+    """Return a list of labeled values, or a slider, which draws when it is let go."""
+    if isinstance(values, widgets.Widget):
+        return values
     options = {_LABELS.get(value) or short_layer(str(value)): value for value in dict.fromkeys(values)}
-    if set(options) <= set(_LABELS.values()):
-        return widgets.Dropdown(options=options, description=label, **_LOOK)
-    return widgets.SelectionSlider(options=list(options.items()), description=label, continuous_update=False, **_LOOK)
+    kind = widgets.Dropdown if set(options) <= set(_LABELS.values()) else widgets.SelectionSlider
+    control = kind(options=[*options.items()], style={"description_width": "140px"}, layout={"width": "375px"})
+    control.description, control.continuous_update = _CONTROLS.get(name, name), False
+    return control
 
 
 def _explorer(
-    title: str, draw: Callable[..., pd.DataFrame], controls: dict[str, Any], height: float = 2.8
+    title: str, draw: Callable[..., pd.DataFrame], choices: Mapping[str, Any] | pd.DataFrame, height: float = 2.8
 ) -> widgets.VBox:
     """Put controls above a picture and its numbers: ``draw(figure, **values)`` draws the one and returns the other."""
     picture = widgets.Image(format="png", layout={"width": "700px", "height": f"{round(100 * height)}px"})
@@ -176,11 +159,10 @@ def _explorer(
             except UserError as error:
                 table = pd.DataFrame({"nothing to show": [str(error)]})
             figure.savefig(buffer, dpi=100)
-        picture.value, numbers.value = (
-            buffer.getvalue(),
-            table.to_html(index=False, border=0, float_format="{:.4g}".format),
-        )
+        picture.value = buffer.getvalue()
+        numbers.value = table.to_html(index=False, border=0, float_format="{:.4g}".format)
 
+    controls = {str(name): _choose(str(name), values) for name, values in choices.items()}
     errors = widgets.interactive_output(update, controls)  # shows what a callback raises
     box = widgets.GridBox([*controls.values()], layout={"grid_template_columns": "repeat(2, 385px)"})
     return widgets.VBox([widgets.HTML(f"<b>{title}</b>"), box, picture, numbers, errors])

@@ -1,7 +1,5 @@
 """Times of the quantizer and of the executions of a convolution."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

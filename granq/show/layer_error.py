@@ -1,7 +1,5 @@
 """Error of every layer, and of every channel of one layer."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes

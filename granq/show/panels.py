@@ -1,7 +1,5 @@
 """From a CSV to a picture: panels in rows and columns, the same bytes every time."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

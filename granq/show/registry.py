@@ -1,7 +1,5 @@
 """Every figure by name: its question, how it is measured, how it is drawn. ``granq figures`` runs this list."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -60,7 +58,7 @@ def _synthetic_gap(w: Workbench) -> pd.DataFrame:
 
 
 def _factorial(w: Workbench) -> pd.DataFrame:
-    cells, test = factorial.factorial_cells(w.budget.factorial), list(w.sample(0, w.budget.images))
+    cells, test = factorial.factorial_cells(w.budget.widths), list(w.sample(0, w.budget.images))
     return factorial.measure_granularity_factorial(w.teacher, test, cells, lambda seed: w.synthetic())
 
 
@@ -87,12 +85,9 @@ def _at_every_width(w: Workbench) -> pd.DataFrame:
 
 def _results_table(w: Workbench) -> pd.DataFrame:
     measured = split_published(w.accuracy)[0].astype({"seed": int})  # next to published rows it is a float
-    facts = {k: sorted(set(measured[k])) for k in ("teacher_test_top1", "seed", "torch", "device", "commit")}
-    return results_table(w.accuracy).assign(**{k: _joined(v) for k, v in facts.items()})
-
-
-def _joined(values: list[Any]) -> Any:
-    return values[0] if len(values) == 1 else ", ".join(map(str, values))
+    measured = measured.assign(teacher_test_top1=measured.teacher_test_top1.map("{:.6g}".format))
+    names = ("teacher_test_top1", "seed", "torch", "device", "commit")
+    return results_table(w.accuracy).assign(**{k: ", ".join(map(str, sorted(set(measured[k])))) for k in names})
 
 
 class Figure(NamedTuple):
@@ -123,10 +118,11 @@ FIGURES: dict[str, Figure] = {
     "true_bits": Figure("How many bits is a 3-bit network?", _true_bits, (6.8, 2.6), [
         Panels(plot_true_bits, {}, {"quantity": TRUE_BITS_LABELS}, {"sharey": True})], teacher=False),
     "quantizer_latency": Figure("What does it cost to quantize activations?", lambda w:
-        latency.measure_latency_quantizer(latency.SHAPES[: w.budget.shapes], w.budget.bits, device=w.device),
+        latency.measure_latency_quantizer(latency.SHAPES[: w.budget.sizes], w.budget.bits, device=w.device),
         (6.8, 2.8), [Panels(plot_quantizer_latency)], teacher=False),
     "scaling_latency": Figure("What does it cost to apply the scales?", lambda w:
-        latency.measure_latency_scaling(bits=w.budget.bits, device=w.device), (6.8, 4.2), [
+        latency.measure_latency_scaling((8, 16, 32, 64, 128)[: w.budget.sizes], (1, 4, 16, 64)[: w.budget.sizes],
+        bits=w.budget.bits, device=w.device), (6.8, 4.2), [
         Panels(plot_scaling_latency, {"against": ("channels", "batch")}, {"quantity": SCALING_LABELS})], teacher=False),
     "granularity_factorial": Figure("Which choice is worth how much?", _factorial, (6.8, 3.6), [
         Panels(plot_granularity_factorial, {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None},
@@ -145,15 +141,13 @@ FIGURES: dict[str, Figure] = {
 def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``workbench.out``, and return their names.
 
-    A CSV of another budget, or of another command such as ``granq bench``, is not overwritten.
-
-    Raises:
-        UserError: an unknown name, a CSV that is in the way, or missing rows of long runs.
+    Raises UserError for an unknown name, for rows of long runs that are missing, and for a CSV of another budget or of
+    another command such as ``granq bench``, which is not overwritten; without names, such figures are left out.
     """
     out, todo = workbench.out, _known(names)
     for name in list(todo):
         path = out / f"{name}.csv"
-        if path.is_file() and pd.read_csv(path, nrows=1).get("budget", pd.Series([""]))[0] != workbench.name:
+        if path.is_file() and list(pd.read_csv(path, nrows=1).get("budget", [])) != [workbench.name]:
             todo.remove(name)
             if names or not todo:
                 raise UserError(f"{path} was measured with another budget or command; choose another --out")
@@ -171,8 +165,7 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
 def redraw_figures(names: Sequence[str], folder: Path) -> list[str]:
     """Draw figures again from the CSV files in ``folder``, by default all that are there, and return their names.
 
-    Raises:
-        UserError: an unknown name, or no CSV.
+    Raises UserError for an unknown name and for a CSV that is missing.
     """
     names = _known(names) if names else [name for name in FIGURES if (folder / f"{name}.csv").is_file()]
     if missing := [name for name in names or ["*"] if not (folder / f"{name}.csv").is_file()]:

@@ -1,7 +1,5 @@
 """Accuracy: over bit widths, next to published results, by the choices of a scheme; and what a bit width really is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Scales, as a map and channel by channel; how far synthetic activations are from real ones, channel by channel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ and returns that. It touches no file, model, random number or global style. Keyw
 choose the panel, by default the first in the frame; quantities and metrics are keys of the ``*_LABELS`` of the file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How a run goes, epoch by epoch, and what its generator draws."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -42,7 +40,8 @@ def plot_training_curves(
     rows = data.assign(run=run)[~warmup if quantity == "student_loss" else slice(None)]
     for (scheme, name), part in rows.groupby(["scheme", "run"], sort=False):
         look = role(str(scheme))
-        look = look._replace(dash=[look.dash, (0, (5, 3)), (0, (1, 3)), (0, (8, 2, 1, 2))][lines.count(scheme) % 4])
+        dashes = [look.dash, *(dash for dash in ("-", "--", ":", "-.") if dash != look.dash)]
+        look = look._replace(dash=dashes[lines.count(scheme) % len(dashes)])
         lines.append(scheme)
         seeds = part.pivot(index="epoch", columns="seed", values=quantity)
         ax.plot(seeds.index, seeds, label=[name, *["_"] * (seeds.shape[1] - 1)], **look.line)
@@ -64,7 +63,8 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Ax = None) -> Axes:
     ax = ax or plt.gca()
     every = sorted(data.label.unique())
     data = data[data.label.isin(every[:SHOWN_LABELS])].sort_values("label")
-    groups = data.groupby([key for key in ("epoch", "sample") if key in data])
+    keys = [key for key in ("epoch", "sample") if key in data]
+    groups = data.groupby(keys)
     size, classes = int(data["size"].iloc[0]), data.label.nunique()
     cell, line = round(size * 1.06), round(size * 1.36)  # a gap next to each image and a line of text below
     canvas = np.full((line * len(groups), cell * classes, 3), 255, np.uint8)
@@ -74,8 +74,7 @@ def plot_synthetic_images(data: pd.DataFrame, *, ax: Ax = None) -> Axes:
             canvas[y * line : y * line + size, x * cell : x * cell + size] = decode_pixels(str(row.pixels), size)
             at = x * cell + size / 2, y * line + size * 1.2
             ax.text(*at, f"{row.confidence:.0%}", ha="center", va="center", fontsize=6)
-        said = [f"epoch {rows['epoch'].iloc[0]}"] * ("epoch" in data)
-        words.append("\n".join(said + [f"sample {rows['sample'].iloc[0] + 1}"] * (data["sample"].nunique() > 1)))
+        words.append("\n".join(f"{k} {rows[k].iloc[0]}" for k in keys if k == "epoch" or data[k].nunique() > 1))
     ax.imshow(canvas, interpolation="nearest")
     labels = rows["name" if "name" in data else "label"].astype(str)
     ax.set_xticks([x * cell + size / 2 for x in range(classes)], labels, fontsize=6.5)

@@ -1,0 +1,115 @@
+"""One training step, generator and student, next to the same step as it is commonly written."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import common
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from granq import losses
+from granq.config import QATConfig
+from granq.convert import Quantizer
+from granq.devices import has_bfloat16
+from granq.generator import Generator, batchnorm_inputs, synthesize
+from granq.measure.latency import alternate, compiled, quartiles, textbook_chain, timings
+from granq.models import build_network
+from granq.qat import AdaDFQ, Game
+
+
+class PlainGenerator(Generator):
+    """The generator as it is written down: nearest x2, then a convolution, in PyTorch's default layout."""
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        x = self.linear(self.embedding(labels) * noise).view(-1, 128, self.size, self.size)
+        x = self.conv1(F.interpolate(self.norm0(x), scale_factor=2.0))
+        x = self.conv2(F.interpolate(F.leaky_relu(self.norm1(x), 0.2), scale_factor=2.0))
+        return self.norm3(torch.tanh(self.conv3(F.leaky_relu(self.norm2(x), 0.2))))
+
+
+def plain_batchnorm_loss(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
+    """Return ``batchnorm_loss`` as it is written down: torch's mean and variance, and the gradient autograd finds."""
+    terms = [
+        F.mse_loss(x.mean((0, 2, 3)), norm.running_mean) + F.mse_loss(x.var((0, 2, 3), correction=0), norm.running_var)
+        for norm, x in inputs
+        if norm.running_mean is not None and norm.running_var is not None
+    ]
+    return torch.stack(terms).mean()
+
+
+class PlainGame(Game):
+    """The baseline: scheme ``granq`` as it is commonly written.
+
+    Default layout, the textbook quantizer, one student forward for each of the two losses, and ``backward`` that also
+    fills the gradients of teacher and student, which the generator's step then throws away.
+    """
+
+    def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
+        super().__init__(teacher, config, AdaDFQ(config))
+        self.teacher.requires_grad_(True)
+        self.generator = PlainGenerator(self.classes, config.image_size).to(self.device)
+        self.optimizers["generator"] = torch.optim.Adam(self.generator.parameters(), config.generator_lr)
+        for module in self.student.modules():
+            if isinstance(module, Quantizer):
+                module.forward = partial(textbook_chain, bits=module.bits)
+
+    def play(self, train_student: bool = True) -> dict[str, Tensor]:
+        c = self.config
+        images, labels = synthesize(self.generator, c.batch_size, device=self.device)
+        with batchnorm_inputs(self.teacher) as norms:
+            t = self.teacher(images)
+        s = self.student(images)
+        loss = self.recipe.generator_loss(t, s, labels) + c.gamma * plain_batchnorm_loss(norms)
+        self._descend("generator", loss)
+        loss_s = losses.student_loss(t.detach(), self.student(images.detach()), c.temperature)
+        self._descend("student", loss_s)
+        return {"generator_loss": loss.detach(), "student_loss": loss_s.detach()}
+
+    def _descend(self, name: str, loss: Tensor) -> None:
+        for network in (self.teacher, self.student, self.generator):
+            network.zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
+
+
+def measure_latency_step(
+    teacher: nn.Module | None = None,
+    batches: tuple[int, ...] = (64, 200),
+    *,
+    image_size: int = 32,
+    repetitions: int = 30,
+    device: str = "cpu",
+    compile: bool = True,
+) -> pd.DataFrame:
+    """Time one training step of ResNet-20 for CIFAR-10, scheme ``granq``, against the plain step.
+
+    Returns:
+        Columns method (plain; granq; granq bf16 where the device has it; with ``compile`` the latter compiled, too),
+        batch, bits, image_size, median_ms, q25_ms, q75_ms, speedup (plain over this, median of the ratios within a
+        repetition) with quartiles ``speedup_q25`` and ``speedup_q75``, repetitions, threads, torch, device.
+    """
+    torch.manual_seed(0)
+    teacher = teacher or build_network("resnet20_cifar10", 10)  # times do not depend on the weights
+    frames = []
+    for batch in tqdm(batches, desc="step", unit="batch size"):
+        config = QATConfig(batch_size=batch, image_size=image_size, device=device)
+        games: dict[str, Game] = {"plain": PlainGame(teacher, config)}
+        for name, bf16 in {"granq": False, "granq bf16": True}.items():
+            if not bf16 or has_bfloat16(device):
+                games[name] = Game(teacher, config.change(bf16=bf16), AdaDFQ(config))
+        runs: dict[str, Any] = {name: partial(game.play, True) for name, game in games.items()}
+        if compile:
+            runs |= {f"{name} compiled": compiled()(runs[name]) for name in [*runs][1:]}
+        times = alternate(runs, repetitions)
+        frame = quartiles(times, batch=batch, bits=config.act_bits, image_size=image_size)
+        frames.append(frame.join(quartiles(1 / times.div(times.plain, axis=0), "speedup")))
+    return timings(frames, "method", repetitions, device)
+
+
+if __name__ == "__main__":
+    common.run(measure_latency_step)
