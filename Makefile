@@ -1,11 +1,11 @@
 .DEFAULT_GOAL := help
 # every bound NAME>=VERSION of pyproject.toml as NAME==VERSION
-BOUNDS = grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/'
+BOUNDS = grep -oE '"[][A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed -E 's/\[.*\]//; s/>=/==/'
 # one room each; no notebooks, no timings. New versions of others deprecate what old ones do: these warnings are not ours
-LOWEST := $(addprefix tests/test_,quantizer.py convert.py scaling.py integer.py pipeline.py figures.py explore.py \
-	factorial.py runs.py sweep.py)
+LOWEST := $(addprefix tests/test_,quantizer.py convert.py scaling.py integer.py qat.py match.py runs.py models.py \
+	cli.py sweep.py)
 
-.PHONY: help demo test lowest lint notebooks browser figures lab
+.PHONY: help demo test lowest lint notebooks figures lab browser docs gpu
 
 # threads that wait leave their core to others sooner; as granq's own commands do (docs/speed.md)
 export GOMP_SPINCOUNT ?= 3000
@@ -27,8 +27,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Run the demo (OUT=folder, default runs/demo)
 	$(BIN)/granq demo --out "$(OUT)"
 
+# two processes with a thread each: the same bits as one, in about half the time
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lowest: ## Run half of the tests with exactly the lower bounds of pyproject.toml, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
@@ -46,17 +47,13 @@ notebooks: $(STAMP) ## Execute every notebook
 ifeq ($(NOTEBOOKS),)
 	@echo "No notebook exists under notebooks/: nothing was executed."
 else
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout 900 --timeout 1200 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout 900 --timeout 1200 notebooks
 endif
 
-browser: $(STAMP) ## Run notebooks in JupyterLab in a real browser (Debian: installs chromium)
-	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
-	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
-
 figures: $(STAMP) ## Measure digits into figures/quick; draw figures/ again from its CSV (TEACHER=, DATA=folder:... measures it anew)
-	$(BIN)/granq figures --preset quick --out figures/quick
+	$(BIN)/granq figures --budget quick --out figures/quick
 ifneq ($(TEACHER),)
-	$(BIN)/granq figures --preset cifar10 --teacher "$(TEACHER)" $(if $(DATA),--data "$(DATA)") --out figures
+	$(BIN)/granq figures --budget full --teacher "$(TEACHER)" $(if $(DATA),--data "$(DATA)") --out figures
 else
 	$(BIN)/granq figures --from-csv --out figures
 endif
@@ -64,3 +61,15 @@ endif
 # without the user's configuration, which may have switched the token off
 lab: $(STAMP) ## Open JupyterLab on 127.0.0.1, with a token, at the first notebook
 	JUPYTER_NO_CONFIG=1 $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/00_start_here.ipynb
+
+browser: $(STAMP) ## Run notebooks in JupyterLab in a real browser (Debian: installs chromium)
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
+
+docs: $(STAMP) ## Check the pages: their links, their commands, their code
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+gpu: $(STAMP) ## Run the tests that need a GPU, and time the quantizer there
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(BIN)/python -m pytest -q -m cuda && $(BIN)/granq bench --device cuda; \
+	else echo "There is no CUDA device here: nothing was run."; fi

@@ -7,6 +7,7 @@ CSV column ``epochs``.
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from granq.schemes import Scheme, get_scheme
 
@@ -106,7 +107,7 @@ class QATConfig(Match, Game, Quantization, Run):
                 raise ValueError(sentence)
         return self
 
-    def change(self, **changes: Any) -> "QATConfig":
+    def change(self, **changes: Any) -> Self:
         """Return these settings with other values, checked again."""
         return type(self)(**(dict(self) | changes))
 

@@ -45,6 +45,8 @@ class WeightQuantizer(Quantizer):
     integers of ``qparams`` are then all that an integer convolution needs.
     """
 
+    source: "ActQuantizer | None"
+
     def __init__(self, bits: int, scheme: Scheme, groups: int, source: "ActQuantizer | None" = None) -> None:
         super().__init__(bits, cast(str, scheme.weights), scheme)
         self.groups = groups
@@ -197,7 +199,7 @@ def quantize_model(
 
 def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
-    layers = {name: m for name, m in modules.items() if isinstance(m, LAYERS) and name not in scheme.skip}
+    layers: dict[str, nn.Module] = {n: m for n, m in modules.items() if isinstance(m, LAYERS) and n not in scheme.skip}
     if model._forward_pre_hooks or model._forward_hooks:
         warnings.warn(f"hooks of {type(model).__name__} itself are not in the quantized copy", stacklevel=3)
     if not layers:

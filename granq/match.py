@@ -85,11 +85,11 @@ def preparations(config: QATConfig) -> list[Callable[[Game], None]]:
             images = torch.cat([game.recipe.draw(game)[0] for _ in range(REESTIMATION)])
         reestimate_batchnorm(game.student, game.teacher, images)
 
-    steps: dict[Callable[[Game], None], bool] = {
-        reestimate: config.reestimate_batchnorm,
-        lambda game: learn_steps(game.student): config.learned_steps,
-    }
-    return [step for step, wanted in steps.items() if wanted]
+    def learn(game: Game) -> None:
+        learn_steps(game.student)
+
+    wanted = {reestimate: config.reestimate_batchnorm, learn: config.learned_steps}
+    return [step for step, asked in wanted.items() if asked]
 
 
 def refined_images(game: Game) -> tuple[Tensor, Tensor]:

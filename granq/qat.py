@@ -19,7 +19,7 @@ from granq.config import QATConfig
 from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, quantize_model, set_image_range
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
-from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
@@ -116,6 +116,8 @@ class Game:
         self.student = quantized(self.teacher, config).requires_grad_(True)
         self.classes = self._check_networks()
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
+        if isinstance(generator, Generator) and (generator.classes, generator.size) != (new.classes, new.size):
+            raise UserError(f"the generator draws {generator.classes} classes at {4 * generator.size} pixels")
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
         self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.generator_params = list(self.generator.parameters())

@@ -51,7 +51,8 @@ class Result:
     def row(self, dataset: str, network: str, teacher_top1: float, test_images: int) -> dict[str, Any]:
         """Return what a results table keeps of a run: accuracies, every setting that repeats it, versions."""
         c, tops = self.config, ("ptq_top1", "last_top1", "best_top1")
-        facts = {"dataset": dataset, "network": network, "scheme": c.scheme, "bits": f"W{c.weight_bits}A{c.act_bits}"}
+        facts: dict[str, Any] = {"dataset": dataset, "network": network, "scheme": c.scheme}
+        facts["bits"] = f"W{c.weight_bits}A{c.act_bits}"
         facts |= {"recipe": c.recipe, "seed": c.seed, "teacher_top1": teacher_top1}
         facts |= {name: getattr(self, name) for name in tops} | {"seconds": round(self.seconds, 1)}
         settings = c.model_dump(exclude={*facts, "weight_bits", "act_bits", "device"})
@@ -93,7 +94,7 @@ def train(
     if folder:
         folder.check_free(resume)
     game = begin(teacher, config, generator, student_loss, pixels)  # refuses before the folder is made
-    with folder.claimed() if folder else nullcontext():
+    with folder.claimed() if folder else nullcontext(), _deterministic(config.deterministic):
         identity = fingerprint(config, game.teacher, *([generator] if generator else [])) if folder else ""
         if folder:
             _start(folder, game, identity, resume, facts or {})
@@ -113,13 +114,22 @@ def begin(
     pixels: tuple[Tensor, Tensor] | None = None,
 ) -> Game:
     """Return the run of ``train`` before its first epoch, in memory."""
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
     recipe = RECIPES[config.recipe](config)
     if student_loss is not None:
-        recipe.student_loss = student_loss  # type: ignore[method-assign]
+        recipe.student_loss = student_loss  # type: ignore
     return Game(teacher, config, recipe, generator, pixels, preparations(config))
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def _same_start():
 
 
 class TinyNet(nn.Module):
-    """Conv, BatchNorm, one ReLU module used twice, F.relu, Linear: 3 places behind ReLU, 4 layers."""
+    """Conv, BatchNorm, one ReLU module used twice, F.relu, Linear: 3 places after a ReLU, 4 layers."""
 
     def __init__(self, classes: int = 3):
         super().__init__()

@@ -7,18 +7,12 @@ from conftest import TinyNet
 from safetensors.torch import load_file
 from torch import nn
 
-from granq import (
-    Scheme,
-    activation_places,
-    build_network,
-    calibrate,
-    export_onnx,
-    integer_model,
-    learn_steps,
-    measure_integer_agreement,
-    quantize_model,
-    save_integers,
-)
+from granq.convert import activation_places, calibrate, quantize_model
+from granq.errors import UserError
+from granq.integer import export_onnx, integer_model, measure_integer_agreement, save_integers
+from granq.match import learn_steps
+from granq.models import build_network
+from granq.schemes import SCHEMES, Scheme
 
 
 def with_statistics(model):
@@ -132,12 +126,31 @@ def test_a_range_holds_zero_so_padding_is_exact():
     assert measure_integer_agreement(student, x).beyond_bound[0] == 0
 
 
+def test_the_twin_leaves_the_student_as_it_is(tiny):
+    student = quantize_model(with_statistics(tiny), "foldable", 3, 3)
+    images = torch.randn(8, 3, 8, 8)
+    calibrate(student, [images])
+    before, logits = {k: v.clone() for k, v in student.state_dict().items()}, student(images)
+    integer_model(student)
+    measure_integer_agreement(student.train(), images)  # measured in eval mode, whatever mode it has
+    assert student.training and torch.equal(student.eval()(images), logits)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+def test_onnx_stores_at_most_seven_bits(tmp_path, tiny):
+    student = quantize_model(tiny, "foldable", 8, 3)
+    calibrate(student, [torch.randn(8, 3, 8, 8)])
+    with pytest.raises(UserError, match="at most 7 bits"):
+        export_onnx(integer_model(student), torch.randn(2, 3, 8, 8), tmp_path / "n.onnx")
+
+
 def test_export(tmp_path, tiny):
     student = quantize_model(with_statistics(tiny), "foldable", 3, 3)
     calibrate(student, [torch.randn(8, 3, 8, 8)])
     twin, x = integer_model(student), torch.randn(5, 3, 8, 8)
     save_integers(twin, tmp_path / "i.safetensors", {"bits": 3})
     saved = load_file(tmp_path / "i.safetensors")
+    assert saved.keys() == twin.state_dict().keys() and len(saved) == 4 * 3 + 3 * 2  # layers, places
     assert saved["conv1.weight"].dtype == torch.int8 and saved["conv1.rescale"].shape == (4,)
     export_onnx(twin, x[:2], tmp_path / "n.onnx")
     kinds = [n.op_type for n in onnx.load(tmp_path / "n.onnx").graph.node]
@@ -148,12 +161,17 @@ def test_export(tmp_path, tiny):
 
 
 def test_refusals(tiny):
-    with pytest.raises(ValueError, match="foldable scheme"):
-        integer_model(quantize_model(tiny, "strict", 3, 3))
-    with pytest.raises(ValueError, match="never set"):
+    skips = Scheme(**dict(SCHEMES["foldable"]) | {"skip": ("conv2",)})
+    for scheme in ("strict", "layerwise", skips):
+        with pytest.raises(UserError, match="foldable scheme that skips no layer"):
+            integer_model(quantize_model(tiny, scheme, 3, 3))
+    with pytest.raises(UserError, match="never set"):
         integer_model(quantize_model(tiny, "foldable", 3, 3))
-    with pytest.raises(ValueError, match="fold"):
-        Scheme("per_out_channel", "per_sample_channel", fold=True)
+    wide = nn.Sequential(nn.Linear(2**15, 1)).eval()
+    student = quantize_model(wide, "foldable", 8, 8)
+    calibrate(student, [torch.randn(2, 2**15)])
+    with pytest.raises(UserError, match="may not fit int32"):
+        integer_model(student)
 
     class Twice(nn.Module):
         def __init__(self):
@@ -163,5 +181,5 @@ def test_refusals(tiny):
         def forward(self, x):
             return self.conv(torch.relu(self.conv(x)))
 
-    with pytest.raises(ValueError, match="called on two inputs"):
+    with pytest.raises(UserError, match="called on two inputs"):
         quantize_model(Twice(), "foldable", 3, 3)

@@ -1,4 +1,4 @@
-"""The factorial: the cells that exist, what a cell quantizes, resumption, and the command."""
+"""The factorial: the cells that exist, what a cell quantizes, and resumption."""
 
 import numpy as np
 import pandas as pd
@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from granq import factorial
-from granq.cli import main
-from granq.config import QATConfig
-from granq.factorial import Cell, factorial_cells, measure_granularity_factorial
+from granq.errors import UserError
 from granq.generator import build_generator
+from granq.measure import factorial
+from granq.measure.factorial import Cell, factorial_cells, measure_granularity_factorial
+from granq.measure.images import generated_batches
 from granq.quantizer import fake_quantize
 
 
@@ -31,16 +31,14 @@ def test_cells_are_those_that_exist() -> None:
 
 
 def test_seeds_repeat_only_what_draws() -> None:
-    cells = factorial_cells((2,), epochs=3, seeds=2)
-    untrained = [c for c in cells if not c.epochs]
-    assert {c.ranges for c in untrained if c.seed == 1} == {"static"}
-    assert len(cells) - len(untrained) == 2 * 28
+    cells = factorial_cells((2,), seeds=2)
+    assert {c.ranges for c in cells if c.seed == 1} == {"static"} and len(cells) == 28 + 8
 
 
 def test_a_cell_quantizes_what_it_says(tiny: nn.Module) -> None:
     """Against a network whose weights are quantized by hand, and one that is left alone."""
-    cell = Cell("per_kernel", "full", "none", 2, 0, 0)
-    frame = measure_granularity_factorial(tiny, batches(), [cell, Cell("full", "full", "none", 2, 0, 0)], calibration)
+    cell = Cell("per_kernel", "full", "none", 2)
+    frame = measure_granularity_factorial(tiny, batches(), [cell, Cell("full", "full", "none", 2)], calibration)
     with torch.no_grad():
         for layer in (tiny.conv1, tiny.conv2, tiny.point, tiny.fc):
             layer.weight.copy_(fake_quantize(layer.weight, 2, "per_kernel"))
@@ -59,7 +57,7 @@ def test_static_ranges_come_from_the_calibration(tiny: nn.Module) -> None:
     with torch.no_grad():  # every class gets its share, and the network is always right
         tiny.fc.bias -= tiny(batches()[0][0]).mean(0)
         own = [(x, tiny(x).argmax(1)) for x, _ in batches()]
-    cells = [Cell("full", "per_tensor", kind, 8, 0, 3) for kind in ("static", "dynamic")]
+    cells = [Cell("full", "per_tensor", kind, 8, 3) for kind in ("static", "dynamic")]
     frame = measure_granularity_factorial(tiny, own, cells, tiny_range)
     assert asked == [3]
     assert frame.top1[1] >= 75 > frame.top1[0] + 10
@@ -93,47 +91,19 @@ def test_resumes_with_the_missing_cells_only(tiny: nn.Module, tmp_path, monkeypa
     measure_granularity_factorial(tiny, batches(), cells, calibration, facts={"dataset": "x"}, out=out)
     assert len(count) == 3 + 4
     pd.testing.assert_frame_equal(pd.read_csv(out), whole, rtol=1e-5, check_dtype=False)
-    with pytest.raises(ValueError, match="measured with dataset x, not y"):
+    with pytest.raises(UserError, match="measured with dataset x, not y"):
         measure_granularity_factorial(tiny, batches(), cells, calibration, facts={"dataset": "y"}, out=out)
     out.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="lacks activations, batch_size, bits"):
+    with pytest.raises(KeyError):
         measure_granularity_factorial(tiny, batches(), cells, calibration, out=out)
-
-
-def test_trained_cells(tiny: nn.Module) -> None:
-    config = QATConfig(iterations=2, batch_size=4, warmup_epochs=1, image_size=8, device="cpu")
-    cells = [Cell("per_tensor", "per_channel", "static", 4, 1, s) for s in (0, 1)]
-    frame = measure_granularity_factorial(tiny, batches(), cells, calibration, config=config)
-    assert frame.epochs.tolist() == [1, 1] and frame.top1.between(0, 100).all()
-    with pytest.raises(ValueError, match="need the config"):
-        measure_granularity_factorial(tiny, batches(), cells, calibration)
 
 
 def test_generated_batches_leave_the_random_state() -> None:
     generator = build_generator(3, 8)
     generator.eval()
     state, before = torch.get_rng_state(), {k: v.clone() for k, v in generator.state_dict().items()}
-    drawn = [torch.cat(list(factorial.generated_batches(generator, seed, 6, 4))) for seed in (0, 0, 1)]
+    drawn = [torch.cat(list(generated_batches(generator, seed, 6, 4))) for seed in (0, 0, 1)]
     assert torch.equal(state, torch.get_rng_state()) and not generator.training
     assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     assert drawn[0].shape == (6, 3, 8, 8)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--bits", "2,9"], "numbers from 2 to 8"), (["--bits", "3,3"], "different"), (["--seeds", "0"], "--seeds"),
-    (["--teacher", "nowhere"], "does not exist"), (["--run", "nowhere"], "holds no run"),
-])  # fmt: skip
-def test_bad_input_is_told_at_once(options: list[str], message: str, tmp_path, capsys) -> None:
-    out = tmp_path / "f.csv"
-    command = ["factorial", "--data", "digits", "--network", "resnet20_cifar10", "--out", str(out)]
-    assert main(command + options) == 2
-    assert message in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_an_existing_file_is_kept(tmp_path, capsys) -> None:
-    out = tmp_path / "f.csv"
-    out.write_text("mine")
-    assert main(["factorial", "--data", "digits", "--network", "resnet20_cifar10", "--out", str(out)]) == 2
-    assert out.read_text() == "mine" and "--resume" in capsys.readouterr().err

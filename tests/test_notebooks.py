@@ -6,12 +6,15 @@ from statistics import median
 
 import nbformat
 import pytest
+import torch
 from nbformat import NotebookNode
+
+import granq
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 LESSONS = [name for name in NAMES if re.match(r"0[0-7]_", name)]  # 08 draws the registry; the others have no lesson
-EXPLORERS = r"explore\.(distortion_microscope|scale_explorer|layer_error_explorer|speed_lab|training_monitor)\("
+EXPLORERS = r"explorers\.(distortion_microscope|scale_explorer|layer_error_explorer|speed_lab|training_monitor)\("
 
 
 def read(name: str) -> NotebookNode:
@@ -106,3 +109,15 @@ def test_three_exercises_with_hints(name: str) -> None:
     exercises = section(name, "Exercises")
     assert re.findall(r"^(\d)\. ", exercises, re.M) == ["1", "2", "3"]
     assert len(re.findall(r"\*Hint\*:", exercises)) == 3
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_trap_catches_and_every_cure_cures(bits: int) -> None:
+    """The six cells of notebook 02, which assert both, at every width."""
+    cells = read("02_anatomy_of_the_quantizer").cells
+    start = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Six traps"))
+    end = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
+    traps = [cell.source for cell in cells[start:end] if cell.cell_type == "code"]
+    assert len(traps) == 6
+    for trap in traps:
+        exec(trap, {"granq": granq, "torch": torch, "bits": bits})

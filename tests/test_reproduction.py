@@ -18,8 +18,10 @@ from torch.utils.data import Subset
 from torchvision import datasets, transforms
 from torchvision.models import ResNet18_Weights
 
+import granq
 from granq import build_network, models, qat
-from granq.cli import main
+from granq.app.cli import main
+from granq.app.jobs import from_arguments
 from granq.files import write_csv
 
 PAGE = Path(__file__).parent.parent / "docs/reproduction.md"
@@ -108,7 +110,7 @@ def test_command_of_the_page(command, tmp_path, monkeypatch, capsys):
     if name == "imagenet":
         images = write_imagenet(tmp_path / "data", labels)
         measure = models.top1_on  # 1000 images at 224 pixels would take minutes: those the teacher knows are measured
-        monkeypatch.setattr(models, "top1_on", lambda m, test, *rest: measure(m, Subset(test, labels.tolist()), *rest))
+        monkeypatch.setattr(granq, "top1_on", lambda m, test, *rest: measure(m, Subset(test, labels.tolist()), *rest))
     else:
         images = write_cifar(tmp_path / "data", classes, labels)
         monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
@@ -126,7 +128,7 @@ def test_command_of_the_page(command, tmp_path, monkeypatch, capsys):
     row = json.loads(capsys.readouterr().out)
     assert row["teacher_top1"] == 100, "images, labels and weights do not reach the teacher as they were"
     assert 0 <= row["last_top1"] <= 100 and row["test_images"] == (1000 if name == "imagenet" else SHOWN)
-    assert (row["run_preset"], row["bits"], row["epochs"]) == ("paper", "W3A3", 1)
+    assert (row["preset"], row["bits"], row["epochs"]) == ("paper", "W3A3", 1)
     assert row["image_size"] == (224 if name == "imagenet" else 32)
     assert row["temperature"] == (5 if name == "imagenet" else 20)
     config = json.loads((tmp_path / option["--out"] / "config.json").read_text())
@@ -140,7 +142,7 @@ def test_page_names_every_setting_of_the_paper():
     assert all("--preset paper" in command for command in COMMANDS)
 
 
-def test_any_row_is_rerun_from_its_own_fields(folder, teacher, tmp_path, capsys):
+def test_any_row_is_repeated_from_its_own_fields(folder, teacher, tmp_path, capsys):
     options = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme foldable --bits 4,3"
     options += " --recipe gdfq --seed 5 --preset paper --epochs 3 --warmup-epochs 1 --iterations 1 --batch-size 4"
     generator = ["--generator", str(tmp_path / "drawing")]
@@ -152,9 +154,9 @@ def test_any_row_is_rerun_from_its_own_fields(folder, teacher, tmp_path, capsys)
     kept = pd.read_csv(PAGE.parent.parent / "figures/results_cifar10.csv", nrows=0).columns
     frame = pd.DataFrame([first]).reindex(columns=kept).assign(dataset="images", data="folder:PATH")
     write_csv(tmp_path / "published.csv", frame)
-    for name, arguments in (("own", ["2"]), ("published", ["1", "--data", folder, *generator])):
+    for name, row, given in (("own", "2", []), ("published", "1", ["--data", folder, *generator])):
         out = tmp_path / name
-        assert main(["rerun", f"{out}.csv", *arguments, "--out", str(out), "--json"]) == 0
+        assert main(["quantize", "--from-row", f"{out}.csv", row, *given, "--out", str(out), "--json"]) == 0
         again = json.loads(capsys.readouterr().out)
         assert (again.pop("row_last_top1"), again.pop("difference")) == (first["last_top1"], 0)
         assert again == first | {"out": str(out), "seconds": again["seconds"]}
@@ -162,10 +164,20 @@ def test_any_row_is_rerun_from_its_own_fields(folder, teacher, tmp_path, capsys)
         assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
 
 
-def test_rows_that_cannot_be_rerun(tmp_path, capsys):
-    pd.DataFrame({"scheme": ["release"], "bits": ["W3A3"]}).to_csv(tmp_path / "t.csv", index=False)
-    for row, message in (("0", "rows 1 to 1"), ("2", "rows 1 to 1"), ("1", "lacks dataset, network")):
-        assert main(["rerun", str(tmp_path / "t.csv"), row, "--out", str(tmp_path / "again")]) == 2
+def test_rows_of_the_published_table_are_understood():
+    table = PAGE.parent.parent / "figures/results_cifar10.csv"
+    for number, row in [*enumerate(pd.read_csv(table).to_dict("records"), 1)][::6]:
+        job = from_arguments(["--from-row", str(table), str(number), "--out", "again", "--seed", "77"])
+        assert (job.scheme, job.recipe, job.epochs, job.seed) == (row["scheme"], row["recipe"], row["epochs"], 77)
+        assert row["bits"] == f"W{job.weight_bits}A{job.act_bits}" and str(job.teacher) == row["teacher"]
+
+
+def test_rows_that_cannot_be_repeated(tmp_path, capsys):
+    pd.DataFrame({"scheme": ["granq"], "bits": ["W3A3"]}).to_csv(tmp_path / "t.csv", index=False)
+    for name, row, message in (("t", "0", "no row 0"), ("t", "2", "no row 2"), ("t", "1", "lacks dataset, last_top1")):
+        assert (
+            main(["quantize", "--from-row", str(tmp_path / f"{name}.csv"), row, "--out", str(tmp_path / "again")]) == 2
+        )
         assert message in capsys.readouterr().err
-    assert main(["rerun", str(tmp_path / "none.csv"), "1", "--out", str(tmp_path / "again")]) == 2
+    assert main(["quantize", "--from-row", str(tmp_path / "none.csv"), "1", "--out", str(tmp_path / "again")]) == 2
     assert not (tmp_path / "again").exists()

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from granq import scaling
-from granq.convert import SCHEMES, Scheme
+from granq.errors import UserError
 from granq.quantizer import QParams, choose_qparams, fake_quantize
 from granq.scaling import Conv, Integers
+from granq.schemes import SCHEMES, Scheme
 
 BITS = 3
 
@@ -118,16 +119,16 @@ def test_integers_stand_for_the_fake_quantized_values() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="beyond int16"):
+    with pytest.raises(UserError, match="beyond int16"):
         scaling.to_integers(torch.full((1, 1, 2, 2), 2.5), QParams(torch.tensor(7e4), torch.tensor(175e3)), BITS)
     many = torch.full((1, 2**11, 3, 3), 127, dtype=torch.int8)
     with pytest.raises(OverflowError, match="torch.float32"):
         scaling.accumulate(torch.ones(1, 2**11, 3, 3, dtype=torch.int8), many, Conv(), torch.float32)
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 3, 3)
     integers = quantized(x, weight, "per_sample_channel", "per_out_channel")
-    with pytest.raises(ValueError, match="one scale for all input channels"):
+    with pytest.raises(UserError, match="one scale for all input channels"):
         scaling.layerwise(*integers)
-    with pytest.raises(ValueError, match="differ between images"):
+    with pytest.raises(RuntimeError, match="must match the existing size"):  # images have scales of their own
         scaling.fold(integers[1], integers[0].scale_inv)
 
 
@@ -136,7 +137,7 @@ def test_conv_of_a_layer() -> None:
     x = torch.randn(2, 4, 9, 8)
     torch.testing.assert_close(F.conv2d(x, layer.weight, None, *Conv.of(layer)), layer(x))
     assert Conv.of(layer).output_size((9, 8), (3, 2)) == layer(x).shape[2:]
-    with pytest.raises(ValueError, match="numeric zero padding"):
+    with pytest.raises(UserError, match="numeric zero padding"):
         scaling.Conv.of(nn.Conv2d(4, 4, 3, padding="same"))
 
 
@@ -192,9 +193,10 @@ def test_counts_by_hand() -> None:
 
 
 @pytest.mark.parametrize("scheme, expected, reason", [
-    ("release", False, "Every image"), ("strict", False, "Every image"), ("layerwise", True, "leaves the sum"),
-    ("per_channel", True, "floating point"), ("foldable", True, "stays integer"),
-    (Scheme("per_kernel", None), False, "no scale"), (Scheme(None, "per_channel"), False, "every batch"),
+    ("granq", False, "every batch or image"), ("strict", False, "every batch or image"),
+    ("layerwise", True, "leaves the sum"), ("per_channel", True, "floating-point"), ("foldable", True, "stays integer"),
+    (Scheme(weights="per_kernel", activations=None), False, "No scale"),
+    (Scheme(weights=None, activations="per_channel"), False, "every batch"),
 ])  # fmt: skip
 def test_folds(scheme: str | Scheme, expected: bool, reason: str) -> None:
     answer, sentence = scaling.folds(scheme)

@@ -2,120 +2,151 @@
 
 import json
 import os
+import threading
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from granq import runs
-from granq.cli import main
-from granq.generator import build_generator
+import granq
+from granq.app import jobs, sweep
+from granq.app.cli import main
 from granq.runs import RunFolder
-from granq.sweep import ENGINES, plan_sweep, read_plan, run_sweep, sweep_results, sweep_status, write_plan
 
-TINY = ["--epochs", "2", "--warmup-epochs", "1", "--iterations", "1", "--batch-size", "4", "--device", "cpu"]
-
-
-def plan(folder, teacher, schemes=("layerwise",), seeds=(0,)):
-    options = ["--data", folder, *TINY]
-    return plan_sweep({"resnet20_cifar10": teacher}, schemes, ["3,3"], seeds, options=options)
+TINY = "--epochs 2 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu"
 
 
-def test_every_combination_is_planned_once_and_first_seeds_come_first(folder, teacher):
-    runs = plan(folder, teacher, ("layerwise", "release"), (0, 1))
-    assert [name.split("_", 3)[3] for name in runs] == [
-        f"{s}_w3a3_s{k}" for k in (0, 1) for s in ("layerwise", "release")
-    ]
+def planned(out, folder, teacher, schemes=("layerwise",), seeds=(0,), options=TINY):
+    given = [*options.split(), "--data", folder]
+    runs = sweep.combine(out, ["resnet20_cifar10"], [teacher], schemes, ["3,3"], ["adadfq"], seeds, given)
+    sweep.write_plan(out, runs)
+    return [run.out.name for run in runs]
 
 
-def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys, monkeypatch):
-    found = []
-    monkeypatch.setattr(runs, "load_generator", lambda run, _: found.append(run.name) or build_generator(10, 32))
+def test_every_combination_is_planned_once_and_first_seeds_come_first(folder, teacher, tmp_path):
+    names = planned(tmp_path, folder, teacher, ("layerwise", "granq"), (0, 1))
+    assert names == [f"resnet20_cifar10_adadfq_{s}_w3a3_s{k}" for k in (0, 1) for s in ("layerwise", "granq")]
+    assert [run.out.name for run in sweep.read_plan(tmp_path)] == names
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[0])["epochs"] == 2  # one JSON a line, flat
+
+
+def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys):
     command = "sweep --data digits --network resnet20_cifar10 --schemes strict --bits 3,3 --seeds 0 7 --status"
     options = ["--generator", "runs/warm_{seed}", "--reestimate-batchnorm", "--out", str(tmp_path / "sweep")]
-    assert main([*command.split(), *options]) == 0 and capsys.readouterr()
-    plans = list(read_plan(tmp_path / "sweep").values())
-    assert [p[p.index("--generator") + 1] for p in plans] == ["runs/warm_0", "runs/warm_7"]
-    assert found == ["warm_0", "warm_7"]
-    assert all("--reestimate-batchnorm" in p for p in plans)
+    assert main([*command.split(), *options]) == 0
+    plan = sweep.read_plan(tmp_path / "sweep")
+    assert [run.generator for run in plan] == [Path("runs/warm_0"), Path("runs/warm_7")]
+    assert all(run.reestimate_batchnorm and run.warmup_epochs == 0 for run in plan)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_sweep_runs_fails_and_continues(folder, teacher, tmp_path, engine):
-    if engine == "submitit":
-        pytest.importorskip("submitit", reason="extra: pip install 'granq[cluster]'")
-    runs = plan(folder, teacher) | {"broken": ["--data", folder, "--network", "nope", "--scheme", "release"]}
-    runs["broken"] += ["--bits", "3,3"]
-    write_plan(tmp_path / "sweep", runs)
-    assert set(sweep_status(tmp_path / "sweep").state) == {"waiting"}
-    status = run_sweep(tmp_path / "sweep", jobs=2, engine=engine).set_index("run")
-    good = next(iter(runs))
+def test_a_scheme_of_ones_own_goes_into_a_plan(tmp_path):
+    scheme = granq.Scheme(weights="per_kernel", activations="per_sample", skip=("fc",))
+    job = jobs.Job(data="digits", network="resnet20_cifar10", out=tmp_path / "mine", scheme=scheme)
+    sweep.write_plan(tmp_path, [job])
+    assert sweep.read_plan(tmp_path) == [job]
+
+
+def test_sweep_runs_fails_and_continues(folder, teacher, tmp_path):
+    (good,) = planned(tmp_path, folder, teacher)
+    broken = sweep.read_plan(tmp_path)[0].model_copy(update={"network": "nope", "out": tmp_path / "broken"})
+    sweep.write_plan(tmp_path, [broken])
+    assert set(sweep.status(tmp_path).state) == {"waiting"}
+    status = sweep.run_sweep(tmp_path, jobs=2).set_index("run")
     assert status.state[good] == "done" and status.epoch[good] == 2
-    assert status.state["broken"] == "failed" and "unknown network" in status.said["broken"]
-    before = (tmp_path / "sweep" / good / "checkpoint.pt").stat().st_mtime_ns
-    run_sweep(tmp_path / "sweep", jobs=1)
-    assert (tmp_path / "sweep" / good / "checkpoint.pt").stat().st_mtime_ns == before  # a finished run is left alone
-    table = pd.read_csv(tmp_path / "sweep" / "results.csv")
+    assert status.state["broken"] == "failed" and "nope" in status.said["broken"]
+    assert "Traceback" in (tmp_path / "broken.error").read_text()
+    before = (tmp_path / good / "checkpoint.pt").stat().st_mtime_ns
+    sweep.run_sweep(tmp_path)
+    assert (tmp_path / good / "checkpoint.pt").stat().st_mtime_ns == before  # a finished run is left alone
+    table = pd.read_csv(tmp_path / "results.csv")
     assert len(table) == 1 and table.scheme[0] == "layerwise" and table.test_images[0] == 6
 
 
 def test_a_stopped_run_is_continued_from_its_checkpoint(folder, teacher, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # wins over what --jobs leaves to each run
-    runs = plan(folder, teacher)
-    (name,) = runs
-    write_plan(tmp_path, runs)
-    run_sweep(tmp_path)
-    whole = (tmp_path / name / "history.csv").read_bytes()
-    os.remove(tmp_path / name / "result.json")  # as if killed before its last lines
-    os.replace(tmp_path / name / "checkpoint.previous.pt", tmp_path / name / "checkpoint.pt")
-    assert sweep_status(tmp_path).state[0] == "stopped"
-    with RunFolder(tmp_path / name).claimed():
-        assert sweep_status(tmp_path).state[0] == "running"
-        assert run_sweep(tmp_path).state[0] == "running" and "in use" not in (tmp_path / f"{name}.log").read_text()
-    assert sweep_results(tmp_path).empty
-    assert run_sweep(tmp_path, jobs=2).state[0] == "done"
-    assert "1 threads" in RunFolder(tmp_path / name).read_config()["versions"]["device"]
-    assert (tmp_path / name / "history.csv").read_bytes() == whole
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    (name,) = planned(whole, folder, teacher)
+    sweep.execute(sweep.read_plan(whole)[0])
+    planned(stopped, folder, teacher)
+    save = RunFolder.save
+
+    def stops(self, *args):
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(RunFolder, "save", stops)
+        sweep.execute(sweep.read_plan(stopped)[0])
+    assert sweep.status(stopped).state[0] == "stopped"
+    with RunFolder(stopped / name).claimed():
+        assert sweep.run_sweep(stopped).state[0] == "running" and not list(stopped.glob("*.error"))
+    assert not (stopped / "results.csv").exists()
+    sweep.execute(sweep.read_plan(stopped)[0])
+    assert sweep.status(stopped).state[0] == "done" and len(pd.read_csv(stopped / "results.csv")) == 1
+    assert "1 threads" in RunFolder(stopped / name).read_config()["versions"]["device"]
+    assert (stopped / name / "history.csv").read_bytes() == (whole / name / "history.csv").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # dask's own, about a worker that went away
+def test_a_cluster_loses_a_worker_and_no_row(folder, teacher, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="extra: pip install 'granq[cluster]'")
+    names = planned(tmp_path, folder, teacher, ("layerwise", "granq"), (0, 1), TINY.replace("--epochs 2", "--epochs 8"))
+    killed = []
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+
+        def kill():
+            while not (begun := [n for n in names if (tmp_path / n / "history.csv").exists()]):
+                time.sleep(0.01)
+            worker = next(w for w in cluster.workers.values() if w.status == distributed.Status.running)
+            killed.append((begun, worker.pid))
+            os.kill(worker.pid, 9)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        status = sweep.run_sweep(tmp_path, cluster=cluster.scheduler_address)
+        thread.join()
+    assert killed and list(status.state) == ["done"] * 4
+    assert sorted(pd.read_csv(tmp_path / "results.csv").out) == sorted(str(tmp_path / name) for name in names)
+    for name in names:
+        assert list(pd.read_csv(tmp_path / name / "history.csv").epoch) == [*range(1, 9)]
+
+
+def test_workers_with_several_threads_are_refused(folder, teacher, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="extra: pip install 'granq[cluster]'")
+    planned(tmp_path, folder, teacher)
+    options = dict(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
+    with distributed.LocalCluster(**options) as cluster, pytest.raises(granq.UserError, match="several threads"):
+        sweep.run_sweep(tmp_path, cluster=cluster.scheduler_address)
 
 
 def test_a_plan_grows_but_never_changes(folder, teacher, tmp_path):
-    write_plan(tmp_path, plan(folder, teacher))
-    write_plan(tmp_path, plan(folder, teacher, seeds=(0, 1)))
-    assert len(read_plan(tmp_path)) == 2
-    changed = {name: [*arguments, "--epochs", "9"] for name, arguments in plan(folder, teacher).items()}
-    with pytest.raises(ValueError, match="other settings"):
-        write_plan(tmp_path, changed)
+    planned(tmp_path, folder, teacher)
+    planned(tmp_path, folder, teacher, seeds=(0, 1))
+    assert len(sweep.read_plan(tmp_path)) == 2
+    with pytest.raises(granq.UserError, match="other settings"):
+        planned(tmp_path, folder, teacher, options=TINY.replace("--epochs 2", "--epochs 9"))
 
 
 def test_command(folder, teacher, tmp_path, capsys):
-    given = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --schemes release --bits 3,3".split()
-    assert main(["sweep", "--out", str(tmp_path / "s"), *given, *TINY, "--status", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "s"), "runs": 1, "waiting": 1}
-    assert main(["sweep", "--out", str(tmp_path / "s"), "--json"]) == 0  # alone, it continues
+    out = ["--out", str(tmp_path / "s")]
+    given = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --schemes granq --bits 3,3 {TINY}".split()
+    assert main(["sweep", *out, *given, "--status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": out[1], "runs": 1, "waiting": 1}
+    assert main(["sweep", *out, "--json"]) == 0  # alone, it continues
     assert json.loads(capsys.readouterr().out)["done"] == 1
-    for label in ("cat", "dog"):
-        (tmp_path / "broken/test" / label).mkdir(parents=True)
-        (tmp_path / "broken/test" / label / "0.jpg").write_text("not an image")
-    broken = f"folder:{tmp_path / 'broken'}"
     for bad, message in (
         (["--out", str(tmp_path / "none")], "holds no sweep"),
-        (["--out", str(tmp_path / "s"), "--data", folder], "needs --data, --network"),
-        (["--out", str(tmp_path / "s"), "--engine", "pbs"], "unknown engine"),
-        (["--out", str(tmp_path / "t"), *given, "--teacher", "a", "b"], "1 networks need as many teachers"),
-        (["--out", str(tmp_path / "t"), *given, "--schemes", "nope"], "known: release"),
+        ([*out, "--data", folder], "needs --data, --network"),
+        ([*given, "--teacher", "a", "b"], "a file for each network"),
+        ([*given, "--schemes", "nope"], "known: granq"),
         # what quantize would refuse, and a plan must not hold
-        (["--out", str(tmp_path / "t"), *given, "--recipes", "nope"], "known: adadfq"),
-        (["--out", str(tmp_path / "t"), *given, "--epochs", "1"], "warmup_epochs must be from 0 to epochs = 1, got 4"),
-        (["--out", str(tmp_path / "t"), *given, "--seeds", "0", "-1"], "seed must be from 0"),
-        (["--out", str(tmp_path / "t"), *given, "--data", "nope"], "known: digits"),
-        (["--out", str(tmp_path / "t"), *given, "--data", "digits"], "does not fit"),
-        (["--out", str(tmp_path / "t"), *given, "--network", "nope"], "known are pytorchcv"),
-        (["--out", str(tmp_path / "t"), *given, "--teacher", "/nope.pt"], "does not exist"),
-        (["--out", str(tmp_path / "t"), *given, "--generator", "/nope"], "holds no run"),
-        (["--out", str(tmp_path / "t"), *given, "--image-size", "64"], "was trained at 32 pixels"),
-        (["--out", str(tmp_path / "t"), *given, "--engine", "pbs"], "unknown engine"),
-        (["--out", str(tmp_path / "t"), *given, "--device", "nope"], "unknown device"),
-        (["--out", str(tmp_path / "t"), *given, "--data", broken], "cat/0.jpg is not a usable image"),
+        ([*given, "--recipes", "nope"], "recipe should be"),
+        ([*given, "--epochs", "0"], "epochs should be"),
+        ([*given, "--seeds", "0", "-1"], "seed should be"),
+        ([*given, "--data", "nope"], "known: digits"),
+        ([*given, "--bits", "3,9"], "from 2 to 8"),
     ):
-        assert main(["sweep", *bad]) == 2
+        assert main(["sweep", "--out", str(tmp_path / "t"), *bad]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "t").exists()

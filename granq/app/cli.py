@@ -24,10 +24,8 @@ def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     argv = [part for part in argv if part != "--json"]  # which main sees to
     if argv[:1] == ["quantize"]:
         return jobs.from_arguments(argv[1:]).run
-    known = [
-        Annotated[Any, tyro.conf.subcommand(name, constructor=_later(command))]
-        for name, command in {"quantize": jobs.Job.run, **commands.COMMANDS}.items()
-    ]
+    every = {"quantize": quantize, **commands.COMMANDS}
+    known = [Annotated[Any, tyro.conf.subcommand(name, constructor=_later(f))] for name, f in every.items()]
     say = partial(tyro.cli, cast(Any, Union)[tuple(known)], prog="granq", description=DESCRIPTION, args=argv)
     if argv[:1] != ["sweep"]:
         return say(config=jobs.MARKERS)
@@ -35,12 +33,16 @@ def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     return partial(call, options=tuple(rest))
 
 
+def quantize() -> None:
+    """Quantize a teacher without its training data."""  # so that the list of commands has it
+
+
 def _later(command: Callable[..., Any]) -> Callable[..., Any]:
     """Return what binds the arguments of ``command``, which checks them when it is called."""
 
     @wraps(command)
-    def bind(*args: Any, **options: Any) -> Callable[[], Any]:
-        return partial(validate_call(command), *args, **options)
+    def bind(**options: Any) -> Callable[[], Any]:
+        return partial(validate_call(command), **options)
 
     return bind
 

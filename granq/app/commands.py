@@ -35,7 +35,8 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     runs = combine(out, [network], teachers, schemes, ["2,2"], ["adadfq"], range(seeds), given.split())
     results = pd.DataFrame([run.run() for run in runs])
     one, columns = results.iloc[-1], ["ptq_top1", "last_top1", "best_top1"]
-    cells = results.groupby("scheme", sort=False)[columns].agg(lambda v: f"{v.mean():.2f} ± {v.std():.2f}")
+    groups = results.groupby("scheme", sort=False)[columns]
+    cells = groups.mean().map("{:.2f}".format) + " ± " + groups.std().map("{:.2f}".format)
     table = (
         f"digits, {network}, W2A2, teacher {one.teacher_top1:.2f} %, n = {seeds} seeds, {one.test_images} test images, "
         f"{one.device}, torch {one.torch}. Mean ± std in percent; best_top1 selects on the test split.\n\n"
@@ -134,7 +135,7 @@ def audit(
     torch.manual_seed(0)
     images = torch.randn(2, 3, spec.image_size, spec.image_size)
     frame = granq.audit(granq.quantize_model(model, scheme, **widths), images)
-    result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
+    result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
     result |= {"weights": str(teacher or "random, seed 0"), "image_size": spec.image_size}
     result |= granq.summarize_audit(frame)
     if out:
@@ -152,8 +153,7 @@ def audit(
 def factorial(
     *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
     bits: str = "2,3,4,5,8", images: Annotated[int, Field(ge=2)] | None = None, seeds: Count = 1,
-    train_epochs: Annotated[int, Field(ge=0)] = 0, iterations: Count = 100, resume: bool = False,
-    device: Device = "auto",
+    iterations: Count = 100, resume: bool = False, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure the accuracy of every weight granularity with every activation granularity.
 
@@ -162,12 +162,10 @@ def factorial(
         run: granq quantize run whose generator calibrates; without it one is warmed up
         bits: widths, of weights and activations alike
         images: test images, drawn with seed 0; by default all
-        train_epochs: measure also after so many epochs of training, which follow a warm-up of 4
-        iterations: of an epoch
+        iterations: of an epoch of that warm-up
         resume: measure the cells that --out lacks
     """
     from granq.measure import factorial as cells
-    from granq.measure.images import generated_batches
 
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
@@ -176,15 +174,15 @@ def factorial(
         "full", data=data, network=network, teacher=teacher, runs=[run] if run else [], device=device
     )
     count = min(images or len(shared.test), len(shared.test))
-    config = QATConfig(iterations=iterations, image_size=shared.spec.image_size, device=shared.device)
-    generator = shared.zero_shot[0] if run else cells.warm_generator(shared.teacher, config)
+    warm: Result = dict(epochs=4, warmup_epochs=4, iterations=iterations)
+    config = QATConfig(**warm, image_size=shared.spec.image_size, device=shared.device)
+    generator = shared.zero_shot[0] if run else granq.train(shared.teacher, config).generator
     facts = {k: v for k, v in shared.facts().items() if k not in ("budget", "seed")}
-    source = run.name if run else f"warm-up of {config.warmup_epochs} x {iterations} iterations"
+    facts["generator"] = run.name if run else f"warm-up of 4 x {iterations} iterations"
     out.parent.mkdir(parents=True, exist_ok=True)
-    frame = cells.measure_granularity_factorial(
-        shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, train_epochs, seeds),
-        lambda seed: generated_batches(generator, seed), config=config, facts=facts | {"generator": source},
-        out=out,
+    frame = granq.measure_granularity_factorial(
+        shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
+        lambda seed: granq.generated_batches(generator, seed), facts=facts, out=out,
     )  # fmt: skip
     return {"out": str(out), "images": count, **facts, "cells": len(frame), "rows": _records(frame)}
 

@@ -18,7 +18,7 @@ import granq  # its names are imported at first use: the command line answers wi
 from granq.config import QATConfig
 from granq.errors import UserError
 
-Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PATH; no training image is read")]
+Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PATH")]
 Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION")]
 TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it pretrained weights are downloaded")]
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -65,7 +65,7 @@ class Job(QATConfig, Files):
             return granq.top1_on(model, test, spec, device)
 
         config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
-        source = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
+        source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
         result = granq.train(
             teacher, config, evaluate=evaluate, out=self.out, resume=self.resume, facts=facts, generator=generator,
@@ -95,8 +95,8 @@ def parse_bits(text: str) -> dict[str, int]:
 def from_arguments(argv: Sequence[str]) -> Job:
     """Return the run that ``argv``, options of ``granq quantize``, describes. Raises ValidationError or UserError."""
     groups = vars(tyro.cli(options(argv), args=argv, config=MARKERS, prog="granq quantize")).values()
-    values = {name: value for group in groups for name, value in vars(group).items()}
-    return Job(**parse_bits(values.pop("bits")), **values)
+    values: dict[str, Any] = {name: value for group in groups for name, value in vars(group).items()}
+    return Job(**values | parse_bits(values.pop("bits")))
 
 
 def options(argv: Sequence[str]) -> type:
@@ -106,7 +106,8 @@ def options(argv: Sequence[str]) -> type:
     """
     start, groups = defaults(argv), []
     start["bits"] = "{weight_bits},{act_bits}".format_map(start)
-    for model in (Files, *reversed(QATConfig.__bases__)):
+    bases: tuple[Any, ...] = (Files, *reversed(QATConfig.__bases__))
+    for model in bases:
         shown = {name: (field.rebuild_annotation(), field.description) for name, field in model.model_fields.items()}
         if "scheme" in shown:  # named here, and both widths are one option
             shown |= {"scheme": (str, shown["scheme"][1]), "bits": (str, "width of weights,activations")}

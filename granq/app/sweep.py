@@ -10,7 +10,7 @@ import json
 import re
 import traceback
 from collections.abc import Iterable, Sequence
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +33,7 @@ def combine(
     """
     if not (networks and schemes and bits) or len(teachers) not in (0, len(networks)):
         raise UserError("a plan needs --data, --network, --schemes and --bits, and --teacher a file for each network")
-    pairs, jobs = list(zip(networks, teachers or [None] * len(networks), strict=True)), []
+    pairs, jobs = list(zip_longest(networks, teachers)), []
     for seed, recipe, (network, teacher), width, scheme in product(seeds, recipes, pairs, bits, schemes):
         name = re.sub(r"[^\w.-]+", "_", f"{network} {recipe} {scheme} w{width.replace(',', 'a')} s{seed}")
         argv = ["--network", network, "--recipe", recipe, "--scheme", scheme, "--bits", width, "--seed", str(seed)]
@@ -58,7 +58,7 @@ def read_plan(out: Path) -> list[Job]:
     if not (out / "runs.jsonl").is_file():
         raise UserError(f"{out} holds no sweep; plan one with --data, --network, --schemes and --bits")
     jobs = map(Job.model_validate_json, (out / "runs.jsonl").read_text().splitlines())
-    return [job.change(out=out / job.out.name) for job in jobs]
+    return [job.model_copy(update={"out": out.resolve() / job.out.name}) for job in jobs]  # for workers elsewhere
 
 
 def status(out: Path) -> pd.DataFrame:
@@ -70,34 +70,33 @@ def status(out: Path) -> pd.DataFrame:
     rows, results = [], []
     for job in read_plan(out):
         state, history, result = "waiting", job.out / "history.csv", job.out / "result.json"
+        error = Path(f"{job.out}.error")
         if result.is_file():
             state = "done"
             results.append(json.loads(result.read_text()))
         elif RunFolder(job.out).in_use():
             state = "running"
-        elif history.is_file() or error_of(job).is_file():
-            state = "failed" if error_of(job).is_file() else "stopped"
-        last = pd.read_csv(history).iloc[-1][["epoch", "test_top1"]].to_dict() if history.is_file() else {"epoch": 0}
-        said = error_of(job).read_text().splitlines()[-1] if state == "failed" else ""
+        elif history.is_file() or error.is_file():
+            state = "failed" if error.is_file() else "stopped"
+        last: dict = {"epoch": 0}
+        if history.is_file():
+            last = pd.read_csv(history)[["epoch", "test_top1"]].iloc[-1].to_dict()
+        said = error.read_text().splitlines()[-1] if state == "failed" else ""
         rows.append({"run": job.out.name, "state": state, **last, "said": said})
     if results:
         write_csv(out / "results.csv", pd.DataFrame(results))
     return pd.DataFrame(rows).astype({"epoch": int})
 
 
-def error_of(job: Job) -> Path:
-    """Return the file that keeps what stopped ``job``."""
-    return job.out.with_name(f"{job.out.name}.error")
-
-
 def execute(job: Job) -> None:
     """Start or continue one run in this process. What keeps it from its end goes to ``NAME.error``."""
     torch.set_num_threads(1)  # runs share the cores; and with another number of threads the last bits may differ
-    error_of(job).unlink(missing_ok=True)
+    error = Path(f"{job.out}.error")
+    error.unlink(missing_ok=True)
     try:
-        job.change(resume=job.out.exists()).run()
+        job.model_copy(update={"resume": job.out.exists()}).run()
     except Exception:
-        error_of(job).write_text(traceback.format_exc())
+        error.write_text(traceback.format_exc())
 
 
 def run_sweep(out: Path, jobs: int = 1, cluster: str = "") -> pd.DataFrame:

@@ -2,8 +2,8 @@
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,14 +13,12 @@ from torch.nn import functional as F
 from granq import convert
 from granq.convert import ActQuantizer, WeightQuantizer
 from granq.errors import UserError
-from granq.graph import LAYERS, layer_input, module_of
+from granq.graph import LAYERS, module_of
 from granq.hooks import eval_mode
 from granq.measure import running
 from granq.quantizer import min_max
 
-QUANTIZED_DB = 60.0
-"""Above this SQNR a weight is not quantized: 8 bits give about 50 dB, an untouched 1x1 kernel about 150 dB."""
-
+QUANTIZED_DB = 60.0  #: above this SQNR a weight is not quantized: 8 bits give about 50 dB, untouched kernels 150
 # After these a quantized value still lies on its grid; averages, sums and BatchNorm leave it.
 _KEEP_GRID = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.PixelShuffle, nn.ChannelShuffle)
 _METHODS = set("flatten view reshape permute transpose squeeze unsqueeze contiguous chunk split".split())
@@ -36,20 +34,19 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
     """Measure every convolution, every linear layer and every other tensor of weights of ``model``, none skipped.
 
     Args:
-        model: a model from ``quantize_model``, or any other (whose layers then count as not quantized).
-        example: images (N, 3, H, W); one forward counts multiply-accumulates and scales. Tracked ranges that are
-            still unset are set for the moment; ``model`` stays as it is.
+        model: a model from ``quantize_model``, or any other (whose layers then count as not quantized). It stays as it
+            is; tracked ranges that are still unset are those of ``example``.
+        example: images (N, 3, H, W); one forward counts multiply-accumulates and scales.
 
     Returns:
-        Columns
-            layer, type, weight_shape, weights (count), macs (per image, over all calls),
-            weight_granularity ("" if full precision), levels (distinct values in the worst group, zero spread aside),
-            weight_sqnr_db (infinite if untouched), input_quantized (place, "" if the input is full precision),
-            scales (weight scales of the layer), bits_per_weight and bits_per_activation (**true** bits: codes, and a
-            32-bit scale and 32-bit zero point per group; 32 if not quantized), weight_share, macs_share (0 to 1),
-            weight_bits and act_bits (nominal, 0 if full precision), low_bit (weights and input both really quantized),
-            status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached (not called,
-            though its weight may be read), not a layer: not quantized; of the latter two MACs are not counted).
+        Columns layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_granularity ("" if
+        full precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if
+        untouched), input_quantized (place, "" if full precision), scales (of the weight), bits_per_weight and
+        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group; 32 if not quantized),
+        weight_bits and act_bits (nominal, 0 if full precision), low_bit (weights and input both really quantized),
+        status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached (not called,
+        though its weight may be read), not a layer: not quantized; of the latter two MACs are not counted),
+        weight_share, macs_share (0 to 1).
     """
     names = [n for n, m in model.named_modules() if isinstance(m, (*_KINDS, ActQuantizer))]  # of two names the first
     if not names:
@@ -71,18 +68,17 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
             if unset:
                 convert.calibrate(model, [example])
             images = running.run(model, [example], "audit", names, visit)
-            frame = pd.DataFrame(_layer_rows(model, seen, images) + _other_weights(model))
+            frame = pd.DataFrame(_rows(model, seen, images))
         finally:
             model.load_state_dict(before, strict=False)
-    for count, share in (("weights", "weight_share"), ("macs", "macs_share")):
-        frame[share] = frame[count] / max(frame[count].sum(), 1)
+    frame["weight_share"] = frame.weights / max(frame.weights.sum(), 1)
+    frame["macs_share"] = frame.macs / max(frame.macs.sum(), 1)
     return frame
 
 
 def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     """Return percentages (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts and a sentence."""
-    quantized = frame.weight_sqnr_db < QUANTIZED_DB
-    weights = 100 * frame.weight_share[quantized].sum()
+    weights = 100 * frame.weight_share[frame.weight_sqnr_db < QUANTIZED_DB].sum()
     wide = frame.low_bit & (frame.act_bits > frame.act_bits[frame.low_bit].min())  # an image with bits of its own
     macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     bits = sorted(set(frame.weight_bits[frame.weight_bits > 0])) or ["low"]
@@ -102,24 +98,29 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def _rows(model: nn.Module, seen: dict[nn.Module, Any], images: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for each layer, and for weights that belong to none, such as those of attention and embeddings."""
+    sources, first = _sources(model), dict[nn.Module, str]()
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, _KINDS):
+            row = _layer_row(name, layer, sources.get(layer), seen)
+            if first.setdefault(layer, name) == name:
+                yield row | {"macs": seen.get(layer, 0) // images, "status": _status(layer, layer in seen)}
+            else:  # counted under its first name only
+                yield row | {"weights": 0, "status": f"shared with {first[layer]}"}
+    owners = [m for m in model.modules() if isinstance(m, (*_KINDS, WeightQuantizer, ActQuantizer))]
+    known = {id(p) for module in owners for p in module.parameters()}
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and id(weight) not in known:
+            yield _row(name, "Parameter", weight) | {"status": "not a layer: not quantized"}
+
+
 def _row(name: str, kind: str, weight: Tensor) -> dict[str, Any]:
     """Return a row of weights in full precision."""
     row = dict(layer=name, type=kind, weight_shape="x".join(map(str, weight.shape)), weights=weight.numel(), macs=0)
     row |= dict(weight_granularity="", levels=0, weight_sqnr_db=math.inf, input_quantized="", scales=0)
     row |= dict(bits_per_weight=32.0, bits_per_activation=32.0, weight_bits=0, act_bits=0, low_bit=False, status="")
     return row
-
-
-def _layer_rows(model: nn.Module, seen: dict[nn.Module, Any], images: int) -> list[dict[str, Any]]:
-    sources, first = _sources(model), {module: name for name, module in model.named_modules()}
-    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _KINDS)]
-    rows = [_layer_row(name, layer, sources.get(layer), seen) for name, layer in layers]
-    for row, (name, layer) in zip(rows, layers, strict=True):
-        if name == first[layer]:
-            row |= {"macs": seen.get(layer, 0) // images, "status": _status(layer, layer in seen)}
-        else:  # counted under its first name only
-            row |= {"weights": 0, "status": f"shared with {first[layer]}"}
-    return rows
 
 
 def _layer_row(name: str, layer: Any, source: Place | None, seen: dict[nn.Module, Any]) -> dict[str, Any]:
@@ -160,33 +161,23 @@ def _status(layer: Any, reached: bool) -> str:
 def _sources(model: nn.Module) -> dict[nn.Module, Place]:
     """Return the place whose grid every layer reads; those that read off the grid in one of their calls are absent."""
 
-    def grid(node: Any) -> Place | None:
-        if not isinstance(node, fx.Node):
-            return None
+    def grid(node: fx.Node) -> Place | None:
         module = module_of(model, node)
         if isinstance(module, ActQuantizer):
             return str(node.target).removeprefix("act_quant."), module
         if node.target in _JOINS:
-            return _widest([grid(part) for part in cast(Any, node.args[0])])
+            return _widest([grid(part) for part in node.all_input_nodes])
         kept = isinstance(module, _KEEP_GRID) or (node.op == "call_method" and node.target in _METHODS)
-        return grid(layer_input(node)) if kept or node.target in _FUNCTIONS else None
+        return grid(node.all_input_nodes[0]) if kept or node.target in _FUNCTIONS else None
 
     found: dict[nn.Module, list[Place | None]] = {}
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
         layer = module_of(model, node)
         if isinstance(layer, LAYERS):
-            found.setdefault(layer, []).append(grid(layer_input(node)))
+            found.setdefault(layer, []).append(grid(node.all_input_nodes[0]))
     return {layer: widest for layer, inputs in found.items() if (widest := _widest(inputs))}
 
 
 def _widest(places: Sequence[Place | None]) -> Place | None:
-    """Return the place with most bits; none if one of them is off the grid."""
+    """Return the place with most bits; none if one is off the grid."""
     return max(places, key=lambda place: place[1].bits if place else math.inf)
-
-
-def _other_weights(model: nn.Module) -> list[dict[str, Any]]:
-    """Return rows of weights that belong to no layer and no quantizer, such as those of attention and embeddings."""
-    owners = [m for m in model.modules() if isinstance(m, (*_KINDS, WeightQuantizer, ActQuantizer))]
-    known = {id(p) for module in owners for p in module.parameters()}
-    others = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in known]
-    return [_row(n, "Parameter", p) | {"status": "not a layer: not quantized"} for n, p in others]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from granq.data import DataSpec
-from granq.errors import UserError
 from granq.generator import LATENT, synthesize
 from granq.graph import layer_names
 from granq.hooks import Batch, eval_mode
@@ -32,42 +31,30 @@ def measure_synthetic_gap(
     edges: dict[str, Tensor] = {}  # (C, BINS)
 
     def collect(batches: Iterable[Batch], text: str) -> tuple[dict[str, Tensor], int]:
-        sums: dict[str, Tensor] = {}  # (C, 3 + BINS): count, sum, sum of squares, values up to each edge
+        sums: dict[str, Tensor] = {}  # (3 + BINS, C): count, sum, sum of squares, values up to each edge
 
         def visit(name: str, x: Tensor, _: Tensor) -> None:
             flat = running.by_channel(x).transpose(0, 1).flatten(1).contiguous()  # (C, values)
-            if name not in edges:
-                edges[name] = _quantiles(flat, BINS)
-            values = flat.double()
-            moments = torch.stack([torch.full_like(values[:, 0], flat.shape[1]), values.sum(1), values.square().sum(1)])
-            running.merge(sums, name, torch.cat([moments.T, _values_up_to(edges[name], flat)], 1))
+            ordered, values = flat.sort(1).values, flat.double()
+            if name not in edges:  # torch.quantile refuses large inputs
+                places = torch.linspace(0, flat.shape[1] - 1, BINS, dtype=torch.float64).round().long()
+                edges[name] = ordered[:, places.to(flat.device)].contiguous()
+            moments = torch.full_like(values[:, 0], flat.shape[1]), values.sum(1), values.square().sum(1)
+            up_to = torch.searchsorted(ordered, edges[name], right=True).double()
+            running.merge(sums, name, torch.stack([*moments, *up_to.T]))
 
         return sums, running.run(model, batches, f"synthetic gap, {text}", layer_names(model), visit)
 
     real, images_real = collect(real_batches, "real")  # first: it fixes the edges
     synthetic, images_synthetic = collect(synthetic_batches, "synthetic")
-    frames = []
-    for name, values in real.items():
-        other, own = ((v[:, 1:] / v[:, :1]).T for v in (synthetic[name], values))  # per value, (2 + BINS, C)
+    frames = {}
+    for name in real:
+        other, own = (sums[name][1:] / sums[name][0] for sums in (synthetic, real))  # per value, (2 + BINS, C)
         gap = {"mean_synthetic": other[0], "mean_real": own[0]}
         gap |= {f"variance_{k}": (v[1] - v[0].square()).clamp_min(0) for k, v in (("synthetic", other), ("real", own))}
-        gap["ks_distance"] = (other - own)[2:].abs().amax(0)
-        frames.append(pd.DataFrame({"layer": name, "channel": range(len(values))} | gap))
-    return pd.concat(frames, ignore_index=True).assign(images_synthetic=images_synthetic, images_real=images_real)
-
-
-def _quantiles(flat: Tensor, count: int) -> Tensor:
-    """Return ``count`` quantiles of every row, (C, values) -> (C, count); torch.quantile refuses large inputs."""
-    index = torch.linspace(0, flat.shape[1] - 1, count, dtype=torch.float64).round().long().to(flat.device)
-    return flat.sort(1).values[:, index].contiguous()
-
-
-def _values_up_to(edges: Tensor, flat: Tensor) -> Tensor:
-    """Count the values of every row up to each edge: (C, BINS) and (C, values) -> (C, BINS)."""
-    index = torch.searchsorted(edges, flat)  # bin b holds the values in (edge[b-1], edge[b]]
-    counts = torch.zeros(len(flat), BINS + 1, dtype=torch.float64, device=flat.device)
-    counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
-    return counts.cumsum(1)[:, :-1]
+        frames[name] = pd.DataFrame(gap | {"ks_distance": (other - own)[2:].abs().amax(0)})
+    frame = pd.concat(frames, names=["layer", "channel"]).reset_index()
+    return frame.assign(images_synthetic=images_synthetic, images_real=images_real)
 
 
 def generated_batches(generator: nn.Module, seed: int, count: int = 1024, batch_size: int = 64) -> Iterator[Tensor]:
@@ -84,12 +71,10 @@ def generated_batches(generator: nn.Module, seed: int, count: int = 1024, batch_
 def measure_generated_images(
     generator: nn.Module, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
 ) -> pd.DataFrame:
-    """Draw images for every label, and measure what the teacher thinks of them.
+    """Draw images for every label of ``spec``, and measure what the teacher thinks of them.
 
-    The generator draws one balanced batch in its own mode, so that in training mode its BatchNorm layers use the
-    statistics of that batch, as during the run; its state is not changed, and the global random state neither.
-
-    ``spec`` says how many classes the teacher has, and the normalization, to show pixels in their natural range.
+    They are one balanced batch in the generator's own mode: in training mode, as during a run, its BatchNorm layers use
+    the statistics of that batch. Its state is not changed, and the global random state neither.
 
     Returns:
         One row per image: label (asked for), sample, predicted, confidence (the teacher's probability of the label),
@@ -101,12 +86,10 @@ def measure_generated_images(
     with eval_mode(teacher):
         images = copy.deepcopy(generator)(noise.to(device), labels.to(device))  # running statistics of a copy move
         probability = teacher(images).softmax(1).cpu()
-    if probability.shape[1] != spec.classes:
-        raise UserError(f"the teacher knows {probability.shape[1]} classes, but spec has {spec.classes}")
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
     pixels = ((images.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     columns = {"label": labels, "sample": list(range(per_class)) * spec.classes, "predicted": probability.argmax(1)}
-    columns |= {"confidence": probability.gather(1, labels[:, None])[:, 0].tolist(), "size": pixels.shape[1]}
+    columns |= {"confidence": probability[range(len(labels)), labels].tolist(), "size": pixels.shape[1]}
     return pd.DataFrame(columns | {"pixels": [image.contiguous().numpy().tobytes().hex() for image in pixels]})
 
 

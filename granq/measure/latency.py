@@ -1,20 +1,16 @@
 """Time the quantizer and the executions of a convolution; docs/speed.md says how to read the numbers."""
 
-from __future__ import annotations
-
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from granq import scaling
@@ -25,6 +21,7 @@ from granq.quantizer import choose_qparams, fake_quantize
 #: Activations of ResNet-20 at batch 200 and of ResNet-50 at batch 16, and two tensors over 50 MB.
 SHAPES = ((200, 16, 32, 32), (200, 32, 16, 16), (200, 64, 8, 8), (16, 64, 56, 56), (16, 512, 7, 7),
           (200, 64, 32, 32), (16, 256, 56, 56))  # fmt: skip
+SAME = scaling.Conv(padding=(1, 1))  # the output of a 3x3 convolution has as many pixels as its input
 
 
 def textbook_chain(x: Tensor, bits: int) -> Tensor:
@@ -41,11 +38,6 @@ def textbook_chain(x: Tensor, bits: int) -> Tensor:
 ours = partial(fake_quantize, granularity="per_sample_channel", clamp=False)  # as the scheme granq does
 
 
-def channel_loop(x: Tensor, bits: int) -> Tensor:
-    """Quantize one channel per call, as conventional per-channel quantization does, and join the slices."""
-    return torch.cat([ours(x[:, c : c + 1], bits) for c in range(x.shape[1])], 1)
-
-
 @contextmanager
 def compiled() -> Iterator[None]:
     """Put the quantizer under ``torch.compile`` within the block, or in the function that this decorates."""
@@ -58,7 +50,7 @@ def compiled() -> Iterator[None]:
 
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "layerwise": partial(fake_quantize, granularity="per_tensor", clamp=False),
-    "channel loop": channel_loop,
+    "channel loop": lambda x, bits: torch.cat([ours(channel, bits) for channel in x.split(1, 1)], 1),
     "textbook": textbook_chain,
     **{f"granq{layout}": ours for layout in ("", ", NHWC")},
     **{f"granq, compiled{layout}": compiled()(ours) for layout in ("", ", NHWC")},
@@ -67,10 +59,9 @@ METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], repetitions: int) -> pd.DataFrame:
-    """Return milliseconds: a column for each run, a row for each repetition, in which the runs take turns.
+    """Return milliseconds, (repetitions, runs): runs take turns, so that a disturbance meets all; each is warmed up."""
+    from torch.utils.benchmark import Timer  # its import prints a warning about CUDA_HOME
 
-    A disturbance then meets all of them. ``timeit`` first runs each twice untimed: caches hold what it needs.
-    """
     threads = torch.get_num_threads()
     timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
     return pd.DataFrame([{name: 1e3 * t.timeit(1).mean for name, t in timers.items()} for _ in range(repetitions)])
@@ -91,31 +82,28 @@ def timings(frames: Sequence[pd.DataFrame], name: str, repetitions: int, device:
 def measure_latency_quantizer(
     shapes: Sequence[tuple[int, int, int, int]] = SHAPES, bits: int = 3, *, repetitions: int = 30, device: str = "cpu"
 ) -> pd.DataFrame:
-    """Time fake quantization per method and activation shape (N, C, H, W), float32, forward and backward.
+    """Time fake quantization, forward and backward, per method and activation shape (N, C, H, W), float32.
 
     Returns:
         Columns method, shape, bytes, bits, median_ms, q25_ms, q75_ms, ratio_to_textbook and ratio_to_copy (medians of
         the ratios within a repetition; quartiles in ``..._q25``, ``..._q75``), repetitions, threads, torch, device.
         ``copy`` is the floor, ``x.clone()``. Methods that end in ``NHWC`` get the tensor as channels_last.
     """
-
-    def once(name: str, x: Tensor, gradient: Tensor) -> None:
-        torch.autograd.grad(METHODS[name](x, bits), x, gradient)
-
     frames = []
     for shape in tqdm(shapes, desc="quantizer", unit="shape"):
-        nchw = torch.rand(shape, generator=torch.Generator(device).manual_seed(0), device=device)
-        nhwc = nchw.contiguous(memory_format=torch.channels_last)
-        inputs = {name: (nhwc if name.endswith("NHWC") else nchw).requires_grad_() for name in METHODS}
+        nchw = torch.rand(shape, generator=torch.Generator(device).manual_seed(0), device=device).requires_grad_()
+        nhwc = nchw.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+        def once(name: str, x: Tensor, gradient: Tensor) -> None:
+            torch.autograd.grad(METHODS[name](x, bits), x, gradient)
+
+        inputs = {name: nhwc if name.endswith("NHWC") else nchw for name in METHODS}
         times = alternate({n: partial(once, n, x, torch.ones_like(x)) for n, x in inputs.items()}, repetitions)
         frame = quartiles(times, shape=str(shape), bytes=nchw.nbytes, bits=bits)
         for reference in ("textbook", "copy"):
             frame = frame.join(quartiles(times.div(times[reference], axis=0), f"ratio_to_{reference}"))
         frames.append(frame)
     return timings(frames, "method", repetitions, device)
-
-
-SAME = scaling.Conv(padding=(1, 1))
 
 
 def _executions(c: int, n: int, size: int, bits: int, device: str) -> dict[str, Callable[[], Tensor]]:
@@ -147,47 +135,33 @@ def measure_latency_scaling(
 
     ``fixed`` is (channels, batch): the one that stays while the other varies. Finding scales is not timed. Sums are
     int32 on the CPU, where PyTorch does not optimize integer convolutions: ``layer-wise, float32`` holds the same exact
-    integers as floats. On other devices all sums are float32.
+    integers as floats, as all do on other devices.
 
     Returns:
-        Columns execution, channels, batch, size, bits, median_ms, q25_ms, q75_ms, peak_mb (10^6 bytes that PyTorch
-        allocates at most beyond the operands), scale_multiplications, bytes (of ``count_scaling``), repetitions,
-        threads, torch, device.
+        Columns execution, channels, batch, size, bits, median_ms, q25_ms, q75_ms, peak_mb (``peak_mb``),
+        scale_multiplications, bytes (``count_scaling``), repetitions, threads, torch, device.
     """
     frames = []
     shapes = dict.fromkeys([(c, fixed[1]) for c in channels] + [(fixed[0], n) for n in batches])
     for c, n in tqdm(shapes, desc="scaling", unit="shape"):
         runs = _executions(c, n, size, bits, device)
         frame = quartiles(alternate(runs, repetitions), channels=c, batch=n, size=size, bits=bits)
-        frame["peak_mb"] = [peak_mb(run) for run in runs.values()]
+        frame["peak_mb"] = [peak_mb(run, device) for run in runs.values()]
         counts = scaling.count_scaling((n, c, size, size), (c, c, 3, 3), SAME).set_index("execution")
         counts.loc["layer-wise, float32"] = counts.loc["layer-wise"]
         frames.append(frame.join(counts))
     return timings(frames, "execution", repetitions, device)
 
 
-def peak_mb(run: Callable[[], object]) -> float:
+def peak_mb(run: Callable[[], object], device: str = "cpu") -> float:
     """Return the most bytes that PyTorch allocates at once during ``run``, beyond those before it, in 10^6."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e6
-
-
-def growth(
-    frame: pd.DataFrame, quantities: Sequence[str] = ("median_ms", "bytes", "scale_multiplications"),
-    axes: tuple[str, str] = ("channels", "batch"),
-) -> pd.DataFrame:  # fmt: skip
-    """Return slopes of log quantity over the log of each axis, the other axis at its most frequent value.
-
-    1 is linear, 2 quadratic, NaN a quantity that is 0. Columns: execution, against (the axis), points, quantities.
-    """
-    rows = []
-    for against, other in (axes, axes[::-1]):
-        part = frame[frame[other] == frame[other].mode().iloc[0]]
-        for execution, line in part.groupby("execution", sort=False):
-            logs = np.log(line[[against, *quantities]].where(lambda v: v > 0))
-            slopes = (logs.cov()[against] / logs[against].var())[[*quantities]]
-            rows.append({"execution": execution, "against": against, "points": len(logs)} | slopes.to_dict())
-    return pd.DataFrame(rows)
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e6

@@ -20,16 +20,10 @@ MODES = ("local", "accumulated")
 
 
 def measure_layer_error(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    schemes: Sequence[str | Scheme],
-    bits: int | tuple[int, int],
-    *,
-    per_channel: bool = False,
-    layers: Sequence[str] | None = None,
-    modes: Sequence[str] = MODES,
+    model: nn.Module, batches: Iterable[Batch], schemes: Sequence[str | Scheme], bits: int | tuple[int, int], *,
+    per_channel: bool = False, layers: Sequence[str] | None = None, modes: Sequence[str] = MODES,
     calibration: Iterable[Batch] | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Measure the error of every layer's output under quantization, against the full-precision output.
 
     ``local``: the layer receives the full-precision input, through the activation quantizer directly in front of it
@@ -38,17 +32,15 @@ def measure_layer_error(
 
     Args:
         model: the full-precision network.
-        batches: the images.
         schemes: names, or schemes of one's own.
         bits: bit width, or (weights, activations).
         per_channel: one row per output channel instead of one per layer.
         layers: names; all Conv2d and Linear layers by default.
-        modes: ``"local"``, ``"accumulated"`` or both.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
 
     Returns:
-        Columns layer, scheme, weight_bits, act_bits, mode, (channel,) mse, sqnr_db, cosine_similarity, images. An
-        exact output has an SQNR of infinity.
+        Columns layer, scheme, weight_bits, act_bits, mode, (channel,) mse, sqnr_db (infinite: exact),
+        cosine_similarity, images.
     """
     for mode in modes:
         one_of("mode", mode, MODES)
@@ -64,11 +56,13 @@ def measure_layer_error(
     errors = _Errors(students, layers, modes)
     with parametrize.cached():  # weights are quantized once, not once a batch
         count = running.run(model, chain(first, images), "layer error", layers, errors.visit, errors.run_students)
-    return errors.table(widths, per_channel, count)
+    frame = errors.table(per_channel).assign(weight_bits=widths[0], act_bits=widths[1], images=count)
+    columns = "layer scheme weight_bits act_bits mode channel mse sqnr_db cosine_similarity images".split()
+    return frame[[name for name in columns if per_channel or name != "channel"]]
 
 
 class _Errors:
-    """Running sums by (scheme, layer, mode), (4, C): values, and energies of the reference, the output, the error."""
+    """Running sums by (scheme, mode, layer), (4, C): values, and energies of the reference, the output, the error."""
 
     def __init__(self, students: dict[str, fx.GraphModule], layers: Sequence[str], modes: Sequence[str]) -> None:
         self.students, self.layers, self.modes = students, layers, modes
@@ -81,40 +75,39 @@ class _Errors:
         }
 
     def visit(self, name: str, x: Tensor, out: Tensor) -> None:
-        """Take a layer's full-precision input and output."""
         for scheme, student in self.students.items() if "local" in self.modes else ():
             quantizer = next(self.quantizers[scheme, name])
-            value = student.get_submodule(name)(x if quantizer is None else quantizer(x))
-            self._add(scheme, name, "local", out, value)
+            self._add(scheme, "local", name, out, student.get_submodule(name)(quantizer(x) if quantizer else x))
         if "accumulated" in self.modes:  # a copy: an in-place ReLU after the layer would change it
             self.clean.setdefault(name, []).append(out.clone())
 
     def run_students(self, images: Batch, _: Tensor) -> None:
-        """Compare what every layer gives in the quantized networks with what ``visit`` has just seen."""
         for scheme, student in self.students.items() if "accumulated" in self.modes else ():
             calls = {name: iter(outputs) for name, outputs in self.clean.items()}
 
             def visit(name: str, _: Tensor, out: Tensor, scheme: str = scheme, calls: Any = calls) -> None:
-                self._add(scheme, name, "accumulated", next(calls[name]), out)
+                self._add(scheme, "accumulated", name, next(calls[name]), out)
 
             with watch(student, self.layers, visit):
                 student(images)
         self.clean.clear()
 
-    def _add(self, scheme: str, name: str, mode: str, reference: Tensor, value: Tensor) -> None:
+    def _add(self, scheme: str, mode: str, name: str, reference: Tensor, value: Tensor) -> None:
         energies = [_energy(x) for x in (reference, value, value - reference)]
         count = torch.full_like(energies[0], reference.numel() / len(energies[0]))
-        running.merge(self.sums, (scheme, name, mode), torch.stack([count, *energies]))
+        running.merge(self.sums, (scheme, mode, name), torch.stack([count, *energies]))
 
-    def table(self, widths: tuple[int, int], per_channel: bool, images: int) -> pd.DataFrame:
-        rows: list[tuple[Any, ...]] = []
-        for scheme, mode, name in product(self.students, self.modes, self.layers):
-            if (scheme, name, mode) in self.sums:  # otherwise the forward never calls this layer
-                sums = self.sums[scheme, name, mode]
-                groups = sums.T.tolist() if per_channel else [sums.sum(1).tolist()]
-                rows += [(name, scheme, *widths, mode, i, *_metrics(*group), images) for i, group in enumerate(groups)]
-        columns = "layer scheme weight_bits act_bits mode channel mse sqnr_db cosine_similarity images".split()
-        return pd.DataFrame(rows, columns=columns).drop(columns=[] if per_channel else "channel")
+    def table(self, per_channel: bool) -> pd.DataFrame:
+        frames = {}
+        for key in product(self.students, self.modes, self.layers):
+            if key in self.sums:  # otherwise the forward never calls this layer
+                sums = self.sums[key] if per_channel else self.sums[key].sum(1, keepdim=True)
+                frames[key] = pd.DataFrame(sums.T.numpy(), columns=["count", "reference", "output", "error"])
+        frame = pd.concat(frames, names=["scheme", "mode", "layer", "channel"]).reset_index()
+        products = (frame.reference + frame.output - frame.error) / 2  # |o - r|^2 = |o|^2 + |r|^2 - 2 o.r
+        cosine = (products / (frame.reference * frame.output) ** 0.5).clip(-1, 1)
+        sqnr_db = running.decibel(frame.reference, frame.error)
+        return frame.assign(mse=frame.error / frame["count"], sqnr_db=sqnr_db, cosine_similarity=cosine)
 
 
 def _energy(x: Tensor) -> Tensor:
@@ -124,10 +117,3 @@ def _energy(x: Tensor) -> Tensor:
     rows = x.flatten(2)
     squares = torch.linalg.vecdot(rows, rows)  # dot products: no temporary, and faster than a norm
     return running.where_float64_is(squares).double().sum(0)
-
-
-def _metrics(count: float, reference: float, value: float, error: float) -> tuple[float, float, float]:
-    """Return mse, sqnr_db and cosine_similarity; the dot product follows from |v - r|^2 = |v|^2 + |r|^2 - 2 v.r."""
-    norms = (reference * value) ** 0.5
-    cosine = (reference + value - error) / 2 / norms if norms else float("nan")
-    return error / count, running.decibel(reference, error), max(min(cosine, 1.0), -1.0)

@@ -1,8 +1,8 @@
 """What measurements share: one walk over batches, running sums, decibels.
 
-They work on any network of Conv2d and Linear layers, and stream: one batch is in memory at a time, and between batches
-only sums of fixed size are kept. The *activation of a layer* is the tensor that enters it, which is what a quantizer in
-front of it sees. Its channels are dimension 1 of (N, C, H, W), and the features of (N, F) or (N, T, F).
+They stream: one batch is in memory at a time, and between batches only sums of fixed size are kept. The *activation of
+a layer* is the tensor that enters it, which is what a quantizer in front of it sees. Its channels are dimension 1 of
+(N, C, H, W), and the features of (N, F) or (N, T, F).
 """
 
 from collections.abc import Callable, Iterable
@@ -24,17 +24,14 @@ DEAD = 1e-7  # a constant channel has the smallest step there is, 1e-8 / (2^k - 
 
 @torch.no_grad()
 def run(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    text: str,
-    names: Iterable[str] = (),
+    model: nn.Module, batches: Iterable[Batch], text: str, names: Iterable[str] = (),
     visit: Callable[[str, Tensor, Any], None] = lambda name, x, output: None,
     after: Callable[[Batch, Any], None] = lambda batch, output: None,
-) -> int:
-    """Forward every batch in eval mode, without gradients, on the model's device, and return the number of images.
+) -> int:  # fmt: skip
+    """Forward every batch in eval mode, on the model's device, and return the number of images.
 
-    Every call of a module in ``names`` is a ``visit(name, input, output)`` (``granq.hooks.watch``), and every batch an
-    ``after(batch, output)``. The progress bar says ``text`` if this takes more than two seconds.
+    Every call of a module in ``names`` is a ``visit(name, input, output)``, every batch an ``after(batch, output)``.
+    The progress bar says ``text`` if this takes more than two seconds.
     """
     device, count = next(model.parameters()).device, 0
     with eval_mode(model), watch(model, names, visit):
@@ -72,10 +69,10 @@ def by_channel(x: Tensor) -> Tensor:
     return where_float64_is(x if x.dim() in (2, 4) else x.flatten(0, -2))
 
 
-def decibel(signal: float, noise: float) -> float:
+def decibel(signal: Any, noise: Any) -> Any:
     """Return the ratio of two energies in decibels; without noise it is infinity, and of two zeros NaN."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(10 * np.log10(np.divide(signal, noise)))
+        return 10 * np.log10(np.divide(signal, noise))
 
 
 def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """What a lesson or a figure starts from: a teacher, images and one zero-shot run, each made once, at first use."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError, one_of
 from granq.graph import layer_names
 from granq.measure.images import generated_batches, measure_generated_images
-from granq.measure.methods import dataset_name, method_name, published_results
 from granq.qat import Game
 from granq.runs import RunFolder, load_generator, train
 from granq.schemes import SCHEMES
 
 RESULTS = "results_cifar10.csv"
+PUBLISHED = Path(__file__).with_name("published_results.csv")
 
 
 class Budget(NamedTuple):
@@ -47,18 +47,14 @@ BUDGETS = {
 
 
 class Workbench:
-    """What measurements share.
+    """What measurements share: ``quick`` on digits, whose teacher is trained here unless given, or ``full`` on cifar10.
 
     Args:
-        budget: ``"quick"`` (digits; the teacher is trained here unless given) or ``"full"`` (cifar10).
         data, network, teacher: dataset and network by name, and a checkpoint file.
-        runs: folders of finished ``granq quantize`` runs with this teacher: the first gives the generator, all give
-            training curves. Without them a short run is made here.
+        runs: folders of finished ``granq quantize`` runs with this teacher, instead of a short one that is made here:
+            the first gives the generator, all give training curves.
         out: folder of the figures, where ``full`` finds the results of long runs.
         seed: of everything that draws.
-
-    Raises:
-        UserError: unknown budget or dataset, missing files, or runs of another network.
     """
 
     def __init__(
@@ -70,9 +66,7 @@ class Workbench:
         self.name, self.budget, self.network, self.seed = budget, BUDGETS[budget], network, seed
         self.data, self.out, self.device = data or self.budget.data, Path(out), resolve_device(device)
         self._described = describe_data(self.data, network)
-        self._teacher, self._runs = Path(teacher) if teacher else None, [RunFolder(run) for run in runs]
-        if self._teacher and not self._teacher.is_file():
-            raise UserError(f"teacher file {str(teacher)!r} does not exist")
+        self._teacher, self._runs = teacher, [RunFolder(run) for run in runs]
         for run in self._runs:
             if (other := run.read_config().get("network")) != network:
                 raise UserError(f"{run.path} is a run of {other}, not of {network}")
@@ -134,20 +128,20 @@ class Workbench:
     @cached_property
     def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
         """Generator, history and generated images over training, of the given runs or of a short one made here."""
-        draw, frames = partial(measure_generated_images, teacher=self.teacher, spec=self.spec, seed=self.seed), []
+        draw, drawn = partial(measure_generated_images, teacher=self.teacher, spec=self.spec, seed=self.seed), []
         if self._runs:
             histories = [_history(pd.read_csv(run.history), run.read_config()["config"]) for run in self._runs]
             generator = load_generator(self._runs[0].path, self.device).train()
-            drawn = draw(generator, per_class=3).assign(epoch=histories[0].epoch.max())
-            return generator, pd.concat(histories, ignore_index=True), drawn
+            last = draw(generator, per_class=3).assign(epoch=histories[0].epoch.max())
+            return generator, pd.concat(histories, ignore_index=True), last
 
         def snapshot(game: Game) -> None:
             if game.epoch in self.budget.snapshots:
-                frames.append(draw(game.generator).assign(epoch=game.epoch))
+                drawn.append(draw(game.generator).assign(epoch=game.epoch))
 
         with torch.enable_grad():  # this may be the first use, in the middle of a measurement
             result = train(self.teacher, self.config(), evaluate=self.evaluate, after_epoch=snapshot)
-        return result.generator, _history(result.history, result.config), pd.concat(frames, ignore_index=True)
+        return result.generator, _history(result.history, result.config), pd.concat(drawn, ignore_index=True)
 
     @cached_property
     def accuracy(self) -> pd.DataFrame:
@@ -157,12 +151,11 @@ class Workbench:
             measured["scheme"] = [method_name(row) for row in measured.to_dict("records")]
             table = pd.concat([measured, published_results(measured.bits)], ignore_index=True)
             return table.assign(teacher_test_top1=measured.teacher_top1.mean(), commit="")  # of many commits
-        rows = []
+        rows, names = [], (dataset_name(self.data), self.network)
         for bits, scheme, seed in itertools.product(self.budget.widths, SCHEMES, (self.seed, self.seed + 1)):
             config = self.config(scheme=scheme, weight_bits=bits, act_bits=bits, seed=seed)
             result = train(self.teacher, config, evaluate=self.evaluate)
-            row = result.row(dataset_name(self.data), self.network, self.top1, len(self.test))
-            rows.append(self.facts() | row)
+            rows.append(self.facts() | result.row(*names, self.top1, len(self.test)))
         return pd.DataFrame(rows)
 
     def layers(self, count: int) -> list[str]:
@@ -182,3 +175,33 @@ class Workbench:
 def _history(rows: pd.DataFrame, config: QATConfig) -> pd.DataFrame:
     bits = f"W{config.weight_bits}A{config.act_bits}"
     return rows.assign(scheme=str(config.scheme), bits=bits, seed=config.seed, recipe=config.recipe)
+
+
+def dataset_name(name: str) -> str:
+    """Return ``folder:/some/where`` without the path, which means nothing to a reader."""
+    return "image folder" if name.startswith("folder:") else name
+
+
+def method_name(row: Mapping[Any, Any]) -> str:
+    """Return the scheme, and in what else a run differs from the plain recipe: such a run is a method of its own."""
+    steps = f"{row['epochs'] * row['iterations']:.0f} steps"
+    match, image_bits = row["recipe"] == "match", row.get("image_bits", 0)  # NaN where a table has no such column
+    differs = {
+        f"match, {steps}" if match else row["recipe"]: row["recipe"] != "adadfq",
+        "BatchNorm": row["reestimate_batchnorm"] and not match,  # belongs to that recipe
+        "no random shapes": match and row.get("random_shapes") is False,
+        f"image {image_bits:.0f} bits": image_bits > 0,
+        "pixel range": row.get("pixel_range", 0) > 0 and not image_bits > 0,  # goes with them
+        "bfloat16": row.get("bf16") is True and not match,
+    }
+    return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])
+
+
+def published_results(bits: pd.Series) -> pd.DataFrame:
+    """Return published results of ResNet-20 on CIFAR-10 at these widths, in the columns of measured rows."""
+    table, keys = pd.read_csv(PUBLISHED), ["dataset", "network", "source"]
+    teachers = table[table.method == "full precision"].rename(columns={"top1_percent": "teacher_top1"})
+    table = table[(table.dataset == "CIFAR-10") & (table.network == "ResNet-20")]
+    table = table.assign(bits=[f"W{b}A{b}" for b in table.bits]).merge(teachers[[*keys, "teacher_top1"]], "left", keys)
+    table = table[table.bits.isin(bits)].rename(columns={"method": "scheme", "top1_percent": "last_top1"})
+    return table[["dataset", "network", "scheme", "bits", "source", "last_top1", "std", "teacher_top1"]]

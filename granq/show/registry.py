@@ -1,53 +1,98 @@
 """Every figure by name: its question, how it is measured, how it is drawn. ``granq figures`` runs this list."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.figure
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 
 from granq.convert import quantize_model
 from granq.errors import UserError, one_of
 from granq.files import write_csv
-from granq.measure import activations, audit, factorial, images, latency, layer_error, scales
+from granq.measure import activations, audit, factorial, images, latency, layer_error
 from granq.measure.workbench import RESULTS, Workbench
 from granq.models import build_network
 from granq.schemes import SCHEMES
-from granq.show.distortion import DISTORTION_LABELS, plot_activation_distortion
-from granq.show.latency import SCALING_LABELS, plot_quantizer_latency, plot_scaling_latency
-from granq.show.layer_error import plot_channel_error, plot_layer_error
-from granq.show.panels import Panels, draw_figure
-from granq.show.results import (
-    TRUE_BITS_LABELS,
-    plot_accuracy_bits,
-    plot_granularity_factorial,
-    plot_results_table,
-    plot_true_bits,
-    results_table,
-    split_published,
-    table_text,
-)
-from granq.show.scales import GAP_LABELS, plot_channel_scales, plot_granularity_maps, plot_synthetic_gap
-from granq.show.training import TRAINING_LABELS, plot_synthetic_images, plot_training_curves
+from granq.show import layers, results
+from granq.show.style import STYLE
+
+
+class Figure(NamedTuple):
+    """One figure: a row of panels for every combination of values in ``rows``, a column for every one in ``columns``.
+
+    Their keys are keywords of the plot; ``None`` stands for all values of that column in the frame.
+    """
+
+    question: str
+    measure: Callable[[Workbench], pd.DataFrame]
+    plot: Callable[..., Axes]
+    size: tuple[float, float]  #: width and height in inches
+    rows: Mapping[str, Iterable[Any] | None] = {}
+    columns: Mapping[str, Iterable[Any] | None] = {}
+    share: Mapping[str, Any] = {}  #: sharex and sharey, as in ``plt.subplots``
+    teacher: bool = True  #: the measurement depends on the teacher, which its provenance then names
+
+    def grid(self, data: pd.DataFrame) -> list[list[dict[str, Any]]]:
+        """Return the keywords of every row and of every column."""
+        given = [{k: data[k].unique() if v is None else v for k, v in x.items()} for x in (self.rows, self.columns)]
+        return [[dict(zip(keys, combi, strict=True)) for combi in itertools.product(*keys.values())] for keys in given]
+
+    def draw(self, name: str, folder: Path) -> None:
+        """Draw ``folder/name.csv`` as SVG and PNG without dates: every panel that has rows, and one legend above."""
+        data = pd.read_csv(folder / f"{name}.csv", dtype={"pixels": str})  # black ones would be the number 0
+        if data.empty:
+            raise UserError(f"{folder / name}.csv has no rows")
+        rows, columns = self.grid(data)
+        with plt.style.context(STYLE):
+            figure = matplotlib.figure.Figure(self.size)  # not one of pyplot's, which somebody would have to close
+            axes = figure.subplots(len(rows), len(columns), squeeze=False, **self.share)
+            for (r, c), ax in np.ndenumerate(axes):
+                values, options = rows[r] | columns[c], {"legend": axes.size == 1, "colorbar": c == len(columns) - 1}
+                known = {key: value for key, value in options.items() if key in signature(self.plot).parameters}
+                own = pd.Series({key: value for key, value in values.items() if key in data}, dtype=object)
+                if (data[own.index] == own).all(axis=1).any():
+                    self.plot(data, ax=ax, **values, **known)
+                else:
+                    ax.set_axis_off()
+            for text, lines in {"ylabel": axes, "xlabel": axes.T[:, ::-1], "title": axes.T}.items():
+                for line in lines:  # what a whole row or column shares stands there once
+                    if len({plt.getp(ax, text) for ax in line}) == 1:
+                        plt.setp(list(line[1:]), text, "")
+            labels = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+            if labels and axes.size > 1:
+                ncols = min(len(labels), 5 if len("".join(labels)) < 80 else 3)
+                figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=ncols)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+
+
+def save_figure(
+    name: str, data: pd.DataFrame, plot: Callable[..., Axes], folder: Path, size: tuple[float, float] = (3.3, 2.4)
+) -> None:
+    """Write ``name.csv`` into ``folder`` and draw it from there as SVG and PNG, ``size`` inches wide and high."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / f"{name}.csv", data, float_format="%.6g")
+    Figure("", lambda _: data, plot, size).draw(name, folder)
 
 
 def _layer_error(w: Workbench) -> pd.DataFrame:
     ranges = list(itertools.islice(w.real(1), 2))
     options: dict[str, Any] = dict(schemes=list(SCHEMES), bits=w.budget.bits, calibration=ranges)
-    frame = layer_error.measure_layer_error(w.teacher, w.real(), **options)
-    # the layer that hurts most, over all schemes, channel by channel
-    worst = [str(frame[frame["mode"] == "local"].groupby("layer").sqnr_db.mean().idxmin())]
-    inside = layer_error.measure_layer_error(w.teacher, w.real(), layers=worst, per_channel=True, **options)
-    return pd.concat([frame, inside], ignore_index=True)
+    return layer_error.measure_layer_error(w.teacher, w.real(), **options)
 
 
 def _channel_scales(w: Workbench) -> pd.DataFrame:
     sources = {"synthetic": w.synthetic(), "real": w.real()}
-    measure = partial(scales.measure_channel_scales, w.teacher, bits=w.budget.bits)
+    measure = partial(activations.measure_channel_scales, w.teacher, bits=w.budget.bits)
     return pd.concat([measure(batches, source=name) for name, batches in sources.items()], ignore_index=True)
 
 
@@ -78,80 +123,83 @@ def _true_bits(w: Workbench) -> pd.DataFrame:
 
 def _at_every_width(w: Workbench) -> pd.DataFrame:
     """Return accuracies without methods that were measured at some widths only; ``results_table`` has them all."""
-    measured, _ = split_published(w.accuracy)
+    measured, _ = results.split_published(w.accuracy)
     widths = measured.groupby("scheme").bits.nunique()
     return w.accuracy.drop(measured.index[measured.scheme.map(widths) < measured.bits.nunique()])
 
 
 def _results_table(w: Workbench) -> pd.DataFrame:
-    measured = split_published(w.accuracy)[0].astype({"seed": int})  # next to published rows it is a float
+    measured = results.split_published(w.accuracy)[0].astype({"seed": int})  # next to published rows it is a float
     measured = measured.assign(teacher_test_top1=measured.teacher_test_top1.map("{:.6g}".format))
     names = ("teacher_test_top1", "seed", "torch", "device", "commit")
-    return results_table(w.accuracy).assign(**{k: ", ".join(map(str, sorted(set(measured[k])))) for k in names})
-
-
-class Figure(NamedTuple):
-    """One figure: the question it answers, its data, width and height in inches, grids of panels below each other."""
-
-    question: str
-    measure: Callable[[Workbench], pd.DataFrame]
-    size: tuple[float, float]
-    panels: Sequence[Panels]
-    teacher: bool = True  #: the measurement depends on the teacher, which its provenance then names
+    said = {name: ", ".join(map(str, sorted(set(measured[name])))) for name in names}
+    return results.results_table(w.accuracy).assign(**said)
 
 
 FIGURES: dict[str, Figure] = {
-    "granularity_maps": Figure("What do the scales look like?", lambda w: scales.measure_scale_maps(
-        w.teacher, next(w.real(batch_size=16)), w.layers(1)[0], w.budget.bits), (6.8, 2.4), [
-        Panels(plot_granularity_maps, {}, {"granularity": None}, {"sharey": True})]),
-    "activation_distortion": Figure("What do few bits do to activations?", lambda w:
-        activations.measure_activation_distortion(w.teacher, w.real(), w.layers(3)), (6.8, 9.0), [
-        Panels(plot_activation_distortion, {"layer": None, "quantity": DISTORTION_LABELS}, {"bits": None})]),
-    "channel_scales": Figure("How far apart are the channels?", _channel_scales, (6.8, 3.2), [
-        Panels(plot_channel_scales)]),
-    "layer_error": Figure("Which layer is guilty?", _layer_error, (6.8, 7.2), [
-        Panels(plot_layer_error, {"metric": ("sqnr_db", "mse", "cosine_similarity")}, {"mode": layer_error.MODES},
-               {"sharex": True, "sharey": "row"}),
-        Panels(plot_channel_error, {}, {"mode": layer_error.MODES}, {"sharey": True})]),
-    "accuracy_bits": Figure("How much accuracy is left at each bit width?", _at_every_width, (6.8, 2.8), [
-        Panels(plot_accuracy_bits)]),
-    "true_bits": Figure("How many bits is a 3-bit network?", _true_bits, (6.8, 2.6), [
-        Panels(plot_true_bits, {}, {"quantity": TRUE_BITS_LABELS}, {"sharey": True})], teacher=False),
-    "quantizer_latency": Figure("What does it cost to quantize activations?", lambda w:
-        latency.measure_latency_quantizer(latency.SHAPES[: w.budget.sizes], w.budget.bits, device=w.device),
-        (6.8, 2.8), [Panels(plot_quantizer_latency)], teacher=False),
-    "scaling_latency": Figure("What does it cost to apply the scales?", lambda w:
-        latency.measure_latency_scaling((8, 16, 32, 64, 128)[: w.budget.sizes], (1, 4, 16, 64)[: w.budget.sizes],
-        bits=w.budget.bits, device=w.device), (6.8, 4.2), [
-        Panels(plot_scaling_latency, {"against": ("channels", "batch")}, {"quantity": SCALING_LABELS})], teacher=False),
-    "granularity_factorial": Figure("Which choice is worth how much?", _factorial, (6.8, 3.6), [
-        Panels(plot_granularity_factorial, {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None},
-               {"sharex": True, "sharey": True})]),
-    "training_curves": Figure("How does a run go?", lambda w: w.zero_shot[1], (6.8, 1.8), [
-        Panels(plot_training_curves, {}, {"quantity": TRAINING_LABELS})]),
-    "synthetic_images": Figure("What does the generator draw?", lambda w: w.zero_shot[2].assign(
-        name=w.zero_shot[2].label.map(dict(enumerate(w.class_names)))), (6.8, 3.2), [Panels(plot_synthetic_images)]),
-    "synthetic_gap": Figure("How far are synthetic images from real ones, seen from inside the network?",
-        _synthetic_gap, (6.8, 4.6), [Panels(plot_synthetic_gap, {"quantity": GAP_LABELS}, {}, {"sharex": True})]),
-    "results_table": Figure("How do these results compare with published ones?", _results_table, (6.8, 4.2), [
-        Panels(plot_results_table, {}, {"bits": None})]),
+    "granularity_maps": Figure(
+        "What do the scales look like?",
+        lambda w: activations.measure_scale_maps(w.teacher, next(w.real(batch_size=16)), w.layers(1)[0], w.budget.bits),
+        layers.plot_granularity_maps, (6.8, 2.4), {}, {"granularity": None}, {"sharey": True}),
+    "activation_distortion": Figure(
+        "What do few bits do to activations?",
+        lambda w: activations.measure_activation_distortion(w.teacher, w.real(), w.layers(3)),
+        layers.plot_activation_distortion, (6.8, 9.0), {"layer": None, "quantity": layers.DISTORTION_LABELS},
+        {"bits": None}),
+    "channel_scales": Figure(
+        "How far apart are the channels?", _channel_scales, layers.plot_channel_scales, (6.8, 3.2)),
+    "layer_error": Figure(
+        "Which layer is guilty?", _layer_error, layers.plot_layer_error, (6.8, 5.6), {"metric": layers.METRIC_LABELS},
+        {"mode": layer_error.MODES}, {"sharex": True, "sharey": "row"}),
+    "accuracy_bits": Figure(
+        "How much accuracy is left at each bit width?", _at_every_width, results.plot_accuracy_bits, (6.8, 2.8)),
+    "true_bits": Figure(
+        "How many bits is a 3-bit network?", _true_bits, results.plot_true_bits, (6.8, 2.6), {},
+        {"quantity": results.TRUE_BITS_LABELS}, {"sharey": True}, teacher=False),
+    "quantizer_latency": Figure(
+        "What does it cost to quantize activations?",
+        lambda w: latency.measure_latency_quantizer(latency.SHAPES[: w.budget.sizes], w.budget.bits, device=w.device),
+        results.plot_quantizer_latency, (6.8, 2.8), teacher=False),
+    "scaling_latency": Figure(
+        "What does it cost to apply the scales?",
+        lambda w: latency.measure_latency_scaling(
+            (8, 16, 32, 64, 128)[: w.budget.sizes], (1, 4, 16, 64)[: w.budget.sizes], bits=w.budget.bits,
+            device=w.device),
+        results.plot_scaling_latency, (6.8, 4.2), {"against": ("channels", "batch")},
+        {"quantity": results.SCALING_LABELS}, teacher=False),
+    "granularity_factorial": Figure(
+        "Which choice is worth how much?", _factorial, results.plot_granularity_factorial, (6.8, 3.6),
+        {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None}, {"sharex": True, "sharey": True}),
+    "training_curves": Figure(
+        "How does a run go?", lambda w: w.zero_shot[1], results.plot_training_curves, (6.8, 1.8), {},
+        {"quantity": results.TRAINING_LABELS}),
+    "synthetic_images": Figure(
+        "What does the generator draw?",
+        lambda w: w.zero_shot[2].assign(name=w.zero_shot[2].label.map(dict(enumerate(w.class_names)))),
+        results.plot_synthetic_images, (6.8, 3.2)),
+    "synthetic_gap": Figure(
+        "How far are synthetic images from real ones, seen from inside the network?", _synthetic_gap,
+        layers.plot_synthetic_gap, (6.8, 4.6), {"quantity": layers.GAP_LABELS}, {}, {"sharex": True}),
+    "results_table": Figure(
+        "How do these results compare with published ones?", _results_table, results.plot_results_table, (6.8, 4.2),
+        {}, {"bits": None}),
 }  # fmt: skip
 
 
 def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``workbench.out``, and return their names.
 
-    Raises UserError for an unknown name, for rows of long runs that are missing, and for a CSV of another budget or of
-    another command such as ``granq bench``, which is not overwritten; without names, such figures are left out.
+    A CSV of another budget or command such as ``granq bench`` is not overwritten: UserError; without names, left out.
     """
-    out, todo = workbench.out, _known(names)
-    for name in list(todo):
+    out, todo = workbench.out, []
+    for name in names or FIGURES:
+        one_of("figure", name, FIGURES)
         path = out / f"{name}.csv"
-        if path.is_file() and list(pd.read_csv(path, nrows=1).get("budget", [])) != [workbench.name]:
-            todo.remove(name)
-            if names or not todo:
-                raise UserError(f"{path} was measured with another budget or command; choose another --out")
-    if workbench.name == "full" and {"accuracy_bits", "results_table"} & set(todo) and not (out / RESULTS).is_file():
+        if not path.is_file() or list(pd.read_csv(path, nrows=1).get("budget", [])) == [workbench.name]:
+            todo.append(name)
+        elif names:
+            raise UserError(f"{path} was measured with another budget or command; choose another --out")
+    if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo} and not (out / RESULTS).is_file():
         raise UserError(f"{out / RESULTS} is missing: a row for each run of granq quantize --json")
     out.mkdir(parents=True, exist_ok=True)
     for name in tqdm(todo, desc="figures", unit="figure"):
@@ -163,23 +211,16 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
 
 
 def redraw_figures(names: Sequence[str], folder: Path) -> list[str]:
-    """Draw figures again from the CSV files in ``folder``, by default all that are there, and return their names.
-
-    Raises UserError for an unknown name and for a CSV that is missing.
-    """
-    names = _known(names) if names else [name for name in FIGURES if (folder / f"{name}.csv").is_file()]
-    if missing := [name for name in names or ["*"] if not (folder / f"{name}.csv").is_file()]:
-        raise UserError(f"{folder / missing[0]}.csv does not exist; granq figures measures it")
-    for name in names:
-        draw_figure(name, folder, FIGURES[name].size, FIGURES[name].panels)
-        if name == "results_table":
-            table = pd.read_csv(folder / f"{name}.csv")
-            (folder / f"{name}.md").write_text(table_text(table, "markdown"))
-            (folder / f"{name}.tex").write_text(table_text(table, "latex"))
-    return list(names)
-
-
-def _known(names: Sequence[str]) -> list[str]:
+    """Draw figures again from the CSV files in ``folder``, by default all that are there, and return their names."""
+    names = names or [name for name in FIGURES if (folder / f"{name}.csv").is_file()] or ["granularity_maps"]
     for name in names:
         one_of("figure", name, FIGURES)
-    return list(names or FIGURES)
+        if not (path := folder / f"{name}.csv").is_file():
+            raise UserError(f"{path} does not exist; granq figures measures it")
+        FIGURES[name].draw(name, folder)
+        if name == "results_table":
+            table = pd.read_csv(path, dtype={"n": "Int64"}).loc[:, "bits":"source"]
+            table = table.astype(object).where(table.notna(), None)
+            table.to_markdown(path.with_suffix(".md"), index=False, floatfmt=".2f", missingval="")
+            table.to_latex(path.with_suffix(".tex"), index=False, escape=True, na_rep="", float_format="%.2f")
+    return list(names)

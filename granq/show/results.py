@@ -1,4 +1,4 @@
-"""Accuracy: over bit widths, next to published results, by the choices of a scheme; and what a bit width really is."""
+"""Where it leads: training, accuracy, true bits and time."""
 
 from typing import Any
 
@@ -7,22 +7,73 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from pandas import DataFrame, Series
 
-from granq.errors import UserError, one_of
-from granq.measure.methods import dataset_name
-from granq.show.style import GREY, ROLES, Ax, Role, dodge, finish, plain_log, role, select
+from granq.errors import UserError
+from granq.measure.images import decode_pixels
+from granq.measure.workbench import dataset_name
+from granq.show.style import BLACK, GREY, ROLES, Ax, Role, finish, plain_log, role, select, side_by_side
 
-TRUE_BITS_LABELS = {
-    "bits_per_weight": "true bits per weight (dotted: the label)",
-    "quantized_percent": "weights really quantized (%)",
+TRAINING_LABELS = {
+    "generator_loss": "generator loss",
+    "student_loss": "student loss",
+    "bn_loss": "BatchNorm distance",
+    "teacher_top1": "teacher on synthetic\nimages (%)",
+    "test_top1": "student on test\nimages (%)",
 }
-LEAST_LOST = 0.7  # points; about the standard error of the accuracy on 2,000 images
-_PUBLISHED = "#6b6b70"
-_HEADS = {"bits": "bits", "method": "method", "kind": "kind", "top1": "top-1 (%)", "std": "std", "n": "n",
-          "teacher_top1": "teacher (%)", "drop": "drop (points)", "source": "source"}  # fmt: skip
+TRUE_BITS_LABELS = {"bits_per_weight": "true bits per weight", "quantized_percent": "weights really quantized (%)"}
+SCALING_LABELS = {"median_ms": "time (ms)", "peak_mb": "peak memory (MB)", "scale_multiplications": "multiplications"}
+_ROLE_OF = {"copy": "full precision", "layerwise": "layerwise", "layer-wise": "layerwise", "granq": "granq",
+            "pre-scaled": "granq", "channel loop": "per_channel", "accumulation-time, loop": "per_channel",
+            "textbook": "strict", "accumulation-time, grouped": "strict", "folded": "foldable"}  # fmt: skip
+_PUBLISHED = Role("published, own teachers", "#6b6b70", "_")
 
 
-def split_published(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend: bool = True, ax: Ax = None) -> Axes:
+    """Draw histories of runs, a line for each scheme, bits, recipe and seed; the generator's warm-up is shaded."""
+    ax = ax or plt.gca()
+    data = DataFrame({"scheme": "student", "seed": 0}, data.index).assign(**data)
+    warmup = data.warmup.astype(bool)
+    told = ["scheme", *(key for key in ("bits", "recipe") if key in data and data[key].nunique() > 1)]
+    # the student's loss is measured in the warm-up too, but not yet trained on
+    runs = data[~warmup if quantity == "student_loss" else slice(None)].groupby(told, sort=False)
+    for i, (names, rows) in enumerate(runs):
+        seeds = rows.pivot(index="epoch", columns="seed", values=quantity)
+        look = role(str(names[0]))._replace(label=" ".join(map(str, names)), dash=("-", "--", ":", "-.")[i % 4]).line
+        ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
+    if warmup.any():
+        until = data.epoch[warmup].max() + 0.5
+        ax.axvspan(data.epoch.min() - 0.5, until, color="#ececee", zorder=0, label="warm-up: generator alone")
+    ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.ticklabel_format(axis="y", useOffset=False)
+    return finish(ax, legend)
+
+
+def plot_synthetic_images(data: DataFrame, *, ax: Ax = None) -> Axes:
+    """Draw ``measure_generated_images``: columns are the first 10 labels, rows samples, and snapshots by ``epoch``.
+
+    Below each image stands the confidence. A column ``name`` names the labels.
+    """
+    ax = ax or plt.gca()
+    keys = [key for key in ("epoch", "sample") if key in data]
+    groups = data[data.label < 10].sort_values("label").groupby(keys)
+    for y, (_, rows) in enumerate(groups):
+        for x, row in enumerate(rows.to_dict("records")):
+            at = (x - 0.47, x + 0.47, 1.3 * y + 0.47, 1.3 * y - 0.47)  # left, right, below, above
+            ax.imshow(decode_pixels(row["pixels"], row["size"]), extent=at, interpolation="nearest")
+            ax.text(x, 1.3 * y + 0.64, f"{row['confidence']:.0%}", ha="center", va="center", fontsize=6)
+    ax.set_xticks(range(len(rows)), rows["name" if "name" in data else "label"].astype(str), fontsize=6.5)
+    ax.set_yticks([1.3 * y for y in range(len(groups))], [f"{keys[0]} {at[0]}" for at, _ in groups])
+    ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    ax.set_xlabel("below each image: the teacher's probability of the label that was asked for")
+    ax.set(xlim=(-0.5, len(rows) - 0.5), ylim=(1.3 * len(groups) - 0.5, -0.5))
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def split_published(data: DataFrame) -> tuple[DataFrame, DataFrame]:
     """Return measured rows and published ones, which name a source. Raises UserError for runs that pass for one."""
     published = data[data.source.notna()] if "source" in data else data[:0]
     measured = data.drop(published.index)
@@ -31,52 +82,35 @@ def split_published(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return measured, published
 
 
-def plot_accuracy_bits(data: pd.DataFrame, *, ax: Ax = None) -> Axes:
+def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
     """Draw rows of ``granq quantize``: every seed a point, open before training, filled after the last epoch.
 
-    Rows with a ``source`` are published results, drawn as grey dashes. Raises UserError for several datasets, networks
-    or methods that pass for one.
+    Rows with a ``source`` are published results. Raises UserError for several datasets, networks or mixed runs.
     """
     ax = ax or plt.gca()
     measured, published = split_published(data)
     if len(measured[["dataset", "network"]].drop_duplicates()) != 1:
         raise UserError("plot_accuracy_bits needs measured rows, and all of one dataset and network")
-    bits = {name: float(x) for x, name in enumerate(sorted(measured.bits.unique()))}
-    order = {scheme: list(ROLES).index(scheme) if scheme in ROLES else 99 for scheme in measured.scheme}
-    width = 0.8 / (len(order) + (len(published) > 0))
-    for i, scheme in enumerate(sorted(order, key=lambda scheme: (order[scheme], scheme))):
-        look, rows = role(scheme), measured[measured.scheme == scheme].sort_values("seed")
-        seeds = rows.groupby("bits").seed
-        place = seeds.cumcount() - (seeds.transform("size") - 1) / 2  # seeds side by side
-        x = rows.bits.map(bits) - 0.4 + (i + 0.3 + 0.08 * place) * width
-        style: dict[str, Any] = dict(s=16, marker=look.marker, linewidths=0.8)
-        ax.scatter(x, rows.ptq_top1, facecolors="none", edgecolors=look.color, **style)
-        ax.scatter(x + 0.4 * width, rows.last_top1, color=look.color, label=look.label, **style)
-    if len(published):
-        style = dict(marker="_", s=40, linewidths=0.8, color=_PUBLISHED, label="published, own teachers")
-        ax.scatter(published.bits.map(bits) + 0.4 - width / 2, published.last_top1, **style)
-    teacher, n = measured.teacher_top1.mean(), _from_to(measured.groupby(["scheme", "bits"]).seed.nunique())
+    measured, widths = measured.sort_values("bits"), sorted(measured.bits.unique())
+    for look, rows, x in side_by_side(measured, "scheme", "bits", 0.7 / measured.scheme.nunique()):
+        ax.scatter(x - 0.02, rows.ptq_top1, s=16, **look.points | {"facecolors": "none", "label": "_"})
+        ax.scatter(x + 0.02, rows.last_top1, s=16, **look.points)
+    if len(published := published[published.bits.isin(widths)]):
+        ax.scatter(published.bits.map(widths.index) + 0.43, published.last_top1, s=40, **_PUBLISHED.points)
+    teacher, n = measured.teacher_top1.mean(), measured.groupby(["scheme", "bits"]).seed.nunique().min()
     ax.axhline(teacher, color=GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
-    ax.set_title(f"{dataset_name(measured.dataset.iloc[0])}, {measured.network.iloc[0]}, n = {n} seeds")
-    ax.set_xticks(list(bits.values()), list(bits))
-    ax.set(ylabel="test top-1 (%)", xlim=(-0.5, len(bits) - 0.5))
+    ax.set_title(f"{dataset_name(measured.dataset.iloc[0])}, {measured.network.iloc[0]}, at least {n} seeds")
+    ax.set_xticks(range(len(widths)), widths)
+    ax.set_ylabel("test top-1 (%)")
     return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _from_to(counts: pd.Series) -> str:
-    return " to ".join(f"{count:.0f}" for count in sorted({counts.min(), counts.max()}))
-
-
-def results_table(data: pd.DataFrame) -> pd.DataFrame:
+def results_table(data: DataFrame) -> DataFrame:
     """Return measured and published accuracies side by side: one row per method and bit width, best first.
 
-    Args:
-        data: as for ``plot_accuracy_bits``, of one or several datasets and networks.
-
-    Returns:
-        Columns bits, method, kind (measured, published), top1 (percent; mean over seeds, last epoch), std, n (seeds),
-        teacher_top1, drop (points below the teacher), dataset, network, source; empty where a source is silent.
+    Columns: bits, method, kind (measured, published), top1 (percent; mean over seeds, last epoch), std, n (seeds),
+    teacher_top1, drop (points below the teacher), dataset, network, source; empty where a source is silent.
     """
     own, published = split_published(data)
     runs = own.dropna(subset="last_top1").groupby(["dataset", "network", "scheme", "bits"])
@@ -90,17 +124,7 @@ def results_table(data: pd.DataFrame) -> pd.DataFrame:
     return table["bits method kind top1 std n teacher_top1 drop dataset network source".split()]
 
 
-def table_text(table: pd.DataFrame, form: str) -> str:
-    """Return rows of ``results_table``, in their order, as ``"markdown"`` or as ``"latex"`` (a booktabs tabular)."""
-    one_of("form", form, ("markdown", "latex"))
-    shown = table.assign(n=table.n.astype("Int64"))[list(_HEADS)].rename(columns=_HEADS)
-    shown = shown.astype(object).where(shown.notna(), None)
-    if form == "latex":
-        return shown.to_latex(index=False, escape=True, na_rep="", float_format="%.2f", column_format="lllrrrrrl")
-    return f"{shown.to_markdown(index=False, floatfmt='.2f', missingval='')}\n"
-
-
-def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Ax = None) -> Axes:
+def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = None) -> Axes:
     """Draw ``results_table``: points lost against each method's own teacher, measured filled, published open.
 
     Rows whose teacher no source states cannot be placed; the title counts them.
@@ -109,27 +133,25 @@ def plot_results_table(data: pd.DataFrame, *, bits: str | None = None, ax: Ax = 
     every = select(data, bits=bits)
     rows = every.dropna(subset="drop")[::-1]
     for y, row in enumerate(rows.to_dict("records")):
-        own, spread = row["kind"] == "measured", None if pd.isna(row["std"]) else row["std"]
-        look = role(row["method"]) if own else Role(row["method"], _PUBLISHED, "o")
-        style: dict[str, Any] = dict(color=look.color, markerfacecolor=look.color if own else "none", markersize=4)
-        ax.errorbar(row["drop"], y, xerr=spread, fmt=look.marker, capsize=2, linewidth=1, **style)
+        own = row["kind"] == "measured"
+        look = (role(row["method"]) if own else _PUBLISHED._replace(marker="o"))._replace(dash="none", label="_").line
+        ax.errorbar(row["drop"], y, xerr=row["std"], capsize=2, fillstyle="full" if own else "none", **look)
     ax.set_yticks(range(len(rows)), rows.method, fontsize=6)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
-    left = f"\n{len(every) - len(rows)} published without their teacher" if len(every) > len(rows) else ""
-    title = f"{every.bits.iloc[0]}, n = {_from_to(every.n)} where measured{left}"
-    ax.set_title(title, loc="right")  # in the middle it would leave a narrow panel
     ax.set_xlabel("points lost")
-    ax.margins(x=0.12)
+    left = f"\n{len(every) - len(rows)} published without their teacher" if len(every) > len(rows) else ""
+    # in the middle it would leave a narrow panel
+    ax.set_title(f"{every.bits.iloc[0]}, n ≥ {every.n.min():.0f} where measured{left}", loc="right")
     return ax
 
 
 def plot_granularity_factorial(
-    data: pd.DataFrame, *, ranges: str | None = None, colorbar: bool = True, ax: Ax = None, **panel: Any
+    data: DataFrame, *, ranges: str | None = None, colorbar: bool = True, ax: Ax = None, **panel: Any
 ) -> Axes:
-    """Draw ``measure_granularity_factorial``: accuracy by weight (rows) and activation granularity (columns).
+    """Draw ``measure_granularity_factorial``: accuracy, mean over seeds, by weight and activation granularity.
 
     ``panel`` is ``bits`` and ``epochs``, by default the fewest. Ranges "none" (full-precision activations) belong to
-    every map; seeds are averaged. The title says half of the widest interval.
+    every map. The title says half of the widest interval.
     """
     ax = ax or plt.gca()
     data = data if "epochs" in data else data.assign(epochs=0)
@@ -137,35 +159,64 @@ def plot_granularity_factorial(
     rows = data[data.ranges.isin([ranges, "none"])].sort_values(["bits", "epochs"], kind="stable")
     rows = select(rows, **{"bits": None, "epochs": None} | panel)
     grid = rows.pivot_table(index="weights", columns="activations", values="top1", sort=False)
-    grid = grid.reindex(columns=data.activations.unique()).rename(index=_plain, columns=_plain)
-    best = data.top1.max()
-    # points lost, on a logarithmic scale: from 4 bits on the cells differ by tenths of what 2 bits cost
-    norm = LogNorm(LEAST_LOST, max(best - data.top1.min(), 10 * LEAST_LOST), clip=True)
-    style: dict[str, Any] = dict(annot=grid, fmt=".1f", annot_kws={"fontsize": 5}, cmap="cividis_r", cbar=False)
-    sns.heatmap((best - grid).clip(lower=LEAST_LOST), norm=norm, xticklabels=True, yticklabels=True, ax=ax, **style)
+    grid = grid.reindex(columns=data.activations.unique())
+    lost = (data.top1.max() - grid).clip(lower=1)  # from 4 bits on the cells differ by tenths of what 2 bits cost
+    sns.heatmap(
+        lost, annot=grid, fmt=".1f", annot_kws={"fontsize": 5}, cmap="cividis_r", norm=LogNorm(1, 100), cbar=colorbar,
+        cbar_kws={"label": "points below the best"}, xticklabels=True, yticklabels=True, ax=ax,
+    )  # fmt: skip
     ax.tick_params(labelsize=6)
     trained = ", trained" if rows.epochs.iloc[0] else ""
     widest = f"\nat most ±{(rows.top1_high - rows.top1_low).max() / 2:.1f}" if "top1_high" in rows else ""
     ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{trained}{widest}")
-    if colorbar:
-        plain_log(ax.figure.colorbar(ax.collections[0], ax=ax, label="points below the best").ax.yaxis)
     return ax
 
 
-def _plain(name: str) -> str:
-    return {"per_sample": "per image", "per_sample_channel": "per image, channel"}.get(name, name.replace("_", " "))
-
-
-def plot_true_bits(
-    data: pd.DataFrame, *, quantity: str = "bits_per_weight", legend: bool = True, ax: Ax = None
-) -> Axes:
-    """Draw what W3A3 comes to: columns network, scheme, weight_bits, and those of ``summarize_audit`` in the labels."""
+def plot_true_bits(data: DataFrame, *, quantity: str = "bits_per_weight", legend: bool = True, ax: Ax = None) -> Axes:
+    """Draw the quantities of ``summarize_audit`` by network and scheme; dotted: what ``weight_bits`` promises."""
     ax = ax or plt.gca()
-    networks, groups = list(data.network.unique()), data.groupby("scheme", sort=False)
-    for (scheme, rows), offset in zip(groups, dodge(len(groups), 0.15), strict=True):
-        look, y = role(str(scheme)), rows.network.map(networks.index) + offset
-        ax.scatter(rows[quantity], y, color=look.color, marker=look.marker, s=20, label=look.label)
+    networks = data.network.unique()
+    for look, rows, y in side_by_side(data, "scheme", "network", 0.15):
+        ax.scatter(rows[quantity], y, s=20, **look.points)
     ax.axvline(data.weight_bits.iloc[0] if quantity == "bits_per_weight" else 100, color=GREY, linestyle=":", zorder=0)
     ax.set_yticks(range(len(networks)), networks)
     ax.set(ylim=(len(networks) - 0.5, -0.5), xlabel=TRUE_BITS_LABELS[quantity])
+    return finish(ax, legend)
+
+
+def _timed(ax: Axes, name: str, x: Series, rows: DataFrame, quantity: str = "median_ms", **style: Any) -> None:
+    """Draw one method in the look of the scheme it belongs to, else in black; a star is another memory layout."""
+    base = name.removesuffix(", NHWC")
+    look = ROLES[_ROLE_OF[base]] if base in _ROLE_OF else Role(name, BLACK, "X", (0, (2, 1)))
+    look = look._replace(label=name, marker=look.marker if name == base else "*")
+    spread = [rows.median_ms - rows.q25_ms, rows.q75_ms - rows.median_ms] if quantity == "median_ms" else None
+    ax.errorbar(x, rows[quantity], yerr=spread, capsize=2, **look.line | style)
+
+
+def plot_quantizer_latency(data: DataFrame, *, ax: Ax = None) -> Axes:
+    """Draw ``measure_latency_quantizer``: median and quartiles; the method ``copy`` is the floor, the bytes cloned."""
+    ax = ax or plt.gca()
+    for _, rows, x in side_by_side(data, "method", "shape", 0.12):
+        _timed(ax, rows.method.iloc[0], x, rows, linestyle="none")
+    ax.set_yscale("log")
+    plain_log(ax.yaxis)
+    shapes = [shape.strip("()").replace(", ", "×") for shape in data["shape"].unique()]
+    ax.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
+    ax.set(xlabel="activation shape (N×C×H×W)", ylabel="time (ms)\nmedian and quartiles")
+    return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_scaling_latency(
+    data: DataFrame, *, against: str = "channels", quantity: str = "median_ms", legend: bool = True, ax: Ax = None
+) -> Axes:
+    """Draw ``measure_latency_scaling`` against ``"channels"`` or ``"batch"``, the other at its most frequent value."""
+    ax = ax or plt.gca()
+    other = {"channels": "batch", "batch": "channels"}[against]
+    rows = data[data[other] == data[other].mode().iloc[0]].sort_values(against)
+    for execution, part in rows.groupby("execution", sort=False):
+        _timed(ax, str(execution), part[against], part, quantity)
+    ax.set_yscale("symlog" if quantity == "scale_multiplications" else "log")  # some executions need none
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.set(xlabel=f"{against} ({other} {rows[other].iloc[0]})", ylabel=SCALING_LABELS[quantity])
     return finish(ax, legend)

@@ -6,14 +6,13 @@ choose the panel, by default the first in the frame; quantities and metrics are 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from pandas import DataFrame, Series
 
 from granq.errors import UserError
 
@@ -32,7 +31,12 @@ class Role(NamedTuple):
     @property
     def line(self) -> dict[str, Any]:
         """Return the look as keywords of ``Axes.plot``."""
-        return dict(color=self.color, linestyle=self.dash, marker=self.marker, markersize=3, linewidth=1)
+        return self.points | dict(linestyle=self.dash, markersize=3, linewidth=1)
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Return the look as keywords of ``Axes.scatter``."""
+        return dict(label=self.label, color=self.color, marker=self.marker)
 
 
 #: petroff6 (arXiv 2107.02270), safe for color-vision deficiencies; tests/test_figures.py computes the distances.
@@ -47,26 +51,20 @@ ROLES = {
     "synthetic": Role("synthetic images", BLACK, "X", "-"),
     "real": Role("real images", GREY, "s", ":"),
 }
-_GRANULARITY_ROLES = {  # of activations: the looks of the schemes that are built on them
+ROLES |= {  # granularities of activations look like the schemes that are built on them
     "per_tensor": ROLES["layerwise"]._replace(label="per tensor (layer-wise)"),
-    "per_channel": ROLES["per_channel"]._replace(label="per channel"),
     "per_sample": ROLES["strict"]._replace(label="per image"),
     "per_sample_channel": ROLES["granq"]._replace(label="per image and channel (GranQ)"),
 }
 
 
 def role(name: str) -> Role:
-    """Return the look of a scheme or image source; "strict + x" has the color of strict, an unknown name is black."""
-    base = ROLES.get(name.partition(" + ")[0], Role(name, BLACK, "X"))
+    """Return the look of a name in ``ROLES``; "strict + x" has the color of strict, an unknown name is black."""
+    base = ROLES.get(name.split(" ")[0], Role(name, BLACK, "X"))
     return ROLES.get(name, base._replace(label=name, marker="X"))
 
 
-def granularity_role(name: str) -> Role:
-    """Return the look of a granularity of activations."""
-    return _GRANULARITY_ROLES.get(name, Role(name, BLACK, "X"))
-
-
-def select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
+def select(data: DataFrame, **values: Any) -> DataFrame:
     """Return the rows with these values; ``None`` means the first that is left. Raises UserError if there is none."""
     for column, value in values.items():
         rows = data[data[column] == (data[column].iloc[0] if value is None else value)]
@@ -76,9 +74,11 @@ def select(data: pd.DataFrame, **values: Any) -> pd.DataFrame:
     return data
 
 
-def dodge(count: int, width: float) -> np.ndarray:
-    """Return offsets that put ``count`` things side by side around zero."""
-    return (np.arange(count) - (count - 1) / 2) * width
+def side_by_side(data: DataFrame, by: str, along: str, width: float) -> Iterator[tuple[Role, DataFrame, Series]]:
+    """Yield look, rows and places of every group ``by``, next to each other at the place of each value ``along``."""
+    groups, values = data.groupby(by, sort=False), list(data[along].unique())
+    for i, (name, rows) in enumerate(groups):
+        yield role(str(name)), rows, rows[along].map(values.index) + (i - (len(groups) - 1) / 2) * width
 
 
 def finish(ax: Axes, legend: bool, **options: Any) -> Axes:
@@ -104,7 +104,7 @@ def short_layer(name: str) -> str:
     return ".".join(re.sub(r"^(stage|unit|layer)(\d+)$", lambda m: m[1][0] + m[2], w) for w in words)
 
 
-def layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
+def layer_ticks(ax: Axes, layers: Iterable[str]) -> None:
     """Name the layers at x = 0, 1, 2, ..."""
-    ax.set_xticks(range(len(layers)), [short_layer(n) for n in layers], rotation=90, fontsize=6)
-    ax.set_xlim(-0.6, len(layers) - 0.4)
+    names = [short_layer(name) for name in layers]
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)

@@ -1,0 +1,323 @@
+"""Every command on tiny data: what it answers, what it refuses, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import granq
+from granq import (
+    QATConfig,
+    UserError,
+    activation_places,
+    describe_data,
+    load_run,
+    load_split,
+    load_teacher,
+    models,
+    pixel_bounds,
+    runs,
+    top1_on,
+)
+from granq.app import commands, jobs, sweep
+from granq.app.cli import main, parse, sentence
+from granq.measure import factorial
+from granq.runs import RunFolder
+
+SHORT = "--epochs 2 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu"
+
+
+def quantize_args(folder, teacher, out, scheme="layerwise"):
+    given = f"quantize --data {folder} --network resnet20_cifar10 --teacher {teacher} --scheme {scheme} --bits 3,3"
+    return f"{given} --out {out} {SHORT} --json".split()
+
+
+def answer(capsys):
+    """Standard output as JSON, which it is from the first character to the last."""
+    return json.loads(capsys.readouterr().out)
+
+
+def test_quantize_then_evaluate_without_training_images(folder, teacher, tmp_path, capsys):
+    assert main(quantize_args(folder, teacher, tmp_path / "run")) == 0
+    row = answer(capsys)
+    assert {"teacher_top1", "ptq_top1", "last_top1", "best_top1", "torch", "device", "weights_low_bit"} <= row.keys()
+    assert json.loads((tmp_path / "run/result.json").read_text()) == row and row["preset"] == "quick"
+    assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
+    assert answer(capsys)["top1"] == row["last_top1"]
+    assert main(quantize_args(folder, teacher, tmp_path / "run")) == 2  # nothing is overwritten
+    assert "already holds files" in capsys.readouterr().err
+
+
+def test_recipe_match_from_the_command_to_integers(folder, teacher, tmp_path, capsys):
+    args = [*quantize_args(folder, teacher, tmp_path / "run", "foldable"), "--recipe", "match"]
+    args += ["--refined-images", "4"]
+    assert main([*args, "--refined-images", "3"]) == 2 and "a multiple of batch_size, 4" in capsys.readouterr().err
+    assert main([*args, "--preset", "paper"]) == 2 and "match takes --epochs" in capsys.readouterr().err
+    assert main(args) == 0
+    row = answer(capsys)
+    assert row["learned_steps"] and row["reestimate_batchnorm"] and row["range_quantile"] == 0.99
+    assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
+    assert answer(capsys)["top1"] == row["last_top1"]
+    assert main(["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "integers"), "--json"]) == 0
+    exported = answer(capsys)
+    assert exported["top1_integer"] == exported["top1_fake_quantized"] == row["last_top1"]
+    assert exported["outputs_beyond_bound"] == 0 and (tmp_path / "integers/network.onnx").is_file()
+    assert row["image_bits"] == 0 and row["macs_low_bit"] == pytest.approx(100)
+    assert main([*args, "--image-bits", "6", "--out", str(tmp_path / "wide")]) == 0
+    row = answer(capsys)
+    assert (row["image_bits"], row["pixel_range"]) == (6, 1.0) and 95 < row["macs_low_bit"] < 100
+    student = load_run(tmp_path / "wide").student
+    assert [place.bits for place in activation_places(student).values()][:2] == [6, 3]
+    fixed = ["--no-learned-steps", "--pixel-range", "0.5", "--out", str(tmp_path / "fixed"), "--refined-images", "0"]
+    assert main([*args, *fixed]) == 0 and not answer(capsys)["learned_steps"]
+    place = next(iter(activation_places(load_run(tmp_path / "fixed").student).values()))
+    low, high = pixel_bounds(describe_data(folder, "resnet20_cifar10"))
+    torch.testing.assert_close((2**place.bits - 1) * place.qparams().scale, (high - low) / 2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make gpu")
+def test_quantize_on_a_gpu(folder, teacher, tmp_path, capsys):
+    assert main([*quantize_args(folder, teacher, tmp_path / "run"), "--device", "cuda", "--deterministic"]) == 0
+    assert answer(capsys)["device"].startswith("cuda")
+
+
+def test_what_the_user_wrote_wins_over_preset_and_recipe():
+    given = "--data cifar10 --network resnet20_cifar10 --out run"
+    paper = jobs.from_arguments(f"{given} --preset paper --bits 4,3 --epochs 7".split())
+    assert (paper.batch_size, paper.milestones, paper.epochs) == (16, (100, 200, 300), 7)
+    assert (paper.weight_bits, paper.act_bits, paper.image_size) == (4, 3, 32)
+    match = jobs.from_arguments(f"{given} --recipe match --scheme foldable --batch-size 8 --no-learned-steps".split())
+    assert (match.refined_images, match.learned_steps, match.random_shapes) == (8 * 32, False, True)
+    assert jobs.from_arguments(f"{given} --generator runs/warm".split()).warmup_epochs == 0
+    assert jobs.from_arguments(f"{given} --generator runs/warm --warmup-epochs 3".split()).warmup_epochs == 3
+    plain = jobs.from_arguments(given.split())
+    assert QATConfig(**{name: getattr(plain, name) for name in QATConfig.model_fields}) == QATConfig()
+
+
+def test_teacher_command_on_digits(tmp_path, capsys):
+    out = tmp_path / "t.safetensors"
+    args = f"teacher --data digits --network resnet20_cifar10 --out {out} --epochs 1 --json --device cpu".split()
+    assert main(args) == 0
+    shown = answer(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert main(args) == 2
+    model, spec = load_teacher("resnet20_cifar10", describe_data("digits"), out)
+    assert shown["top1"] == top1_on(model, load_split(spec, "test"), spec)
+
+
+def test_a_diverged_teacher_is_not_saved(tmp_path, monkeypatch):
+    few = torch.utils.data.Subset(load_split(describe_data("digits"), "train"), range(256))  # two steps
+    monkeypatch.setattr(models, "load_split", lambda *_: few)
+    command = "teacher --data digits --network resnet20_cifar10 --lr 1e30 --epochs 1 --device cpu --out"
+    with pytest.raises(FloatingPointError, match="learning rate 1e\\+30 is too high"):
+        main([*command.split(), str(tmp_path / "t.safetensors")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--data", "nope"), "known: digits"), (("--data", "folder:/nope"), "does not exist"),
+        (("--network", "nope"), "nope"), (("--scheme", "nope"), "known: granq"),
+        (("--bits", "1,3"), "from 2 to 8"), (("--bits", "three"), "from 2"),
+        (("--data", "digits"), "holds no weights of"),
+        (("--teacher", "/nope.pt"), "/nope.pt"), (("--epochs", "0"), "epochs should be greater than or equal to 1"),
+        (("--epochs", "1", "--warmup-epochs", "2"), "warmup_epochs must be at most epochs, 1"),
+        (("--image-size", "64"), "was trained at 32 pixels"), (("--student-lr", "nan"), "student_lr should be"),
+        (("--image-bits", "6"), "not layerwise"), (("--seed", "-1"), "seed should be"),
+        (("--device", "nope"), "no device 'nope' here"), (("--device", "cuda:99"), "there is no device 'cuda:99' here"),
+        (("--generator", "/nope"), "holds no run"),
+        (("--recipe", "nope"), "recipe should be 'adadfq'"), (("--refined-images", "4"), "for recipe match"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(folder, teacher, tmp_path, capsys, change, message):
+    assert main([*quantize_args(folder, teacher, tmp_path / "run"), *change]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.startswith("granq: ") and said.err.count("\n") == 1 and not said.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_corrupt_teacher(folder, tmp_path, capsys):
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"garbage")
+    assert main(quantize_args(folder, bad, tmp_path / "run")) == 2
+    assert "bad.pt" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("demo --seeds 0", "seeds should be greater than or equal to 1, got 0"), ("demo --epochs 0", "epochs should"),
+        ("sweep --jobs 0", "jobs should be"), ("bench --repetitions 0", "repetitions should be"),
+        ("bench --device foo", "no device 'foo' here"), ("sweep", "holds no sweep"),
+        ("sweep --epochs 3", "needs --data"), ("audit --network resnet20_cifar10 --data nope", "known: digits"),
+        ("teacher --data digits --network resnet20_cifar10 --device cuda:99", "there is no device 'cuda:99' here"),
+        ("teacher --data digits --network resnet20_cifar10 --image-size 30", "image_size should be a multiple of 4"),
+        ("teacher --data digits --network resnet20_cifar10 --lr nan", "lr should be"),
+        ("audit --network resnet20_cifar10 --image-size -1", "image_size should be"),
+        ("audit --network resnet20_cifar10 --scheme nope", "known: granq"),
+        ("factorial --data digits --network resnet20_cifar10 --seeds 0", "seeds should be"),
+        ("figures nothing", "known: "), ("evaluate nowhere --data digits", "holds no run"),
+        ("export nowhere --data digits", "holds no run"),
+    ],
+)  # fmt: skip
+def test_numbers_names_and_devices_are_checked_first(command, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = [] if "evaluate" in command else ["--out", "new.safetensors"]
+    assert main([*command.split(), *out]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("quantize --data digits --network a --out b --preset nope", "paper"), ("quantize --network a", "--data"),
+        ("quantize --data digits --network a --out b --epochs many", "epochs"), ("nope", "quantize"),
+        ("quantize --data digits --network a --out b --batch-size many", "batch-size"),
+        ("bench nope", "quantizer"), ("figures --budget nope", "full"), ("evaluate", "PATH"),
+        ("demo --sseeds 2", "--seeds"),
+    ],
+)  # fmt: skip
+def test_what_no_command_takes_ends_with_code_2(command, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(command.split())
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback_and_exit_code_1(monkeypatch):
+    program = "import granq.app.cli as c; c.commands.COMMANDS['bench'] = lambda: [][0]; c.main(['bench'])"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr and "IndexError" in ended.stderr
+
+
+def test_sentences():
+    assert sentence(UserError("two\nlines")) == "two lines"
+    with pytest.raises(ValueError) as caught:
+        QATConfig(image_bits=9)
+    assert sentence(caught.value) == "image_bits should be less than or equal to 8, got 9"
+    with pytest.raises(ValueError) as caught:
+        QATConfig(scheme="nope")
+    assert sentence(caught.value).startswith("unknown scheme 'nope'; known: granq, strict")
+
+
+def test_help_shows_settings_in_groups(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["quantize", "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    for group in ("files options", "run options", "quantization options", "game options", "match options"):
+        assert group in shown
+    assert "How long a run is" in shown and "--bits" in shown and "--weight-bits" not in shown
+    for name, command in commands.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown = capsys.readouterr().out
+        assert command.__doc__.split(".")[0][:60] in shown and ("--out" in shown or name == "evaluate")
+
+
+def test_threads_spin_as_long_as_the_user_says(monkeypatch):
+    for given, wanted in ((None, "3000"), ("7", "7")):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        if given:
+            monkeypatch.setenv("GOMP_SPINCOUNT", given)
+        assert main(["bench", "--repetitions", "0"]) == 2
+        assert os.environ["GOMP_SPINCOUNT"] == wanted
+
+
+def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
+    out = tmp_path / "run"
+    again = [*quantize_args(folder, teacher, out, "granq"), "--epochs", "12", "--resume"]
+    command = [sys.executable, "-m", "granq.app.cli", *again[:-1]]
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits deafness to it
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listens)
+    with subprocess.Popen(command, **pipes) as process:
+        while not (out / "history.csv").is_file():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)  # it stays where it is, and holds the folder
+        assert main(again) == 2
+        assert f"{out} is in use by another process" in capfd.readouterr().err
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "granq: interrupted; the last checkpoint is kept, --resume continues"
+    assert 1 <= RunFolder(out).load()["epoch"] < 12
+    assert main(["evaluate", str(out), "--data", folder, "--device", "cpu"]) == 0
+    assert main(again) == 0
+    assert len(pd.read_csv(out / "history.csv")) == 12
+
+
+LACKS_MEAN = '{"config": {"image_size": 8}, "network": "a", "data": "b", "teacher_top1": 1, "spec": {"name": "digits"}}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {"a": 1}}', LACKS_MEAN])
+def test_damaged_config_is_one_sentence(tmp_path, text, capsys):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    config = QATConfig(epochs=1, warmup_epochs=1, iterations=1, batch_size=2, image_size=8, device="cpu")
+    runs.train(network, config, out=tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(text)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--data", "digits"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_audit_command(tmp_path, capsys):
+    assert main("audit --network resnet20_cifar10 --json".split()) == 0
+    shown = answer(capsys)
+    assert len(shown["layers"]) == 22 and shown["scheme"] == "granq" and shown["bits"] == "W3A3"
+    limit = ["--fail-under", "99.9", "--out", str(tmp_path / "audit.csv")]
+    assert main(["audit", "--network", "resnet20_cifar10", *limit]) == 1
+    assert "fewer than the 99.9 % of --fail-under" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "audit.csv")) == 22
+
+
+def test_factorial_command(folder, teacher, tmp_path, capsys, monkeypatch):
+    every = factorial.factorial_cells
+    monkeypatch.setattr(factorial, "factorial_cells", lambda *given: every(*given)[:9:2])
+    given = f"factorial --data {folder} --network resnet20_cifar10 --teacher {teacher} --bits 2 --iterations 1"
+    args = [*given.split(), "--device", "cpu", "--json", "--out", str(tmp_path / "f.csv")]
+    assert main(args) == 0
+    shown = answer(capsys)
+    assert shown["cells"] == 5 == len(pd.read_csv(tmp_path / "f.csv")) and shown["images"] == 6
+    assert main(args) == 2 and "--resume" in capsys.readouterr().err
+    assert main([*args, "--resume"]) == 0
+
+
+def test_figures_command(tmp_path, capsys):
+    shown = parse(["figures", "channel_scales", "--from-csv", "--out", str(tmp_path)])
+    assert shown.keywords["names"] == ("channel_scales",) and shown.keywords["from_csv"]
+
+
+def test_bench_command(tmp_path, capsys, monkeypatch):
+    frame = pd.DataFrame({"method": ["granq"], "median_ms": [1.0]})
+    monkeypatch.setattr(granq, "measure_latency_quantizer", lambda **_: frame)
+    assert main(["bench", "quantizer", "--out", str(tmp_path), "--json"]) == 0
+    assert answer(capsys) == {"quantizer": [{"method": "granq", "median_ms": 1.0}]}
+    assert len(pd.read_csv(tmp_path / "quantizer_latency.csv")) == 1
+
+
+def test_demo_command(tmp_path, capsys, monkeypatch):
+    spec, network = describe_data("digits"), "resnet20_cifar10"
+    models.save_teacher(tmp_path / "t.safetensors", models.build_network(network, 10), network, spec, 10.0)
+    monkeypatch.setattr(granq, "digits_teacher", lambda _: tmp_path / "t.safetensors")
+    whole = sweep.from_arguments
+    shorter = ["--iterations", "1", "--batch-size", "4"]
+    monkeypatch.setattr(sweep, "from_arguments", lambda argv: whole([*argv, *shorter]))
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--seeds", "1", "--epochs", "1", "--device", "cpu", "--json"]) == 0
+    shown = answer(capsys)
+    assert shown.keys() == {"out", "teacher_top1", "layerwise", "granq", "strict"}
+    table = (out / "results.md").read_text()
+    assert "W2A2" in table and "n = 1 seeds" in table and "layerwise" in table
+    assert {"accuracy.png", "activation_distortion.png", "synthetic_images.png"} <= {p.name for p in out.iterdir()}

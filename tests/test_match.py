@@ -1,0 +1,275 @@
+"""Recipe match: images without data, layers compared, BatchNorm re-estimated, steps learned."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from granq import (
+    QATConfig,
+    Scheme,
+    UserError,
+    build_generator,
+    calibrate,
+    freeze_ranges,
+    layer_quantizers,
+    learn_steps,
+    quantize_model,
+    random_shapes,
+    reestimate_batchnorm,
+    refine,
+    synthesize,
+    vary,
+)
+from granq.convert import original_weight, weight_quantizer
+from granq.generator import batchnorm_inputs, batchnorm_loss
+from granq.losses import layer_loss
+from granq.match import NORM_RATE, batchnorm_outputs, refined_images, relu_ceilings
+from granq.qat import STEP_RATE
+from granq.ranges import LearnedSteps
+from granq.runs import begin
+
+MATCH = QATConfig(
+    epochs=2, warmup_epochs=1, iterations=2, batch_size=4, image_size=8, device="cpu", student_lr=0.1,
+    scheme="foldable", recipe="match", range_quantile=0.99, reestimate_batchnorm=True, learned_steps=True,
+    refined_images=8, random_shapes=True,
+)  # fmt: skip
+
+
+def distance(model: nn.Module, images: torch.Tensor) -> float:
+    """The BatchNorm loss of images."""
+    with torch.no_grad(), batchnorm_inputs(model) as norms:
+        model(images)
+    return batchnorm_loss(norms).item()
+
+
+# ---- images
+
+
+def test_refined_images_are_nearer_to_the_statistics(tiny):
+    images, labels = synthesize(build_generator(3, 8), 8)
+    before = images.clone()
+    refined = refine(tiny, images, labels)
+    assert torch.equal(images, before) and not refined.requires_grad
+    assert distance(tiny, refined) < 0.7 * distance(tiny, images)
+    assert all(p.grad is None for p in tiny.parameters())
+
+
+def test_bf16_refines_images_as_float32_does(tiny):
+    found = {}
+    for bf16 in (False, True):
+        game = begin(tiny, MATCH.change(bf16=bf16, batch_size=32, refined_images=32))
+        found[bf16] = distance(game.teacher, refined_images(game)[0])
+    assert found[True] == pytest.approx(found[False], rel=0.01)
+
+
+def test_varied_images_differ_in_light_only():
+    images = torch.randn(2000, 3, 8, 8)
+    mirrored = (vary(images, 0.0) == images.flip(3)).flatten(1).all(1)
+    assert 0.4 < mirrored.float().mean() < 0.6
+    varied = vary(images, 0.5)
+    contrast, shift = varied.std((1, 2, 3)), varied.mean((1, 2, 3))
+    assert 0.4 < contrast.min() and contrast.max() < 2 and contrast.std() > 0.2
+    assert shift.std().item() == pytest.approx(0.5 * (1 + 0.4**2 / 3) ** 0.5, rel=0.1)
+
+
+def test_random_shapes_hide_each_other_and_come_from_the_seed():
+    torch.manual_seed(0)
+    images = random_shapes(64, 32)
+    torch.manual_seed(0)
+    assert torch.equal(images, random_shapes(64, 32)) and not torch.equal(images, random_shapes(64, 32))
+    assert images.shape == (64, 3, 32, 32) and abs(images.mean()) < 0.3 and 0.5 < images.std() < 1.5
+    edges = (images.diff(dim=3).abs() > 0.2).any(1).float().mean((1, 2))  # flat between few edges, unlike noise
+    assert 0.02 < edges.mean() < 0.3 and edges.std() > 0.02
+
+
+def test_every_other_batch_of_refined_images_is_made_of_shapes(tiny):
+    games = [begin(tiny, MATCH.change(random_shapes=shapes)) for shapes in (False, True)]
+    state, generator = torch.get_rng_state(), copy.deepcopy(games[1].generator.state_dict())
+    plain, mixed = (refined_images(game)[0] for game in games)
+    assert len(plain) == len(mixed) == 8
+    assert torch.equal(plain[:4], mixed[:4]) and not torch.equal(plain[4:], mixed[4:])
+    # made again after a resume: nothing of the run may have moved
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(refined_images(games[1])[0], mixed)
+    assert all(torch.equal(v, generator[k]) for k, v in games[1].generator.state_dict().items())
+
+
+# ---- layers
+
+
+def test_layer_loss_by_hand():
+    teacher, student = torch.tensor([1.0, -1, 3, -3]).view(4, 1, 1, 1), torch.tensor([1.0, -2, 7, 1]).view(4, 1, 1, 1)
+    # squares 0, 1, 16, 16; after a ReLU 0, 0, 16, 1; after a ReLU6 0, 0, 9, 1
+    for ceiling, squares, variance in ((None, 33, 5), (math.inf, 17, 1.5), (6.0, 10, 1.5)):
+        assert layer_loss([teacher], [student], [ceiling]).item() == pytest.approx(squares / 4 / variance)
+    both = layer_loss([teacher] * 2, [student] * 2, [None, 6.0]).item()
+    assert both == pytest.approx((33 / 4 / 5 + 10 / 4 / 1.5) / 2)
+
+
+class Residual(nn.Module):
+    """One block as torchvision's, whose ReLUs and sums work in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(3) for _ in range(3))
+        self.relu, self.relu6, self.inplace = nn.ReLU(inplace), nn.ReLU6(inplace), inplace
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.inplace:
+            y += x
+        else:
+            y = y + x
+        return self.relu6(self.bn3(F.relu(y, inplace=self.inplace))).mean((2, 3))
+
+
+def test_layers_are_compared_alike_whether_or_not_they_are_overwritten():
+    plain = Residual(False)
+    for norm in (plain.bn1, plain.bn2, plain.bn3):
+        nn.init.normal_(norm.bias)
+        nn.init.constant_(norm.weight, 3.0)  # some values above 6
+    losses = []
+    for inplace in (False, True):
+        teacher = Residual(inplace)
+        teacher.load_state_dict(plain.state_dict())
+        game = begin(teacher, MATCH.change(warmup_epochs=0, epochs=1))
+        assert relu_ceilings(game.student) == [math.inf, None, 6.0]
+        losses.append([game.run_epoch(None)["student_loss"], *game.student.conv1.parameters()])
+    assert losses[0][0] == losses[1][0] > 0 and torch.equal(losses[0][1], losses[1][1])
+
+
+def test_outputs_of_batchnorms_in_the_order_of_calls(tiny):
+    images = torch.randn(2, 3, 8, 8)
+    with batchnorm_outputs(tiny) as seen:
+        tiny(images)
+    first = tiny.bn1(tiny.conv1(images))
+    assert len(seen) == 2 and torch.equal(seen[0], first)
+    assert torch.equal(seen[1], tiny.bn2(tiny.conv2(first.relu())))
+
+
+def test_recipe_match_follows_the_teacher_and_leaves_the_generator(tiny):
+    game = begin(tiny, MATCH.change(epochs=4, iterations=20, student_lr=3e-3))
+    game.run_epoch(None)
+    drawn = copy.deepcopy(list(game.generator.parameters()))
+    steps = [m.log_step.detach().clone() for m in game.student.modules() if isinstance(m, LearnedSteps)]
+    losses = [game.run_epoch(None)["student_loss"] for _ in range(3)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(map(torch.equal, drawn, game.generator.parameters()))
+    moved = [m.log_step for m in game.student.modules() if isinstance(m, LearnedSteps)]
+    assert len(moved) == 7 and not any(map(torch.equal, steps, moved))  # four layers, two of which share their input
+    rates = [group["lr"] for group in game.optimizers["student"].param_groups]
+    # the end of the cosine; weights, BatchNorm, learned steps
+    assert 0 < rates[0] < 1e-4 and rates == pytest.approx([rates[0], NORM_RATE * rates[0], STEP_RATE * rates[0]])
+
+
+def test_the_recipe_s_settings_go_with_the_scheme():
+    chosen = QATConfig.for_recipe("match", "foldable")
+    assert (chosen.learned_steps, chosen.range_quantile, chosen.refined_images, chosen.random_shapes) == (
+        True, 0.99, 2048, True,
+    )  # fmt: skip
+    chosen = QATConfig.for_recipe("match", "granq", refined_images=0)
+    assert (chosen.learned_steps, chosen.range_quantile, chosen.random_shapes) == (False, 1.0, False)
+    assert QATConfig.for_recipe("match", "foldable", image_bits=6).pixel_range == 1.0
+    assert QATConfig.for_recipe("gdfq") == QATConfig(recipe="gdfq")
+
+
+# ---- BatchNorm
+
+
+def test_reestimated_batchnorm_sits_to_its_input_as_the_teacher_s_does(tiny):
+    for norm in (tiny.bn1, tiny.bn2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    images = torch.randn(8, 3, 6, 6)
+
+    def distances(model):
+        """Of every BatchNorm: input mean minus running mean, input variance over running variance."""
+        with batchnorm_inputs(model) as seen, torch.no_grad():
+            model(images)
+        inputs = [(norm, *torch.var_mean(x, (0, 2, 3), correction=0)) for norm, x in seen]
+        return [torch.stack([mean - norm.running_mean, var / norm.running_var]) for norm, var, mean in inputs]
+
+    student = quantize_model(tiny, Scheme(weights="per_out_channel", activations=None), 2, 2)
+    before = distances(student)
+    reestimate_batchnorm(student, tiny, images)
+    expected, after = distances(tiny), distances(student)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert all((b - e).abs().max() > 0.01 for b, e in zip(before, expected, strict=True))
+    same = quantize_model(tiny, Scheme(weights=None, activations=None), 2, 2)
+    reestimate_batchnorm(same, tiny, images)
+    torch.testing.assert_close(same.bn2.running_var, tiny.bn2.running_var)
+    assert not torch.equal(student.bn1.running_mean, tiny.bn1.running_mean)  # the teacher's own were not touched
+
+
+def test_a_batchnorm_that_is_called_twice_stays():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.own = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.own(self.norm(self.conv2(self.norm(self.conv1(x)))) + 3).mean((2, 3))
+
+    teacher, images = Shared().eval(), torch.randn(16, 3, 8, 8)
+    student = quantize_model(teacher, "strict", 4, 4)
+    reestimate_batchnorm(student, teacher, images)
+    assert torch.equal(student.norm.running_mean, teacher.norm.running_mean)
+    assert not torch.equal(student.own.running_mean, teacher.own.running_mean)
+
+
+# ---- learned steps
+
+
+def test_learned_steps_start_as_they_are_and_are_saved(tiny):
+    images = torch.randn(4, 3, 8, 8)
+    student = quantize_model(tiny, "foldable", 3, 3)
+    with pytest.raises(UserError, match="never set"):
+        learn_steps(student)
+    calibrate(student, [images])
+    before = student(images)
+    steps = learn_steps(student)
+    torch.testing.assert_close(student(images), before)
+    assert {p.requires_grad for p in steps} == {True} and len(steps) == 4 + 3  # two layers share an input
+    with torch.no_grad():
+        for p in steps:
+            p.add_(0.3)
+    twin = quantize_model(tiny, "foldable", 3, 3)
+    twin.load_state_dict(student.state_dict())
+    freeze_ranges(twin)
+    assert torch.equal(twin(images), student(images)) and not torch.equal(student(images), before)
+    with pytest.raises(UserError, match="clamp"):
+        learn_steps(quantize_model(tiny, "granq", 3, 3))
+    assert len(learn_steps(quantize_model(tiny, "strict", 3, 3))) == 4  # of weights; activation ranges are each image's
+
+
+def test_a_folded_step_learns_from_the_weight_it_scales(tiny):
+    """value = Q(w t) / t: a weight inside its range has the slope w - value in log t, a clamped one -value."""
+    student = quantize_model(tiny, "foldable", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    learn_steps(student)
+    layer = student.get_submodule("conv2")
+    quantizer, weight = weight_quantizer(layer), original_weight(layer)
+    with torch.no_grad():
+        quantizer.learned.log_step -= 0.3  # a shorter range: some weights are clamped
+    value, step = quantizer(weight), quantizer.input_step(weight)
+    (slope,) = torch.autograd.grad(value.sum(), quantizer.source.learned.log_step)
+    half = step.reciprocal() * quantizer.learned().scale / 2
+    inside = (weight - value).abs() <= 1.001 * half
+    assert 0 < inside.float().mean() < 1
+    expected = torch.where(inside, weight - value, -value).sum((0, 2, 3))
+    torch.testing.assert_close(slope.flatten(), expected.detach())
+
+
+def test_a_weight_is_a_multiple_of_its_learned_step_over_that_of_its_input(tiny):
+    student = quantize_model(tiny, "foldable", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    learn_steps(student)
+    for name, (weight, original, _) in layer_quantizers(student).items():
+        codes = student.get_submodule(name).weight * weight.input_step(original) / weight.qparams(original).scale
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert codes.round().abs().max() <= 7

@@ -1,0 +1,86 @@
+"""A workbench makes each thing once, at first use, and the same from the same seed."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from granq.config import QATConfig
+from granq.data import DataSpec
+from granq.errors import UserError
+from granq.measure import workbench
+from granq.measure.workbench import BUDGETS, Budget, Workbench
+from granq.runs import train
+from granq.schemes import SCHEMES
+
+SPEC = DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
+RUN = dict(epochs=2, iterations=1, warmup_epochs=1, batch_size=4)
+
+
+@pytest.fixture
+def bench(tiny: nn.Module, tmp_path: Path, monkeypatch) -> Workbench:
+    """A workbench of 40 images, a tiny teacher and one step of training an epoch."""
+    monkeypatch.setattr(Workbench, "_loaded", (tiny, SPEC, 12.5))
+    monkeypatch.setattr(Workbench, "test", [(torch.full((3, 8, 8), i, dtype=torch.uint8), 0) for i in range(40)])
+    monkeypatch.setitem(BUDGETS, "quick", Budget("digits", 16, 2, (2,), 1, (1, 2), RUN))
+    return Workbench(device="cpu", out=tmp_path)
+
+
+def test_synthetic_images_are_the_same_every_time(bench: Workbench) -> None:
+    """Where gradients are off, too, the run is trained; as many images come as real ones."""
+    with torch.no_grad():
+        first = list(bench.synthetic(batch_size=12))
+    assert [len(batch) for batch in first] == [12, 4]
+    assert sum(len(batch) for batch in bench.real()) == 16
+    assert all(torch.equal(a, b) for a, b in zip(first, bench.synthetic(batch_size=12), strict=True))
+
+
+def test_real_samples_are_disjoint(bench: Workbench) -> None:
+    first, second = (torch.cat(list(bench.real(part))).flatten(1)[:, 0] for part in (0, 1))
+    assert len(first) == len(second) == 16 and not set(first.tolist()) & set(second.tolist())
+
+
+def test_the_zero_shot_run_keeps_snapshots(bench: Workbench) -> None:
+    generator, history, drawn = bench.zero_shot
+    assert history.epoch.tolist() == [1, 2] and set(history.bits) == {"W2A2"} and set(history.scheme) == {"granq"}
+    assert drawn.groupby("epoch").label.apply(list).tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert bench.zero_shot[0] is generator
+
+
+def test_finished_runs_are_read(bench: Workbench, tiny: nn.Module, tmp_path: Path) -> None:
+    config = QATConfig(**RUN, image_size=8, scheme="strict", seed=3)
+    train(tiny, config, out=tmp_path / "run", facts={"network": "resnet20_cifar10"})
+    generator, history, drawn = Workbench(device="cpu", runs=[tmp_path / "run"]).zero_shot
+    assert history[["scheme", "bits", "seed", "recipe"]].drop_duplicates().values.tolist() == [
+        ["strict", "W3A3", 3, "adadfq"]
+    ]
+    assert len(drawn) == 9 and set(drawn.epoch) == {2} and generator.training
+    with pytest.raises(UserError, match="is a run of resnet20_cifar10, not of resnet18"):
+        Workbench(network="resnet18", runs=[tmp_path / "run"])
+
+
+def test_accuracy_has_a_row_for_every_scheme_and_seed(bench: Workbench) -> None:
+    rows = bench.accuracy
+    assert len(rows) == 2 * len(SCHEMES) and set(rows.bits) == {"W2A2"} and set(rows.budget) == {"quick"}
+    assert set(rows.teacher_top1) == {12.5} and rows.test_images.eq(40).all()
+
+
+def test_full_reads_long_runs_and_published_results(tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "figures"
+    rows = pd.read_csv(shipped / workbench.RESULTS)
+    table = Workbench("full", device="cpu", out=shipped).accuracy
+    measured, published = table[table.source.isna()], table[table.source.notna()]
+    assert len(measured) == len(rows) and {"granq + match, 600 steps", "strict"} <= set(measured.scheme)
+    assert set(published.bits) <= set(measured.bits) and "GDFQ" in set(published.scheme)
+
+
+def test_bad_input_is_one_sentence() -> None:
+    for call, sentence in (
+        (dict(budget="huge"), "unknown budget 'huge'; known: quick, full"),
+        (dict(runs=["nowhere"]), "nowhere/config.json is missing"),
+        (dict(data="nonsense"), "unknown dataset"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Workbench(**call)
