@@ -1,6 +1,6 @@
 """Explorers for notebooks: a frame goes in, a widget comes out whose controls choose what of it is drawn.
 
-No control runs a network; only the monitor draws images when it rereads. Tab and the arrow keys reach all controls.
+No control runs a network. Tab and the arrow keys reach all controls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,9 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from torch import nn
 
-from granq.data import DataSpec
 from granq.errors import UserError
-from granq.measure.images import measure_generated_images
-from granq.runs import RunFolder, load_generator
+from granq.runs import RunFolder
 from granq.show import layers, results
 from granq.show.style import STYLE, select, short_layer
 
@@ -39,17 +36,13 @@ def scale_explorer(data: pd.DataFrame) -> widgets.VBox:
 
 def layer_error_explorer(data: pd.DataFrame) -> widgets.VBox:
     """Explore ``measure_layer_error``, rows of layers and of channels in one frame: all layers, and one inside."""
-    choices = {"metric": layers.METRIC_LABELS, "mode": data["mode"], "layer": data.layer[data.channel.notna()]}
 
     def plot_layers(_: pd.DataFrame, layer: str, **panel: Any) -> None:
         layers.plot_layer_error(data, legend=False, **panel)
 
-    return _explorer(
-        lambda: data.sort_values("sqnr_db"),
-        choices,
-        [plot_layers, layers.plot_channel_error],
-        ["layer", "scheme", "channel"],
-    )
+    choices = {"metric": layers.METRIC_LABELS, "mode": data["mode"], "layer": data.layer[data.channel.notna()]}
+    plots: list[Callable[..., Any]] = [plot_layers, layers.plot_channel_error]
+    return _explorer(lambda: data.sort_values("sqnr_db"), choices, plots, ["layer", "scheme", "channel"])
 
 
 def speed_lab(data: pd.DataFrame) -> widgets.VBox:
@@ -58,26 +51,19 @@ def speed_lab(data: pd.DataFrame) -> widgets.VBox:
     return _explorer(lambda: data, choices, [results.plot_scaling_latency], ["execution", "channels", "batch"])
 
 
-def training_monitor(run: str | Path, teacher: nn.Module, spec: DataSpec) -> widgets.VBox:
-    """Watch the folder of a run, which need not exist yet, while another process writes it: curves and images.
-
-    Play rereads the folder every two seconds.
-    """
+def training_monitor(run: str | Path) -> widgets.VBox:
+    """Watch the folder of a run, which need not exist yet, while another process writes it; play rereads it."""
 
     def read() -> pd.DataFrame:
         if not RunFolder(run).history.is_file():
             raise UserError("no epoch is finished yet")
         return pd.read_csv(RunFolder(run).history)[::-1]  # replaced atomically: never half a file
 
-    def curves(history: pd.DataFrame, quantity: str, ax: plt.Axes, **_: Any) -> None:
-        results.plot_training_curves(history, quantity=quantity, legend=False, ax=ax)
+    def curves(history: pd.DataFrame, reread: int, **panel: Any) -> None:
+        results.plot_training_curves(history, legend=False, **panel)
 
-    def images(history: pd.DataFrame, ax: plt.Axes, **_: Any) -> None:
-        generated = measure_generated_images(load_generator(run).train(), teacher, spec)
-        results.plot_synthetic_images(generated, ax=ax)
-
-    play, numbers = widgets.Play(interval=2000, max=100_000), ["epoch", "test_top1", "teacher_top1"]
-    return _explorer(read, {"quantity": results.TRAINING_LABELS}, [curves, images], numbers, reread=play)
+    play = widgets.Play(interval=2000, max=100_000)
+    return _explorer(read, {"quantity": results.TRAINING_LABELS}, [curves], ["epoch"], reread=play)
 
 
 def _explorer(
@@ -90,7 +76,8 @@ def _explorer(
     for name, values in choices.items():
         options = [(short_layer(str(value)), value) for value in dict.fromkeys(values)]
         kind = widgets.SelectionSlider if len(options) > 2 else widgets.Dropdown
-        controls[str(name)] = kind(options=options, description=name, continuous_update=False)
+        controls[str(name)] = kind(options=options, description=name)
+        controls[str(name)].continuous_update = False  # a slider draws when it is let go
 
     def update(**values: Any) -> None:
         figure, buffer = Figure(figsize=(7, 3), layout="constrained"), BytesIO()

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from granq.measure.running import DEAD
 from granq.show.style import Ax, finish, layer_ticks, plain_log, role, select, short_layer, side_by_side
@@ -27,9 +27,11 @@ def plot_activation_distortion(
     in 100,000 lies. The title of the former holds the SQNR in the order of the legend.
     """
     ax = ax or plt.gca()
-    rows = select(data, **{"layer": None, "bits": None} | panel)
+    rows = select(data, **{"layer": None, "bits": None} | panel).copy()
     edges = np.array([*rows.bin_left.unique(), rows.bin_right.max()])
     title = f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits"
+    above = rows[["density_full_precision", "density_quantized"]].mul(rows.bin_right - rows.bin_left, axis=0)
+    rows[["full", "quantized"]] = above[::-1].groupby(rows.granularity).cumsum()
     groups = [(role(str(name)), part) for name, part in rows.groupby("granularity", sort=False)]
     if quantity == "error":
         for look, part in groups:
@@ -37,20 +39,15 @@ def plot_activation_distortion(
             ax.plot((part.bin_left + part.bin_right) / 2, part.rms_error, markevery=8, **look.line)
         ax.set_ylim(0)
     else:
-        above = _share_above(groups[0][1].density_full_precision, edges)
-        ax.stairs(above, edges, fill=True, color="#d9d9dc", label="full precision")
+        full = groups[0][1].full.to_numpy()
+        ax.stairs(full, edges, fill=True, color="#d9d9dc", label="full precision")
         for look, part in groups:
             style = dict(color=look.color, linestyle=look.dash, linewidth=1, label=look.label)
-            ax.stairs(_share_above(part.density_quantized, edges), edges, baseline=None, **style)
-        ax.set(xlim=(edges[0], edges[max(1, int((above > 0.002).sum()))]), ylim=(0, 1.15 * above[1] or 1))
+            ax.stairs(part.quantized, edges, baseline=None, **style)
+        ax.set(xlim=(edges[0], edges[max(1, int((full > 0.002).sum()))]), ylim=(0, 1.15 * full[1] or 1))
         title += "\nSQNR " + ", ".join(f"{part.sqnr_db.iloc[0]:.1f}" for _, part in groups) + " dB"
     ax.set(xlabel="activation", ylabel=DISTORTION_LABELS[quantity], title=title)
     return finish(ax, legend, fontsize=6)
-
-
-def _share_above(density: Series, edges: np.ndarray) -> np.ndarray:
-    """Return the share of the values in each bin or above it."""
-    return (density.to_numpy() * np.diff(edges))[::-1].cumsum()[::-1]
 
 
 def plot_channel_histogram(data: DataFrame, *, legend: bool = True, ax: Ax = None, **panel: Any) -> Axes:
@@ -84,9 +81,9 @@ def plot_layer_error(
     """
     ax = ax or plt.gca()
     rows = select(data[data.channel.isna()] if "channel" in data else data, mode=mode)
-    layers = list(rows.layer.unique())
+    rows, layers = rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING)), list(rows.layer.unique())
     for scheme, part in rows.groupby("scheme", sort=False):
-        ax.plot(part.layer.map(layers.index), _drawn(part, metric), **role(str(scheme)).line)
+        ax.plot(part.layer.map(layers.index), part[metric], **role(str(scheme)).line)
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
     ax.set_title(f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}")
     layer_ticks(ax, layers)
@@ -104,15 +101,12 @@ def plot_channel_error(
     ax = ax or plt.gca()
     rows = select(data[data.channel.notna()], mode=mode)
     rows = select(rows, layer=layer or rows.sort_values("sqnr_db").layer.iloc[0])
+    rows = rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING))
     for scheme, part in rows.groupby("scheme", sort=False):
-        values = _drawn(part, metric).sort_values(ascending=metric != "mse")
+        values = part[metric].sort_values(ascending=metric != "mse")
         ax.plot(range(1, len(values) + 1), values, markevery=max(1, len(values) // 12), **role(str(scheme)).line)
     ax.set(xlabel="output channel, worst first", title=f"{short_layer(rows.layer.iloc[0])}, {mode}, per channel")
     return _finish(ax, metric, legend)
-
-
-def _drawn(rows: DataFrame, metric: str) -> Series:
-    return rows[metric].clip(upper=SQNR_CEILING if metric == "sqnr_db" else None)
 
 
 def _finish(ax: Axes, metric: str, legend: bool) -> Axes:

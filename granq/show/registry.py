@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from granq.convert import quantize_model
@@ -84,27 +85,10 @@ def save_figure(
     Figure("", lambda _: data, plot, size).draw(name, folder)
 
 
-def _layer_error(w: Workbench) -> pd.DataFrame:
-    ranges = list(itertools.islice(w.real(1), 2))
-    options: dict[str, Any] = dict(schemes=list(SCHEMES), bits=w.budget.bits, calibration=ranges)
-    return layer_error.measure_layer_error(w.teacher, w.real(), **options)
-
-
-def _channel_scales(w: Workbench) -> pd.DataFrame:
-    sources = {"synthetic": w.synthetic(), "real": w.real()}
-    measure = partial(activations.measure_channel_scales, w.teacher, bits=w.budget.bits)
-    return pd.concat([measure(batches, source=name) for name, batches in sources.items()], ignore_index=True)
-
-
-def _synthetic_gap(w: Workbench) -> pd.DataFrame:
-    pairs = {"synthetic against real": w.synthetic(), "real against other real": w.real(1)}
-    measure = partial(images.measure_synthetic_gap, w.teacher)
-    return pd.concat([measure(b, w.real()).assign(pair=name) for name, b in pairs.items()], ignore_index=True)
-
-
-def _factorial(w: Workbench) -> pd.DataFrame:
-    cells, test = factorial.factorial_cells(w.budget.widths), list(w.sample(0, w.budget.images))
-    return factorial.measure_granularity_factorial(w.teacher, test, cells, lambda seed: w.synthetic())
+def _compare(measure: Callable[..., pd.DataFrame], column: str, **sources: Iterable[Tensor]) -> pd.DataFrame:
+    """Measure every source of images; ``column`` names it."""
+    frames = [measure(batches).assign(**{column: name.replace("_", " ")}) for name, batches in sources.items()]
+    return pd.concat(frames, ignore_index=True)
 
 
 def _true_bits(w: Workbench) -> pd.DataFrame:
@@ -116,24 +100,15 @@ def _true_bits(w: Workbench) -> pd.DataFrame:
         network, example = build_network(name, classes), torch.randn(1, 3, size, size)
         for scheme in SCHEMES:
             facts = audit.summarize_audit(audit.audit(quantize_model(network, scheme, 3, 3), example))
-            values = dict(bits_per_weight=facts["true_bits_per_weight"], quantized_percent=facts["weights_low_bit"])
-            rows.append(dict(network=name, scheme=scheme, weight_bits=3) | values)
-    return pd.DataFrame(rows)
-
-
-def _at_every_width(w: Workbench) -> pd.DataFrame:
-    """Return accuracies without methods that were measured at some widths only; ``results_table`` has them all."""
-    measured, _ = results.split_published(w.accuracy)
-    widths = measured.groupby("scheme").bits.nunique()
-    return w.accuracy.drop(measured.index[measured.scheme.map(widths) < measured.bits.nunique()])
+            rows.append((name, scheme, 3, facts["true_bits_per_weight"], facts["weights_low_bit"]))
+    return pd.DataFrame(rows, columns=["network", "scheme", "weight_bits", *results.TRUE_BITS_LABELS])
 
 
 def _results_table(w: Workbench) -> pd.DataFrame:
     measured = results.split_published(w.accuracy)[0].astype({"seed": int})  # next to published rows it is a float
     measured = measured.assign(teacher_test_top1=measured.teacher_test_top1.map("{:.6g}".format))
-    names = ("teacher_test_top1", "seed", "torch", "device", "commit")
-    said = {name: ", ".join(map(str, sorted(set(measured[name])))) for name in names}
-    return results.results_table(w.accuracy).assign(**said)
+    said = measured[["teacher_test_top1", "seed", "torch", "device", "commit"]].astype(str)
+    return results.results_table(w.accuracy).assign(**said.apply(lambda values: ", ".join(sorted(set(values)))))
 
 
 FIGURES: dict[str, Figure] = {
@@ -147,12 +122,20 @@ FIGURES: dict[str, Figure] = {
         layers.plot_activation_distortion, (6.8, 9.0), {"layer": None, "quantity": layers.DISTORTION_LABELS},
         {"bits": None}),
     "channel_scales": Figure(
-        "How far apart are the channels?", _channel_scales, layers.plot_channel_scales, (6.8, 3.2)),
+        "How far apart are the channels?",
+        lambda w: _compare(partial(activations.measure_channel_scales, w.teacher, bits=w.budget.bits), "source",
+            synthetic=w.synthetic(), real=w.real()),
+        layers.plot_channel_scales, (6.8, 3.2)),
     "layer_error": Figure(
-        "Which layer is guilty?", _layer_error, layers.plot_layer_error, (6.8, 5.6), {"metric": layers.METRIC_LABELS},
+        "Which layer is guilty?",
+        lambda w: layer_error.measure_layer_error(
+            w.teacher, w.real(), list(SCHEMES), w.budget.bits, calibration=list(itertools.islice(w.real(1), 2))),
+        layers.plot_layer_error, (6.8, 5.6), {"metric": layers.METRIC_LABELS},
         {"mode": layer_error.MODES}, {"sharex": True, "sharey": "row"}),
     "accuracy_bits": Figure(
-        "How much accuracy is left at each bit width?", _at_every_width, results.plot_accuracy_bits, (6.8, 2.8)),
+        "How much accuracy is left at each bit width?",
+        lambda w: w.accuracy[~w.accuracy.scheme.str.contains(" + ", regex=False)],  # the plain recipe
+        results.plot_accuracy_bits, (6.8, 2.8)),
     "true_bits": Figure(
         "How many bits is a 3-bit network?", _true_bits, results.plot_true_bits, (6.8, 2.6), {},
         {"quantity": results.TRUE_BITS_LABELS}, {"sharey": True}, teacher=False),
@@ -168,7 +151,10 @@ FIGURES: dict[str, Figure] = {
         results.plot_scaling_latency, (6.8, 4.2), {"against": ("channels", "batch")},
         {"quantity": results.SCALING_LABELS}, teacher=False),
     "granularity_factorial": Figure(
-        "Which choice is worth how much?", _factorial, results.plot_granularity_factorial, (6.8, 3.6),
+        "Which choice is worth how much?",
+        lambda w: factorial.measure_granularity_factorial(w.teacher, list(w.sample(0, w.budget.images)),
+            factorial.factorial_cells(w.budget.widths), lambda seed: w.synthetic()),
+        results.plot_granularity_factorial, (6.8, 3.6),
         {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None}, {"sharex": True, "sharey": True}),
     "training_curves": Figure(
         "How does a run go?", lambda w: w.zero_shot[1], results.plot_training_curves, (6.8, 1.8), {},
@@ -178,7 +164,9 @@ FIGURES: dict[str, Figure] = {
         lambda w: w.zero_shot[2].assign(name=w.zero_shot[2].label.map(dict(enumerate(w.class_names)))),
         results.plot_synthetic_images, (6.8, 3.2)),
     "synthetic_gap": Figure(
-        "How far are synthetic images from real ones, seen from inside the network?", _synthetic_gap,
+        "How far are synthetic images from real ones, seen from inside the network?",
+        lambda w: _compare(lambda batches: images.measure_synthetic_gap(w.teacher, batches, w.real()), "pair",
+            synthetic_against_real=w.synthetic(), real_against_other_real=w.real(1)),
         layers.plot_synthetic_gap, (6.8, 4.6), {"quantity": layers.GAP_LABELS}, {}, {"sharex": True}),
     "results_table": Figure(
         "How do these results compare with published ones?", _results_table, results.plot_results_table, (6.8, 4.2),

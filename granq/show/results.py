@@ -15,13 +15,9 @@ from granq.measure.images import decode_pixels
 from granq.measure.workbench import dataset_name
 from granq.show.style import BLACK, GREY, ROLES, Ax, Role, finish, plain_log, role, select, side_by_side
 
-TRAINING_LABELS = {
-    "generator_loss": "generator loss",
-    "student_loss": "student loss",
-    "bn_loss": "BatchNorm distance",
-    "teacher_top1": "teacher on synthetic\nimages (%)",
-    "test_top1": "student on test\nimages (%)",
-}
+TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
+                   "teacher_top1": "teacher on synthetic\nimages (%)",
+                   "test_top1": "student on test\nimages (%)"}  # fmt: skip
 TRUE_BITS_LABELS = {"bits_per_weight": "true bits per weight", "quantized_percent": "weights really quantized (%)"}
 SCALING_LABELS = {"median_ms": "time (ms)", "peak_mb": "peak memory (MB)", "scale_multiplications": "multiplications"}
 _ROLE_OF = {"copy": "full precision", "layerwise": "layerwise", "layer-wise": "layerwise", "granq": "granq",
@@ -91,12 +87,14 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
     measured, published = split_published(data)
     if len(measured[["dataset", "network"]].drop_duplicates()) != 1:
         raise UserError("plot_accuracy_bits needs measured rows, and all of one dataset and network")
-    measured, widths = measured.sort_values("bits"), sorted(measured.bits.unique())
+    measured, widths = measured.sort_values("bits", kind="stable"), sorted(measured.bits.unique())
     for look, rows, x in side_by_side(measured, "scheme", "bits", 0.7 / measured.scheme.nunique()):
         ax.scatter(x - 0.02, rows.ptq_top1, s=16, **look.points | {"facecolors": "none", "label": "_"})
         ax.scatter(x + 0.02, rows.last_top1, s=16, **look.points)
     if len(published := published[published.bits.isin(widths)]):
-        ax.scatter(published.bits.map(widths.index) + 0.43, published.last_top1, s=40, **_PUBLISHED.points)
+        ax.scatter(
+            published.bits.map(widths.index) + 0.43, published.last_top1, s=40, linewidths=0.8, **_PUBLISHED.points
+        )
     teacher, n = measured.teacher_top1.mean(), measured.groupby(["scheme", "bits"]).seed.nunique().min()
     ax.axhline(teacher, color=GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")

@@ -61,7 +61,7 @@ ROLES |= {  # granularities of activations look like the schemes that are built 
 def role(name: str) -> Role:
     """Return the look of a name in ``ROLES``; "strict + x" has the color of strict, an unknown name is black."""
     base = ROLES.get(name.split(" ")[0], Role(name, BLACK, "X"))
-    return ROLES.get(name, base._replace(label=name, marker="X"))
+    return ROLES.get(name, base._replace(label=name, marker="X" if " + " in name else base.marker))
 
 
 def select(data: DataFrame, **values: Any) -> DataFrame:
