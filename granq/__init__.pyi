@@ -27,6 +27,8 @@ from .match import refine as refine
 from .match import vary as vary
 from .measure.activations import measure_activation_distortion as measure_activation_distortion
 from .measure.activations import measure_channel_histograms as measure_channel_histograms
+from .measure.activations import measure_channel_scales as measure_channel_scales
+from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.audit import audit as audit
 from .measure.audit import summarize_audit as summarize_audit
 from .measure.factorial import measure_granularity_factorial as measure_granularity_factorial
@@ -38,8 +40,6 @@ from .measure.latency import measure_latency_quantizer as measure_latency_quanti
 from .measure.latency import measure_latency_scaling as measure_latency_scaling
 from .measure.layer_error import measure_layer_error as measure_layer_error
 from .measure.running import sqnr_db as sqnr_db
-from .measure.activations import measure_channel_scales as measure_channel_scales
-from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.workbench import Workbench as Workbench
 from .models import build_network as build_network
 from .models import digits_teacher as digits_teacher

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize
 from granq.devices import expect_bfloat16
 from granq.errors import UserError, one_of
-from granq.files import read_checkpoint, save_atomically, write_checkpoint
+from granq.files import save_atomically
 from granq.hooks import eval_mode
 
 
@@ -153,15 +153,12 @@ def train_teacher(
     device: str = "cpu",
     bf16: bool = False,
     init: Path | None = None,
-    checkpoint: Path | None = None,
 ) -> tuple[nn.Module, float]:
     """Train a teacher: SGD with Nesterov, OneCycle up to ``lr``, label smoothing, shifts and flips, averaged weights.
 
     Returns it in eval mode, and its top-1 accuracy in percent on the test split, measured once. ``seed`` decides the
-    initial weights (unless ``init`` is a teacher file to start from), the order and the shifts. ``checkpoint`` is
-    replaced after every epoch; if it is there, training continues from it, on the CPU to the same bits. ``bf16`` is
-    autocast, about 1.9 times faster on a CPU with AVX512-BF16. Raises UserError if ``checkpoint`` is of another
-    training, FloatingPointError if a weight becomes NaN or infinite; the checkpoint of the epoch before stays.
+    initial weights (unless ``init`` is a teacher file to start from), the order and the shifts. ``bf16`` is autocast,
+    about 1.9 times faster on a CPU with AVX512-BF16. Raises FloatingPointError if a weight becomes NaN or infinite.
     """
     if bf16:
         expect_bfloat16(device)
@@ -170,16 +167,11 @@ def train_teacher(
     train = load_split(spec, "train")
     loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     parts = _training(model.to(device), lr, epochs * len(loader))
-    settings = repr((network, spec, epochs, lr, batch_size, seed, bf16, init))
-    first = _resume(checkpoint, parts, settings, device) if checkpoint and checkpoint.is_file() else 0
-    for epoch in tqdm(range(first, epochs), desc=f"teacher {network}", unit="epoch", initial=first, total=epochs):
+    for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch"):
         for images, labels in loader:
             _step(parts, images.to(device), labels.to(device), spec, bf16)
         if not all(value.isfinite().all() for value in parts["averaged"].state_dict().values()):
             raise FloatingPointError(f"a weight is not finite: the learning rate {lr} is too high")
-        if checkpoint:
-            state = {"settings": settings, "epoch": epoch + 1, "rng": torch.get_rng_state()}
-            write_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
     teacher = parts["averaged"].module.eval()
     return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
 
@@ -213,16 +205,6 @@ def _step(parts: dict[str, Any], images: Tensor, labels: Tensor, spec: DataSpec,
     parts["optimizer"].step()
     parts["schedule"].step()
     parts["averaged"].update_parameters(parts["model"])
-
-
-def _resume(path: Path, parts: dict[str, Any], settings: str, device: str) -> int:
-    state = read_checkpoint(path, {*parts, "settings", "rng", "epoch"}, device)
-    if state["settings"] != settings:
-        raise UserError(f"{path} belongs to a training with other settings; remove it to start again")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"].cpu())
-    return state["epoch"]
 
 
 def digits_teacher(network: str = "resnet20_cifar10") -> Path:

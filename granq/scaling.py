@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from granq.errors import UserError
 from granq.quantizer import QParams, quantize
-from granq.schemes import Scheme, get_scheme
 
 
 class Integers(NamedTuple):
@@ -164,15 +163,3 @@ def count_scaling(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], conv:
         ("folded", 0, read + 4 * outputs),
     ]
     return pd.DataFrame(rows, columns=["execution", "scale_multiplications", "bytes"])
-
-
-def folds(scheme: str | Scheme) -> tuple[bool, str]:
-    """Say whether static scales of activations fold into the weight of a layer that reads them, and why (not)."""
-    scheme = get_scheme(scheme)
-    if not (scheme.activations and scheme.tracked):
-        return False, "No scale is static: every batch or image has its own, unknown when the weights are prepared."
-    if scheme.fold:
-        return True, "Scales are static and folded before the weights are quantized: the convolution stays integer."
-    if scheme.activations == "per_tensor":
-        return True, "One static scale leaves the sum altogether: an integer convolution and one rescale."
-    return True, "Scales are static, but the folded weight leaves its own grid: a floating-point convolution."

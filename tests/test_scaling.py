@@ -15,7 +15,6 @@ from granq import scaling
 from granq.errors import UserError
 from granq.quantizer import QParams, choose_qparams, fake_quantize
 from granq.scaling import Conv, Integers
-from granq.schemes import SCHEMES, Scheme
 
 BITS = 3
 
@@ -190,20 +189,3 @@ def test_counts_by_hand() -> None:
     counts = scaling.count_scaling((1, 2, 4, 4), (3, 2, 3, 3)).set_index("execution")
     assert counts.scale_multiplications.tolist() == [12, 24, 24, 32, 0]
     assert counts.bytes["pre-scaled"] == 32 * 5 + 4 * (32 + 54) + 4 * 12
-
-
-@pytest.mark.parametrize("scheme, expected, reason", [
-    ("granq", False, "every batch or image"), ("strict", False, "every batch or image"),
-    ("layerwise", True, "leaves the sum"), ("per_channel", True, "floating-point"), ("foldable", True, "stays integer"),
-    (Scheme(weights="per_kernel", activations=None), False, "No scale"),
-    (Scheme(weights=None, activations="per_channel"), False, "every batch"),
-])  # fmt: skip
-def test_folds(scheme: str | Scheme, expected: bool, reason: str) -> None:
-    answer, sentence = scaling.folds(scheme)
-    assert (answer, reason in sentence) == (expected, True)
-
-
-def test_folds_answers_for_every_scheme() -> None:
-    for name, scheme in SCHEMES.items():
-        assert scaling.folds(name) == scaling.folds(scheme)
-        assert scaling.folds(name)[0] or not scheme.fold

@@ -58,7 +58,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 def teacher(
     *, data: Data, network: Network, out: Path, pretrained: bool = False, init: Path | None = None,
     epochs: Count = 30, lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
-    image_size: int | None = None, resume: bool = False, device: Device = "auto",
+    image_size: int | None = None, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Train a full-precision teacher, or fetch a pretrained one.
 
@@ -68,15 +68,11 @@ def teacher(
         init: continue from the weights of this teacher file
         lr: peak learning rate
         bf16: train under bfloat16 autocast (faster on AVX512 and GPUs)
-        resume: continue from OUT.partial, which is written after every epoch
     """
     from granq import devices, files
 
-    partial = out.with_name(f"{out.name}.partial")
     if out.exists() or out.suffix != ".safetensors":
         raise UserError(f"--out must be a new file that ends in .safetensors, got {out}")
-    if partial.exists() and not resume:
-        raise UserError(f"{partial} holds an unfinished training; pass --resume to continue it, or remove it")
     spec, device = granq.describe_data(data, network, image_size), devices.resolve_device(device)
     out.parent.mkdir(parents=True, exist_ok=True)
     if pretrained:
@@ -84,9 +80,8 @@ def teacher(
         top1 = granq.top1_on(model, granq.load_split(spec, "test"), spec, device)
     else:
         options: dict[str, Any] = dict(epochs=epochs, lr=lr, seed=seed, bf16=bf16, init=init, device=device)
-        model, top1 = granq.train_teacher(network, spec, checkpoint=partial, **options)
+        model, top1 = granq.train_teacher(network, spec, **options)
     files.save_atomically(out, lambda path: granq.save_teacher(path, model, network, spec, top1))
-    partial.unlink(missing_ok=True)
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | devices.versions(device)
 
 
