@@ -159,7 +159,7 @@ class _Portable(nn.Module):
 def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:
     """Write ``integer_model`` as ONNX with standard QuantizeLinear and DequantizeLinear nodes, any batch size.
 
-    The float sums of such a runtime are exact below 2^24. Needs the extra ``granq[onnx]``. Raises UserError at 8 bits.
+    The float sums of such a runtime are exact below 2^24. Needs the extra ``granq[export]``; 8 bits are a UserError.
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
 

@@ -88,6 +88,8 @@ def load_teacher(
     ``path`` is a safetensors file or ``torch.save`` of a state dict; ``None`` downloads pretrained weights. Raises
     UserError if it is missing or damaged, or is of another network or number of classes.
     """
+    if path is None and ".py:" in network:
+        raise UserError(f"{network} names no pretrained weights: pass a teacher file")
     model = build_network(network, spec.classes, pretrained=path is None)
     known = getattr(model, "pretrained_cfg", {})  # timm's; all others saw what spec says
     try:

@@ -19,7 +19,7 @@ from granq.config import QATConfig
 from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, quantize_model, set_image_range
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
-from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
@@ -116,9 +116,8 @@ class Game:
         self.student = quantized(self.teacher, config).requires_grad_(True)
         self.classes = self._check_networks()
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
-        if isinstance(generator, Generator) and (generator.classes, generator.size) != (new.classes, new.size):
-            raise UserError(f"the generator draws {generator.classes} classes at {4 * generator.size} pixels")
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
+        self._check_generator()
         self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.generator_params = list(self.generator.parameters())
         adam = torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999))
@@ -147,6 +146,17 @@ class Game:
                 "forward may change a tensor in place that is read again, which torch.fx does not see"
             )
         return logits.shape[1]
+
+    @torch.no_grad()
+    def _check_generator(self) -> None:
+        """Refuse a generator that draws other images; its state and the run's random numbers stay."""
+        size, ends = self.config.image_size, torch.tensor([0, self.classes - 1])
+        if (known := getattr(self.generator, "classes", self.classes)) != self.classes:
+            raise UserError(f"the generator draws {known} classes, but the teacher knows {self.classes}")
+        with torch.random.fork_rng():
+            drawn = copy.deepcopy(self.generator).cpu()(torch.randn(2, LATENT), ends).shape
+        if drawn != (2, 3, size, size):
+            raise UserError(f"the generator draws {tuple(drawn)} for two labels, not images of {size} pixels")
 
     def optimize_student(self) -> None:
         """Build the student's optimizer anew, for the parameters that it has now."""

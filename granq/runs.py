@@ -95,7 +95,8 @@ def train(
         folder.check_free(resume)
     game = begin(teacher, config, generator, student_loss, pixels)  # refuses before the folder is made
     with folder.claimed() if folder else nullcontext(), _deterministic(config.deterministic):
-        identity = fingerprint(config, game.teacher, *([generator] if generator else [])) if folder else ""
+        own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
+        identity = fingerprint(config, game.teacher, *([generator] if generator else []), loss=own) if folder else ""
         if folder:
             _start(folder, game, identity, resume, facts or {})
         _run(game, evaluate, folder, identity, after_epoch)
@@ -236,9 +237,9 @@ class RunFolder:
         return state
 
 
-def fingerprint(config: QATConfig, *networks: nn.Module) -> str:
-    """Return the SHA-256 of settings and weights (teacher, generator): two runs that share it are the same run."""
-    digest = hashlib.sha256(config.model_dump_json().encode())
+def fingerprint(config: QATConfig, *networks: nn.Module, loss: str = "") -> str:
+    """Return the SHA-256 of settings, weights (teacher, generator) and an own loss's name: it tells runs apart."""
+    digest = hashlib.sha256((config.model_dump_json() + loss).encode())
     for name, value in (item for network in networks for item in network.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

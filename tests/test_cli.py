@@ -321,3 +321,45 @@ def test_demo_command(tmp_path, capsys, monkeypatch):
     table = (out / "results.md").read_text()
     assert "W2A2" in table and "n = 1 seeds" in table and "layerwise" in table
     assert {"accuracy.png", "activation_distortion.png", "synthetic_images.png"} <= {p.name for p in out.iterdir()}
+
+
+def test_underscores_choose_the_same_defaults():
+    given = "--data digits --network resnet20_cifar10 --out o --scheme foldable --recipe match".split()
+    dashes, underscores = ([*given, f"--image{c}bits", "6", f"--batch{c}size=16"] for c in "-_")
+    job = jobs.from_arguments(dashes)
+    assert job == jobs.from_arguments(underscores) and (job.pixel_range, job.refined_images) == (1, 512)
+
+
+def test_nothing_there_is_overwritten(tmp_path, capsys):
+    for name in ("audit.csv", "quantizer_latency.csv"):
+        (tmp_path / name).write_text("precious")
+    assert main(["audit", "--network", "resnet20_cifar10", "--out", str(tmp_path / "audit.csv")]) == 2
+    assert main(["bench", "quantizer", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("already exists") == 2
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+
+
+def test_a_table_is_printed_once(capsys):
+    assert main(["audit", "--network", "resnet20_cifar10"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 300
+
+
+@pytest.mark.parametrize("bits", ["2,9", "2,2", "x"])
+def test_widths_of_the_factorial_are_checked_first(bits, tmp_path, capsys):
+    given = f"factorial --data digits --network resnet20_cifar10 --bits {bits} --out {tmp_path / 'f.csv'}"
+    assert main(given.split()) == 2 and "bits" in capsys.readouterr().err and not (tmp_path / "f.csv").exists()
+
+
+def test_a_file_s_function_is_no_pretrained_teacher(tmp_path, capsys):
+    (tmp_path / "net.py").write_text("from torchvision.models import resnet18 as make\n")
+    given = f"quantize --data digits --network {tmp_path / 'net.py'}:make --out {tmp_path / 'run'} {SHORT}"
+    assert main(given.split()) == 2 and "names no pretrained weights" in capsys.readouterr().err
+
+
+def test_tuples_as_pandas_writes_them_are_read(tmp_path):
+    row = dict(dataset="digits", network="resnet20_cifar10", scheme="granq", bits="W3A3", recipe="adadfq", seed=1)
+    tables = [pd.DataFrame([row | {"last_top1": 90.0, "milestones": m}]) for m in ((), (4,), (4, 8))]
+    for table, steps in zip(tables, ((), (4,), (4, 8)), strict=True):
+        table.to_csv(tmp_path / "t.csv")
+        job = jobs.from_arguments(["--from-row", str(tmp_path / "t.csv"), "1", "--out", "o"])
+        assert (job.milestones, job.seed) == (steps, 1)

@@ -106,7 +106,8 @@ def test_every_folder_and_file_is_shipped() -> None:
 
 
 def test_every_target_says_what_it_does() -> None:
-    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "--no-print-directory", "help"]  # as it is inside another make, too
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = "help demo test lowest lint notebooks figures lab browser docs gpu".split()
     assert [line.split()[0] for line in shown.splitlines()] == wanted
 

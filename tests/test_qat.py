@@ -337,6 +337,23 @@ def test_a_generator_of_ones_own(tmp_path, config):
     assert same_bits(again.student, result.student) and again.history.equals(result.history)
 
 
+def test_a_generator_of_other_images_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"draws \(2, 3, 8, 8\) for two labels, not images of 12 pixels"):
+        train(tiny, TINY.change(image_size=12), generator=Blobs())
+    with pytest.raises(ValueError, match="draws 5 classes, but the teacher knows 3"):
+        train(tiny, TINY, generator=build_generator(5, 8))
+
+
+def test_a_run_with_another_loss_is_another_run(tiny, tmp_path):
+    def own(t, s, labels):
+        return (t - s).square().mean()
+
+    train(tiny, TINY, student_loss=own, out=tmp_path)
+    with pytest.raises(ValueError, match="another teacher or other settings"):
+        train(tiny, TINY, out=tmp_path, resume=True)
+    train(tiny, TINY, student_loss=own, out=tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("recipe", ["adadfq", "gdfq"])
 def test_a_student_s_loss_of_ones_own(tiny, recipe):
     config, seen = TINY.change(recipe=recipe), []

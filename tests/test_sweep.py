@@ -150,3 +150,21 @@ def test_command(folder, teacher, tmp_path, capsys):
         assert main(["sweep", "--out", str(tmp_path / "t"), *bad]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("option", ["--seed 7", "--scheme strict", "--recipe=match", "--from_row t.csv 1", "--resume"])
+def test_what_a_plan_sets_cannot_be_set_for_all_runs(option, tmp_path, capsys):
+    command = (
+        f"sweep --data digits --network resnet20_cifar10 --schemes granq --bits 3,3 {option} --out {tmp_path / 's'}"
+    )
+    assert main(command.split()) == 2
+    assert "a sweep sets --" in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_the_same_command_may_be_given_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a relative folder
+    command = "sweep --data digits --network resnet20_cifar10 --schemes granq --bits 3,3 --out s --status".split()
+    assert main(command) == main([*command, "--seeds", "0", "1"]) == 0
+    assert len(sweep.read_plan(Path("s"))) == 2
+    assert main(["sweep", "--out", "s", "--seeds", "3", "--status"]) == 2  # alone it would be ignored
+    assert "a plan needs" in capsys.readouterr().err

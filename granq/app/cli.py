@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("granq: interrupted; the last checkpoint is kept, --resume continues", file=sys.stderr)
         return 130
     failed = result.pop("failed", "")
-    print(json.dumps(result) if as_json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    lines = [f"{name}: {value}" for name, value in result.items() if not isinstance(value, list)]  # tables are printed
+    print(json.dumps(result) if as_json else "\n".join(lines))
     if failed:
         print(f"granq: {failed}", file=sys.stderr)
     return 1 if failed else 0

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
 from granq.app.jobs import Data, Network, TeacherFile, parse_bits
 from granq.config import QATConfig
 from granq.errors import UserError
+from granq.schemes import check_bits
 
 Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
@@ -123,6 +124,7 @@ def audit(
 
     from granq import files
 
+    _check_new(*[out] if out else [])
     likely = "cifar100" if "cifar100" in network else "cifar10" if "cifar" in network else "imagenet"
     widths, spec = parse_bits(bits), granq.describe_data(data or likely, network, image_size)
     torch.manual_seed(0)
@@ -165,6 +167,9 @@ def factorial(
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
     widths = [int(b) if b.isdecimal() else 0 for b in bits.split(",")]
+    check_bits(*widths)
+    if len(set(widths)) < len(widths):
+        raise UserError(f"--bits names a width twice: {bits}")
     shared = granq.Workbench(
         "full", data=data, network=network, teacher=teacher, runs=[run] if run else [], device=device
     )
@@ -206,7 +211,7 @@ def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
 def figures(
     names: Positional[Words] = (), *, from_csv: bool = False, budget: Literal["quick", "full"] = "quick",
     data: str | None = None, network: Network = "resnet20_cifar10", teacher: Path | None = None,
-    run: tuple[Path, ...] = (), out: Path | None = None, seed: int = 0, device: Device = "auto",
+    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: int = 0, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure figures, write their CSV, and draw them from it; all of them without names.
 
@@ -234,8 +239,9 @@ def bench(
     """Time the quantizer and the scaled convolution against plain baselines; --out is the folder for their CSV."""
     from granq import devices, files
 
-    device, result = devices.resolve_device(device), {}
-    for name in ("quantizer", "scaling") if what == "all" else (what,):
+    device, result, names = devices.resolve_device(device), {}, ("quantizer", "scaling") if what == "all" else (what,)
+    _check_new(*[out / f"{name}_latency.csv" for name in names if out])
+    for name in names:
         measure = granq.measure_latency_quantizer if name == "quantizer" else granq.measure_latency_scaling
         frame = measure(repetitions=repetitions, device=device)
         if out:
@@ -264,7 +270,8 @@ def sweep(
     """
     from granq.app import sweep as plans
 
-    if network or schemes or bits or options:
+    out = out.resolve()  # as the plan keeps it
+    if network or schemes or bits or options or teacher or recipes != ("adadfq",) or seeds != (0,):
         plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
     table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster)
     print(table.to_string(index=False, na_rep=""))
@@ -272,6 +279,12 @@ def sweep(
     failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left else {}
     counts = {str(state): int(count) for state, count in table.state.value_counts().items()}
     return {"out": str(out), "runs": len(table)} | counts | failed
+
+
+def _check_new(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} already exists; choose another --out")
 
 
 def _records(frame: Any) -> list[Result]:

@@ -126,6 +126,7 @@ def defaults(argv: Sequence[str]) -> dict[str, Any]:
 
     tyro cannot tell what a user wrote from what was filled in. What other defaults depend on is therefore read first.
     """
+    argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), part) for part in argv]  # tyro takes both
     first = ArgumentParser(prog="granq", add_help=False, allow_abbrev=False)
     for name in ("data", "network", "bits", "recipe", "scheme", "preset", "generator"):
         first.add_argument(f"--{name}")
@@ -167,7 +168,8 @@ def _settings(row: dict[str, str]) -> dict[str, Any]:
 
     def value(text: str) -> Any:
         try:
-            read = json.loads(text.lower())  # spreadsheets write TRUE, and 4.0 where a column lacks some values
+            # spreadsheets write TRUE, and 4.0 where a column lacks some values; pandas writes tuples
+            read = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", text.lower()))
         except ValueError:
             return text
         return int(read) if isinstance(read, float) and read.is_integer() else read

@@ -33,6 +33,9 @@ def combine(
     """
     if not (networks and schemes and bits) or len(teachers) not in (0, len(networks)):
         raise UserError("a plan needs --data, --network, --schemes and --bits, and --teacher a file for each network")
+    asked = {part.partition("=")[0].replace("_", "-") for part in options}
+    if planned := asked & {"--seed", "--scheme", "--recipe", "--out", "--resume", "--from-row"}:
+        raise UserError(f"a sweep sets {min(planned)} of each run itself; --seeds, --schemes and --recipes list them")
     pairs, jobs = list(zip_longest(networks, teachers)), []
     for seed, recipe, (network, teacher), width, scheme in product(seeds, recipes, pairs, bits, schemes):
         name = re.sub(r"[^\w.-]+", "_", f"{network} {recipe} {scheme} w{width.replace(',', 'a')} s{seed}")
