@@ -16,6 +16,7 @@ from granq.data import DataSpec
 from granq.errors import UserError
 from granq.generator import Generator
 from granq.measure.activations import measure_activation_distortion, measure_channel_scales, measure_scale_maps
+from granq.measure.factorial import factorial_cells, measure_granularity_factorial
 from granq.measure.images import measure_generated_images, measure_synthetic_gap
 from granq.measure.layer_error import measure_layer_error
 from granq.measure.workbench import Workbench, method_name
@@ -248,7 +249,7 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
     for call, sentence in (
         (lambda: make_figures(["nonsense"], full), "unknown figure 'nonsense'; known: granularity_maps"),
         (lambda: redraw_figures(["layer_error"], tmp_path), "layer_error.csv does not exist"),
-        (lambda: redraw_figures([], tmp_path / "nowhere"), "does not exist"),
+        (lambda: redraw_figures([], tmp_path / "nowhere"), "holds no CSV of a figure"),
         (lambda: make_figures(["training_curves"], full), "measured with another budget"),
         (lambda: make_figures(["quantizer_latency"], full), "another budget or command"),
         (lambda: make_figures(["accuracy_bits"], full), "results_cifar10.csv is missing"),
@@ -376,8 +377,8 @@ def test_many_labels_show_the_first_ten() -> None:
 
 
 def test_panels_without_rows_stay_empty(frames: dict[str, pd.DataFrame], tmp_path: Path) -> None:
-    cells = [dict(weights=w, activations="per_tensor", ranges="dynamic", bits=b, epochs=e, seed=0, top1=50.0)
-             for w in ("full", "per_kernel") for b, e in ((2, 0), (3, 0), (3, 5))]  # fmt: skip
+    cells = [dict(weights=w, activations="per_tensor", ranges=r, bits=b, seed=0, top1=50.0)
+             for w in ("full", "per_kernel") for b, r in ((2, "dynamic"), (3, "dynamic"), (3, "static"))]  # fmt: skip
     pd.DataFrame(cells).assign(**FACTS).to_csv(tmp_path / "granularity_factorial.csv", index=False)
     black = frames["synthetic_images"].assign(pixels="00" * 3 * 64)
     black.to_csv(tmp_path / "synthetic_images.csv", index=False)
@@ -385,3 +386,13 @@ def test_panels_without_rows_stay_empty(frames: dict[str, pd.DataFrame], tmp_pat
     (tmp_path / "layer_error.csv").write_text("layer,scheme,mode\n")
     with pytest.raises(ValueError, match=r"layer_error\.csv has no rows"):
         redraw_figures(["layer_error"], tmp_path)
+
+
+def test_a_factorial_is_drawn_as_it_is_measured(tiny: nn.Module, tmp_path: Path) -> None:
+    labels = torch.zeros(len(batches()[0]), dtype=torch.long)
+    measured = measure_granularity_factorial(
+        tiny, [(batches()[0], labels)], factorial_cells((2, 3)), lambda seed: batches()
+    )
+    measured.to_csv(tmp_path / "granularity_factorial.csv", index=False)
+    assert redraw_figures(["granularity_factorial"], tmp_path) == ["granularity_factorial"]
+    assert FIGURES["granularity_factorial"].grid(measured)[1] == [{"bits": 2}, {"bits": 3}]

@@ -155,7 +155,7 @@ FIGURES: dict[str, Figure] = {
         lambda w: factorial.measure_granularity_factorial(w.teacher, list(w.sample(0, w.budget.images)),
             factorial.factorial_cells(w.budget.widths), lambda seed: w.synthetic()),
         results.plot_granularity_factorial, (6.8, 3.6),
-        {"epochs": None, "ranges": ("dynamic", "static")}, {"bits": None}, {"sharex": True, "sharey": True}),
+        {"ranges": ("dynamic", "static")}, {"bits": None}, {"sharex": True, "sharey": True}),
     "training_curves": Figure(
         "How does a run go?", lambda w: w.zero_shot[1], results.plot_training_curves, (6.8, 1.8), {},
         {"quantity": results.TRAINING_LABELS}),
@@ -200,7 +200,9 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
 
 def redraw_figures(names: Sequence[str], folder: Path) -> list[str]:
     """Draw figures again from the CSV files in ``folder``, by default all that are there, and return their names."""
-    names = names or [name for name in FIGURES if (folder / f"{name}.csv").is_file()] or ["granularity_maps"]
+    names = names or [name for name in FIGURES if (folder / f"{name}.csv").is_file()]
+    if not names:
+        raise UserError(f"{folder} holds no CSV of a figure; granq figures measures them")
     for name in names:
         one_of("figure", name, FIGURES)
         if not (path := folder / f"{name}.csv").is_file():

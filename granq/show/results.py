@@ -144,18 +144,17 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
 
 
 def plot_granularity_factorial(
-    data: DataFrame, *, ranges: str | None = None, colorbar: bool = True, ax: Ax = None, **panel: Any
+    data: DataFrame, *, ranges: str | None = None, bits: int | None = None, colorbar: bool = True, ax: Ax = None
 ) -> Axes:
     """Draw ``measure_granularity_factorial``: accuracy, mean over seeds, by weight and activation granularity.
 
-    ``panel`` is ``bits`` and ``epochs``, by default the fewest. Ranges "none" (full-precision activations) belong to
-    every map. The title says half of the widest interval.
+    Bits are by default the fewest. Ranges "none" (full-precision activations) belong to every map. The title says half
+    of the widest interval.
     """
     ax = ax or plt.gca()
-    data = data if "epochs" in data else data.assign(epochs=0)
     ranges = ranges or next((v for v in data.ranges if v != "none"), "none")
-    rows = data[data.ranges.isin([ranges, "none"])].sort_values(["bits", "epochs"], kind="stable")
-    rows = select(rows, **{"bits": None, "epochs": None} | panel)
+    rows = data[data.ranges.isin([ranges, "none"])].sort_values("bits", kind="stable")
+    rows = select(rows, bits=bits)
     grid = rows.pivot_table(index="weights", columns="activations", values="top1", sort=False)
     grid = grid.reindex(columns=data.activations.unique())
     lost = (data.top1.max() - grid).clip(lower=1)  # from 4 bits on the cells differ by tenths of what 2 bits cost
@@ -164,9 +163,8 @@ def plot_granularity_factorial(
         cbar_kws={"label": "points below the best"}, xticklabels=True, yticklabels=True, ax=ax,
     )  # fmt: skip
     ax.tick_params(labelsize=6)
-    trained = ", trained" if rows.epochs.iloc[0] else ""
     widest = f"\nat most ±{(rows.top1_high - rows.top1_low).max() / 2:.1f}" if "top1_high" in rows else ""
-    ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{trained}{widest}")
+    ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{widest}")
     return ax
 
 
