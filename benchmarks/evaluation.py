@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch.nn.utils import parametrize
 
-from granq.compiled import ANY_THREADS
 from granq.convert import quantize_model
 from granq.measure.latency import alternate, quartiles, timings
 from granq.models import build_network
@@ -32,7 +31,7 @@ def measure_latency_evaluation(*, repetitions: int = 30, device: str = "cpu") ->
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     images = torch.randn(250, 3, 32, 32, device=device)
     networks: dict[str, Any] = {"full precision": model, "quantized": student}
-    networks |= {f"{name}, compiled": torch.compile(network, options=ANY_THREADS) for name, network in networks.items()}
+    networks |= {f"{name}, compiled": torch.compile(network) for name, network in networks.items()}
 
     @torch.inference_mode()
     def forward(network: Any) -> object:

@@ -17,7 +17,7 @@ from granq.config import QATConfig
 from granq.convert import Quantizer
 from granq.devices import has_bfloat16
 from granq.generator import Generator, batchnorm_inputs, synthesize
-from granq.measure.latency import alternate, compiled, quartiles, textbook_chain, timings
+from granq.measure.latency import alternate, quartiles, textbook_chain, timings
 from granq.models import build_network
 from granq.qat import AdaDFQ, Game
 
@@ -84,13 +84,11 @@ def measure_latency_step(
     image_size: int = 32,
     repetitions: int = 30,
     device: str = "cpu",
-    compile: bool = True,
 ) -> pd.DataFrame:
     """Time one training step of ResNet-20 for CIFAR-10, scheme ``granq``, against the plain step.
 
     Returns:
-        Columns method (plain; granq; granq bf16 where the device has it; with ``compile`` the latter compiled, too),
-        batch, bits, image_size, median_ms, q25_ms, q75_ms, speedup (plain over this, median of the ratios within a
+        Columns method (plain; granq; granq bf16 where the device has it), batch, bits, image_size, median_ms, q25_ms, q75_ms, speedup (plain over this, median of the ratios within a
         repetition) with quartiles ``speedup_q25`` and ``speedup_q75``, repetitions, threads, torch, device.
     """
     torch.manual_seed(0)
@@ -103,8 +101,6 @@ def measure_latency_step(
             if not bf16 or has_bfloat16(device):
                 games[name] = Game(teacher, config.change(bf16=bf16), AdaDFQ(config))
         runs: dict[str, Any] = {name: partial(game.play, True) for name, game in games.items()}
-        if compile:
-            runs |= {f"{name} compiled": compiled()(runs[name]) for name in [*runs][1:]}
         times = alternate(runs, repetitions)
         frame = quartiles(times, batch=batch, bits=config.act_bits, image_size=image_size)
         frames.append(frame.join(quartiles(1 / times.div(times.plain, axis=0), "speedup")))

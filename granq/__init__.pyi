@@ -1,4 +1,3 @@
-from .compiled import compile_quantizer as compile_quantizer
 from .config import QATConfig as QATConfig
 from .convert import activation_places as activation_places
 from .convert import calibrate as calibrate

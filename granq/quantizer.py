@@ -11,7 +11,6 @@ This file is the method. It knows tensors only. For ``k`` bits and a group with 
 Which values share ``m`` and ``M`` is the *granularity*; everything else stays the same.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +38,6 @@ _KEPT_DIMS: dict[str, tuple[int, ...]] = {
     "per_kernel": (0, 1),
 }
 EPS = 1e-8  # the smallest range; a constant group then has a large finite scale and comes back exactly
-_fused: Callable[..., Tensor] | None = None  # granq.compiled puts fake_quantize as one compiled function here
 
 
 class QParams(NamedTuple):
@@ -156,8 +154,6 @@ def fake_quantize(
         >>> [round(v, 6) for v in fake_quantize(x, bits=3).flatten().tolist()]
         [0.0, 0.085714, 0.214286, 0.3]
     """
-    if _fused is not None:
-        return _fused(x, bits, granularity, clamp, promote)
     return fake_quantize_with(x, choose_qparams(x, bits, granularity, promote=promote), bits, clamp)
 
 

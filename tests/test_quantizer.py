@@ -4,10 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._inductor.utils import run_and_get_code
 
-from granq import GRANULARITIES, UserError, choose_qparams, compile_quantizer, dequantize, fake_quantize, quantize
-from granq import compiled as compiled_module
+from granq import GRANULARITIES, UserError, choose_qparams, dequantize, fake_quantize, quantize
 from granq.quantizer import QParams, fake_quantize_with, min_max
 from granq.ranges import fake_quantize_learned, quantile_range
 
@@ -180,55 +178,13 @@ def test_cuda_agrees_with_cpu():
     torch.testing.assert_close(fake_quantize(x.cuda(), 3).cpu(), fake_quantize(x, 3))
 
 
-@pytest.fixture
-def compiled():
-    compile_quantizer()
-    yield
-    compile_quantizer(False)
-
-
-@pytest.mark.parametrize(("memory_format", "clamp"), [(torch.contiguous_format, True), (torch.channels_last, False)])
-def test_compiled_equals_plain_but_for_ties(memory_format, clamp, compiled):
-    x = torch.randn(20, 16, 32, 32).relu().contiguous(memory_format=memory_format).requires_grad_()
-    value = fake_quantize(x, 3, clamp=clamp)
+def test_torch_compiles_it():
+    x = torch.randn(20, 16, 8, 8).relu().requires_grad_()
+    value = torch.compile(fake_quantize, dynamic=True)(x, 3)
     value.sum().backward()
-    assert value.stride() == x.stride() and (x.grad == 1).all()
-    assert compile_quantizer(False) and not compile_quantizer(False)  # what it was before
-    plain, step = fake_quantize(x, 3, clamp=clamp), choose_qparams(x, 3).scale
-    off = (value - plain).abs() > 1e-5 * step
-    assert off.float().mean() < 1e-6 and ((value - plain).abs() < 1.001 * step).all()
-
-
-def test_compiled_equals_plain_at_every_granularity(compiled):
-    """More kinds of tensors than torch compiles by itself: after the eighth it would go on uncompiled."""
-    kinds = [(granularity, (3, 5, 4, 6)) for granularity in GRANULARITIES]
-    kinds += [("per_tensor", (6, 10)), ("per_sample_channel", (6, 10)), ("per_channel", (0, 5, 4, 6))]
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # what it raises would become a warning
-        for granularity, shape in kinds:
-            x = torch.randn(shape)
-            value = fake_quantize(x, 4, granularity)
-            compile_quantizer(False)
-            step = choose_qparams(x, 4, granularity).scale
-            off = (value - fake_quantize(x, 4, granularity)).abs()
-            compile_quantizer()
-            assert value.shape == x.shape and (off < 1.001 * step).all() and (off > 1e-5 * step).sum() <= 1
-
-
-def test_compiled_refuses_like_plain(compiled):
-    for bad, message in (
-        ((torch.ones(2, 2), 9), "from 2 to 8"),
-        ((torch.ones(2, 2), 3, "nope"), "unknown granularity"),
-    ):
-        with pytest.raises(UserError, match=message):
-            fake_quantize(*bad)
-
-
-def test_compiled_for_a_small_tensor_has_threads_for_large_ones(compiled, monkeypatch, tmp_path):
-    torch._dynamo.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # empty: nothing is taken from an earlier process
-    small = torch.rand(2, 3, 4, 4)
-    _, sources = run_and_get_code(compiled_module._fused(), small, 3, "per_sample_channel", True, True)
-    assert any("#pragma omp parallel" in source for source in sources)
+    assert (x.grad == 1).all()
+    off = (value - fake_quantize(x, 3)).abs() / choose_qparams(x, 3).scale  # a tie may be rounded the other way
+    assert off.max() < 1.001 and (off > 1e-5).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

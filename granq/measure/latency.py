@@ -1,8 +1,7 @@
 """Time the quantizer and the executions of a convolution; docs/speed.md says how to read the numbers."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from granq import scaling
-from granq.compiled import compile_quantizer
 from granq.devices import versions
 from granq.quantizer import choose_qparams, fake_quantize
 
@@ -38,22 +36,12 @@ def textbook_chain(x: Tensor, bits: int) -> Tensor:
 ours = partial(fake_quantize, granularity="per_sample_channel", clamp=False)  # as the scheme granq does
 
 
-@contextmanager
-def compiled() -> Iterator[None]:
-    """Put the quantizer under ``torch.compile`` within the block, or in the function that this decorates."""
-    before = compile_quantizer()
-    try:
-        yield
-    finally:
-        compile_quantizer(before)
-
-
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "layerwise": partial(fake_quantize, granularity="per_tensor", clamp=False),
     "channel loop": lambda x, bits: torch.cat([ours(channel, bits) for channel in x.split(1, 1)], 1),
     "textbook": textbook_chain,
-    **{f"granq{layout}": ours for layout in ("", ", NHWC")},
-    **{f"granq, compiled{layout}": compiled()(ours) for layout in ("", ", NHWC")},
+    "granq": ours,
+    "granq, NHWC": ours,
     "copy": lambda x, bits: x.clone(),
 }
 
