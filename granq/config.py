@@ -30,7 +30,6 @@ class Run(BaseModel):
     image_size: int = Field(32, ge=4, multiple_of=4, description="side of the images in pixels")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything that draws")
     device: str = Field("auto", description="auto, cpu, cuda or mps")
-    deterministic: bool = Field(False, description="same seed, same bits on CUDA too; on the CPU every run is")
     bf16: bool = Field(False, description="train under bfloat16 autocast; accuracies stay those of float32")
 
 

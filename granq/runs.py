@@ -6,7 +6,6 @@ Nothing in it is ever executed: settings are JSON, checkpoints load with ``weigh
 
 import hashlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
@@ -25,7 +25,7 @@ from granq.convert import freeze_ranges
 from granq.data import DataSpec
 from granq.devices import resolve_device, versions
 from granq.errors import UserError
-from granq.files import hold, in_use, read_checkpoint, save_atomically, write_checkpoint, write_csv
+from granq.files import read_checkpoint, save_atomically, write_csv
 from granq.generator import Generator, build_generator
 from granq.match import Match, preparations
 from granq.models import build_network
@@ -94,7 +94,7 @@ def train(
     if folder:
         folder.check_free(resume)
     game = begin(teacher, config, generator, student_loss, pixels)  # refuses before the folder is made
-    with folder.claimed() if folder else nullcontext(), _deterministic(config.deterministic):
+    with folder.claimed() if folder else nullcontext():
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
         identity = fingerprint(config, game.teacher, *([generator] if generator else []), loss=own) if folder else ""
         if folder:
@@ -119,18 +119,6 @@ def begin(
     if student_loss is not None:
         recipe.student_loss = student_loss  # type: ignore
     return Game(teacher, config, recipe, generator, pixels, preparations(config))
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(wanted or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: dict[str, Any]) -> None:
@@ -182,14 +170,14 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config, self.checkpoint = self.path / "config.json", self.path / "checkpoint.pt"
-        self.history, self.lock = self.path / "history.csv", self.path / ".lock"
+        self.history, self.lock = self.path / "history.csv", FileLock(self.path / ".lock")
 
     def check_free(self, resume: bool = False, *, resumable: bool = True) -> None:
         """Raise UserError if a run started here would overwrite something, or if there is no run to resume."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; --out takes a folder")
-        torn = set(self.path.glob("c*.tmp"))  # of a process that was killed while it wrote checkpoint or config
-        found = self.path.exists() and {*self.path.iterdir()} - torn - {self.lock}
+        # a hidden file is the lock, or half a file of a process that was killed
+        found = self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir())
         if found and not resume:
             continued = " or pass --resume to continue it" if resumable else ""
             raise UserError(f"{self.path} already holds files; choose another --out{continued}")
@@ -197,15 +185,23 @@ class RunFolder:
             raise UserError(f"{self.path} holds no run to resume")
 
     def in_use(self) -> bool:
-        """Say whether a process holds the folder."""
-        return in_use(self.lock)
+        """Say whether another process holds the folder."""
+        try:
+            with self.lock.acquire(timeout=0) if self.path.exists() else nullcontext():
+                return False
+        except Timeout:
+            return True
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Hold the folder within the block. Raises UserError if another process holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with hold(self.path, self.lock):
-            for torn in self.path.glob("c*.tmp"):
+        try:
+            held = self.lock.acquire(timeout=1)  # not 0: ``in_use`` holds it for an instant
+        except Timeout:
+            raise UserError(f"{self.path} is in use by another process; wait for it or choose another --out") from None
+        with held:
+            for torn in self.path.glob(".c*.tmp"):
                 torn.unlink()
             yield
 
@@ -224,14 +220,16 @@ class RunFolder:
 
     def save(self, state: dict[str, Any], rows: list[dict[str, float]]) -> None:
         """Replace checkpoint and history."""
-        write_checkpoint(self.checkpoint, state)
+        save_atomically(self.checkpoint, lambda path: torch.save(state, path))
         write_csv(self.history, pd.DataFrame(rows))
 
     def load(self, identity: str | None = None, device: str = "cpu") -> dict[str, Any] | None:
         """Read the checkpoint; None if no epoch was finished. Raises UserError if it is damaged or of another run."""
         if not self.checkpoint.is_file():
             return None
-        state = read_checkpoint(self.checkpoint, {"epoch", "student", "rows"}, device)
+        state = read_checkpoint(self.checkpoint, device)
+        if not isinstance(state, dict) or not {"epoch", "student", "rows"} <= state.keys():
+            raise UserError(f"{self.checkpoint} is no checkpoint of granq")
         if identity and state.get("fingerprint") != identity:
             raise UserError(f"{self.path} belongs to another teacher or other settings")
         return state
