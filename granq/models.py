@@ -19,10 +19,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize
+from granq.data import DataSpec, ImageData, batches, load_split, normalize
 from granq.devices import expect_bfloat16
 from granq.errors import UserError, one_of
-from granq.files import save_atomically
 from granq.hooks import eval_mode
 
 
@@ -209,12 +208,6 @@ def _step(parts: dict[str, Any], images: Tensor, labels: Tensor, spec: DataSpec,
     parts["averaged"].update_parameters(parts["model"])
 
 
-def digits_teacher(network: str = "resnet20_cifar10") -> Path:
-    """Return the file of a teacher of the digits: trained at first use (25 s on two cores), kept in ``data_root()``."""
-    path = data_root() / f"digits-{network.replace(':', '-')}-epochs12-batch64-seed0.safetensors"
-    if not path.is_file():
-        spec = describe_data("digits", network)
-        model, top1 = train_teacher(network, spec, epochs=12, batch_size=64)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(path, lambda temporary: save_teacher(temporary, model, network, spec, top1))
-    return path
+def digits_teacher() -> Path:
+    """Return the file of a teacher of the digits, a ``resnet20_cifar10`` that comes with the package."""
+    return Path(__file__).with_name("teachers") / "digits_resnet20.safetensors"

@@ -310,7 +310,7 @@ def test_bench_command(tmp_path, capsys, monkeypatch):
 def test_demo_command(tmp_path, capsys, monkeypatch):
     spec, network = describe_data("digits"), "resnet20_cifar10"
     models.save_teacher(tmp_path / "t.safetensors", models.build_network(network, 10), network, spec, 10.0)
-    monkeypatch.setattr(granq, "digits_teacher", lambda _: tmp_path / "t.safetensors")
+    monkeypatch.setattr(granq, "digits_teacher", lambda: tmp_path / "t.safetensors")
     whole = sweep.from_arguments
     shorter = ["--iterations", "1", "--batch-size", "4"]
     monkeypatch.setattr(sweep, "from_arguments", lambda argv: whole([*argv, *shorter]))

@@ -32,7 +32,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     network, schemes = "resnet20_cifar10", ("layerwise", "granq", "strict")
     given = f"--data digits --epochs {epochs} --warmup-epochs {epochs // 2} --iterations 20 --batch-size 32"
     given += f" --student-lr 0.001 --device {device}"
-    teachers = [granq.digits_teacher(network)]
+    teachers = [granq.digits_teacher()]
     runs = combine(out, [network], teachers, schemes, ["2,2"], ["adadfq"], range(seeds), given.split())
     results = pd.DataFrame([run.run() for run in runs])
     one, columns = results.iloc[-1], ["ptq_top1", "last_top1", "best_top1"]

@@ -47,7 +47,7 @@ BUDGETS = {
 
 
 class Workbench:
-    """What measurements share: ``quick`` on digits, whose teacher is trained here unless given, or ``full`` on cifar10.
+    """What measurements share: ``quick`` on digits, with the package's teacher unless given, or ``full`` on cifar10.
 
     Args:
         data, network, teacher: dataset and network by name, and a checkpoint file.
@@ -74,11 +74,8 @@ class Workbench:
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec, float]:
         spec = self._described
-        if self.name == "quick" and not self._teacher:
-            how: dict[str, Any] = dict(epochs=12, batch_size=64, seed=self.seed, device=self.device)
-            model, top1 = models.train_teacher(self.network, spec, **how)
-            return model, spec, top1
-        model, spec = models.load_teacher(self.network, spec, self._teacher, self.device)
+        file = models.digits_teacher() if self.name == "quick" and not self._teacher else self._teacher
+        model, spec = models.load_teacher(self.network, spec, file, self.device)
         return model, spec, models.top1_on(model, load_split(spec, "test"), spec, self.device)
 
     teacher = property(lambda self: self._loaded[0], doc="The full-precision network in eval mode.")
