@@ -88,8 +88,9 @@ def measure_latency_step(
     """Time one training step of ResNet-20 for CIFAR-10, scheme ``granq``, against the plain step.
 
     Returns:
-        Columns method (plain; granq; granq bf16 where the device has it), batch, bits, image_size, median_ms, q25_ms, q75_ms, speedup (plain over this, median of the ratios within a
-        repetition) with quartiles ``speedup_q25`` and ``speedup_q75``, repetitions, threads, torch, device.
+        Columns method (plain; granq; granq bf16 where the device has it), batch, bits, image_size, median_ms, q25_ms,
+        q75_ms, speedup (plain over this, median of the ratios within a repetition) with quartiles ``speedup_q25`` and
+        ``speedup_q75``, repetitions, threads, torch, device.
     """
     torch.manual_seed(0)
     teacher = teacher or build_network("resnet20_cifar10", 10)  # times do not depend on the weights

@@ -14,7 +14,6 @@ from granq.schemes import Scheme, get_scheme
 RECIPES = ("adadfq", "gdfq", "match")
 Bits = Annotated[int, Field(ge=2, le=8)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -42,12 +41,6 @@ class Quantization(BaseModel):
     image_bits: Bits | Literal[0] = Field(
         0, description="width of the image, such as 6: two passes of a 3-bit first layer; 0: that of activations"
     )
-    range_quantile: float = Field(
-        1.0, gt=0.5, le=1, description="share of the values inside static ranges; 1: up to the extremes"
-    )
-    pixel_range: Share = Field(
-        0.0, description="static range of the image, as a share of that of all pixels; 0: that of generated images"
-    )
 
 
 class Game(BaseModel):
@@ -66,12 +59,9 @@ class Game(BaseModel):
 
 
 class Match(BaseModel):
-    """What recipe match adds; ``QATConfig.for_recipe`` switches it on."""
+    """What recipe match adds."""
 
     refined_images: int = Field(0, ge=0, description="train on so many refined images, made once; 0: on new ones")
-    random_shapes: bool = Field(False, description="every other batch of refined images starts from random shapes")
-    reestimate_batchnorm: bool = Field(False, description="undo the shift that quantization causes in BatchNorm")
-    learned_steps: bool = Field(False, description="train quantization steps too (LSQ)")
 
 
 class QATConfig(Match, Game, Quantization, Run):
@@ -94,12 +84,8 @@ class QATConfig(Match, Game, Quantization, Run):
         fits = {
             f"warmup_epochs must be at most epochs, {self.epochs}": self.warmup_epochs <= self.epochs,
             f"image_bits needs a scheme that quantizes the image, not {self.scheme}": image or not self.image_bits,
-            f"pixel_range needs a static range of the image, which {self.scheme} has not": (image and scheme.tracked)
-            or not self.pixel_range,
             f"refined_images must be a multiple of batch_size, {self.batch_size}": refined % self.batch_size == 0,
             "refined_images is for recipe match: in others the generator learns": self.recipe == "match" or not refined,
-            "random_shapes are images to refine: needs refined_images above 0": refined or not self.random_shapes,
-            f"learned_steps needs a scheme that clamps, not {self.scheme}": scheme.clamp or not self.learned_steps,
         }
         for sentence, holds in fits.items():
             if not holds:
@@ -112,16 +98,11 @@ class QATConfig(Match, Game, Quantization, Run):
 
     @classmethod
     def for_recipe(cls, recipe: str, scheme: str | Scheme = "granq", **changes: Any) -> "QATConfig":
-        """Return the short budget with what belongs to a recipe, where the scheme allows it."""
+        """Return the short budget of a recipe."""
         chosen: dict[str, Any] = {"recipe": recipe, "scheme": scheme}
         if recipe == "match":
-            known = get_scheme(scheme)
-            chosen |= {"student_lr": 5e-4, "reestimate_batchnorm": True, "learned_steps": known.clamp}
-            chosen["range_quantile"] = 0.99 if known.tracked else 1.0
-            chosen["refined_images"] = 32 * changes.get("batch_size", cls.model_fields["batch_size"].default)
-            chosen["random_shapes"] = bool(changes.get("refined_images", chosen["refined_images"]))
-        if changes.get("image_bits") and get_scheme(scheme).tracked:
-            chosen["pixel_range"] = 1.0  # with bits to spare nothing needs to be cut off
+            refined = 32 * changes.get("batch_size", cls.model_fields["batch_size"].default)
+            chosen |= {"student_lr": 5e-4, "refined_images": refined}
         return cls(**(chosen | changes))
 
     @classmethod

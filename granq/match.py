@@ -6,7 +6,7 @@ BatchNorm statistics, half of them from random shapes. The student is compared w
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,17 +15,19 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import activation_places, frozen_ranges, layer_quantizers
+from granq.convert import activation_places, calibrate, freeze_ranges, frozen_ranges, layer_quantizers, set_image_range
 from granq.errors import UserError
 from granq.fast import channel_var_mean
 from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
 from granq.graph import is_relu, module_of
 from granq.hooks import watch
 from granq.losses import layer_loss, soft_label_loss
-from granq.qat import GDFQ, Game, describe_images
+from granq.qat import CALIBRATION, GDFQ, Game, describe_images
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
+from granq.schemes import get_scheme
 
+QUANTILE = 0.99  # share of the values inside static ranges
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
 NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
@@ -36,8 +38,6 @@ SHAPES = 40  # at most, in an image of random_shapes
 
 class Match(GDFQ):
     """Recipe match: in the warm-up as gdfq; then only the student learns, and layers are compared."""
-
-    ranges_of_teacher = True
 
     def __init__(self, config: QATConfig) -> None:
         super().__init__(config)
@@ -64,6 +64,20 @@ class Match(GDFQ):
         chosen = torch.randint(0, len(images), (self.config.batch_size,))
         return vary(images[chosen], SPREAD / 2), labels[chosen]
 
+    def prepare(self, game: Game) -> None:
+        """Set static ranges without their outermost values, undo the shift of BatchNorm, and make steps learnable."""
+        scheme, student = get_scheme(self.config.scheme), game.student
+        if scheme.tracked:  # of the teacher's values, to which the re-estimated BatchNorm brings the student's back
+            batches = [self.draw(game)[0] for _ in range(CALIBRATION)]
+            calibrate(student, batches, QUANTILE, full_precision=True)
+            if self.config.image_bits and game.pixels:  # with bits to spare nothing needs to be cut off
+                set_image_range(student, *game.pixels)
+        freeze_ranges(student)
+        images = torch.cat([self.draw(game)[0] for _ in range(REESTIMATION)])
+        reestimate_batchnorm(student, game.teacher, images)
+        if scheme.clamp:
+            learn_steps(student)
+
     def step(self, game: Game) -> dict[str, Tensor]:
         with torch.no_grad(), game.autocast():
             images, labels = self.draw(game)
@@ -77,21 +91,6 @@ class Match(GDFQ):
             return {"student_loss": loss.detach()} | describe_images(images, t, labels, batchnorm_loss(norms))
 
 
-def preparations(config: QATConfig) -> list[Callable[[Game], None]]:
-    """Return what the settings ask for when the warm-up ends, in order; any recipe may have it."""
-
-    def reestimate(game: Game) -> None:
-        with torch.no_grad():
-            images = torch.cat([game.recipe.draw(game)[0] for _ in range(REESTIMATION)])
-        reestimate_batchnorm(game.student, game.teacher, images)
-
-    def learn(game: Game) -> None:
-        learn_steps(game.student)
-
-    wanted = {reestimate: config.reestimate_batchnorm, learn: config.learned_steps}
-    return [step for step, asked in wanted.items() if asked]
-
-
 def refined_images(game: Game) -> tuple[Tensor, Tensor]:
     """Make the images that a run trains on, with labels. They depend on seed and generator only, also when resumed."""
     c, generator = game.config, copy.deepcopy(game.generator)  # drawing moves the running statistics of its norms
@@ -100,7 +99,7 @@ def refined_images(game: Game) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng(cuda):
         torch.manual_seed(c.seed)
         for number in range(c.refined_images // c.batch_size):
-            if c.random_shapes and number % 2:
+            if number % 2:
                 images = random_shapes(c.batch_size, c.image_size, game.device)
                 labels = torch.randint(0, game.classes, (c.batch_size,), device=game.device)
             else:

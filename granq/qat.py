@@ -8,7 +8,7 @@ the generator learns alone. A *recipe* says what both minimize; ``match`` adds a
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, quantize_model, set_image_range
+from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, quantize_model
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
@@ -33,7 +33,6 @@ class AdaDFQ:
     """Recipe adadfq: images on which the two disagree, but not too much; the student asks for equal logits."""
 
     adversarial = True  # the generator's loss looks at the student
-    ranges_of_teacher = False  # static ranges hold what the student would compute without quantization
 
     def __init__(self, config: QATConfig) -> None:
         self.config = config
@@ -51,6 +50,11 @@ class AdaDFQ:
     def draw(self, game: "Game") -> tuple[Tensor, Tensor]:
         """Draw images and labels that prepare the student."""
         return synthesize(game.generator, self.config.batch_size, game.classes, game.device)
+
+    def prepare(self, game: "Game") -> None:
+        """Make the student ready to be trained when the warm-up ends; its ranges are frozen then."""
+        if not self.config.warmup_epochs:  # in which they are tracked
+            calibrate(game.student, [self.draw(game)[0] for _ in range(CALIBRATION)])
 
     def step(self, game: "Game") -> dict[str, Tensor]:
         """Train the student for one iteration."""
@@ -89,9 +93,9 @@ def quantized(model: nn.Module, config: QATConfig) -> fx.GraphModule:
 class Game:
     """One run in memory: networks, optimizers, history. ``play`` is the method.
 
-    Teacher, settings, generator and pixels are those of ``granq.train``; ``prepare`` is what else the student gets when
-    the warm-up ends, after its ranges. Raises UserError if the teacher cannot take such images, gives no logits (N, K),
-    has no BatchNorm2d with running statistics, or if its traced copy computes something else.
+    Teacher, settings, generator and pixels are those of ``granq.train``. Raises UserError if the teacher cannot take
+    such images, gives no logits (N, K), has no BatchNorm2d with running statistics, or if its traced copy computes
+    something else.
     """
 
     def __init__(
@@ -101,12 +105,9 @@ class Game:
         recipe: AdaDFQ,
         generator: nn.Module | None = None,
         pixels: tuple[Tensor, Tensor] | None = None,
-        prepare: Sequence[Callable[["Game"], None]] = (),
     ) -> None:
-        self.config, self.recipe, self.pixels, self.prepare = config, recipe, pixels, prepare
+        self.config, self.recipe, self.pixels = config, recipe, pixels
         self.device = resolve_device(config.device)
-        if config.pixel_range and pixels is None:
-            raise UserError("pixel_range is a share of what pixels can be: pass pixels, see granq.pixel_bounds")
         if config.bf16:
             expect_bfloat16(self.device)
         if self.device.startswith("cuda:"):
@@ -235,18 +236,9 @@ class Game:
 
     def _begin_training(self, evaluate: Evaluate | None) -> None:
         """Prepare the student and measure it: ranges are frozen from here on."""
-        c, recipe = self.config, self.recipe
-        if not c.warmup_epochs or c.range_quantile < 1:  # ranges of other values than a warm-up tracks, or of none yet
-            with torch.no_grad():
-                batches = [recipe.draw(self)[0] for _ in range(CALIBRATION)]
-            calibrate(self.student, batches, c.range_quantile, full_precision=recipe.ranges_of_teacher)
+        with torch.no_grad():
+            self.recipe.prepare(self)
         freeze_ranges(self.student)
-        if c.pixel_range and self.pixels:
-            low, high = self.pixels
-            outside = (1 - c.pixel_range) / 2 * (high - low)
-            set_image_range(self.student, low + outside, high - outside)
-        for step in self.prepare:
-            step(self)
         self.optimize_student()
         self.ptq_top1 = self._measure(evaluate)
 

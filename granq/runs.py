@@ -27,7 +27,7 @@ from granq.devices import resolve_device, versions
 from granq.errors import UserError
 from granq.files import read_checkpoint, save_atomically, write_csv
 from granq.generator import Generator, build_generator
-from granq.match import Match, preparations
+from granq.match import Match
 from granq.models import build_network
 from granq.qat import GDFQ, AdaDFQ, Evaluate, Game, quantized
 
@@ -83,7 +83,8 @@ def train(
         facts: what ``config.json`` keeps besides the settings.
         generator: starts from a copy of this one: any module (noise (N, 100), labels (N,)) -> images (N, 3, H, W).
         student_loss: (teacher's logits, student's logits, labels) -> loss, instead of the recipe's.
-        pixels: lowest and highest value of each channel of an image (1, 3, 1, 1), for ``config.pixel_range``.
+        pixels: lowest and highest value of each channel of an image (1, 3, 1, 1): what ``config.image_bits`` cover in
+            recipe match where ranges are static, instead of the range of generated images.
         after_epoch: called with the run after each epoch.
 
     Raises:
@@ -118,7 +119,7 @@ def begin(
     recipe = RECIPES[config.recipe](config)
     if student_loss is not None:
         recipe.student_loss = student_loss  # type: ignore
-    return Game(teacher, config, recipe, generator, pixels, preparations(config))
+    return Game(teacher, config, recipe, generator, pixels)
 
 
 def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: dict[str, Any]) -> None:

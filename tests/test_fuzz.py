@@ -114,7 +114,7 @@ COMMANDS = {
         "--data": "FOLDER", "--network": "resnet20_cifar10", "--teacher": "TEACHER", "--scheme": "strict",
         "--bits": "3,3", "--epochs": "1", "--warmup-epochs": "1", "--iterations": "1", "--batch-size": "2",
         "--seed": "0", "--recipe": "adadfq", "--preset": "quick", "--image-size": "32", "--device": "cpu",
-        "--student-lr": "0.001", "--range-quantile": "0.99", "--learned-steps": None,
+        "--student-lr": "0.001", "--image-bits": "6", "--bf16": None,
     },
     "audit": {"--network": "resnet20_cifar10", "--scheme": "granq", "--bits": "3,3", "--image-size": "32",
               "--data": "digits", "--fail-under": "10", "--teacher": "TEACHER"},

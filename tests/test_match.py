@@ -17,6 +17,7 @@ from granq import (
     freeze_ranges,
     layer_quantizers,
     learn_steps,
+    match,
     quantize_model,
     random_shapes,
     reestimate_batchnorm,
@@ -24,7 +25,7 @@ from granq import (
     synthesize,
     vary,
 )
-from granq.convert import original_weight, weight_quantizer
+from granq.convert import activation_places, original_weight, weight_quantizer
 from granq.generator import batchnorm_inputs, batchnorm_loss
 from granq.losses import layer_loss
 from granq.match import NORM_RATE, batchnorm_outputs, refined_images, relu_ceilings
@@ -34,8 +35,7 @@ from granq.runs import begin
 
 MATCH = QATConfig(
     epochs=2, warmup_epochs=1, iterations=2, batch_size=4, image_size=8, device="cpu", student_lr=0.1,
-    scheme="foldable", recipe="match", range_quantile=0.99, reestimate_batchnorm=True, learned_steps=True,
-    refined_images=8, random_shapes=True,
+    scheme="foldable", recipe="match", refined_images=8,
 )  # fmt: skip
 
 
@@ -86,15 +86,16 @@ def test_random_shapes_hide_each_other_and_come_from_the_seed():
     assert 0.02 < edges.mean() < 0.3 and edges.std() > 0.02
 
 
-def test_every_other_batch_of_refined_images_is_made_of_shapes(tiny):
-    games = [begin(tiny, MATCH.change(random_shapes=shapes)) for shapes in (False, True)]
-    state, generator = torch.get_rng_state(), copy.deepcopy(games[1].generator.state_dict())
-    plain, mixed = (refined_images(game)[0] for game in games)
-    assert len(plain) == len(mixed) == 8
-    assert torch.equal(plain[:4], mixed[:4]) and not torch.equal(plain[4:], mixed[4:])
+def test_every_other_batch_of_refined_images_is_made_of_shapes(tiny, monkeypatch):
+    game, started = begin(tiny, MATCH), []
+    state, generator = torch.get_rng_state(), copy.deepcopy(game.generator.state_dict())
+    monkeypatch.setattr(match, "refine", lambda teacher, images, labels: started.append(images) or images)
+    images, labels = refined_images(game)
+    assert len(images) == len(labels) == 8 and len(started) == 2
     # made again after a resume: nothing of the run may have moved
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(refined_images(games[1])[0], mixed)
-    assert all(torch.equal(v, generator[k]) for k, v in games[1].generator.state_dict().items())
+    assert torch.equal(refined_images(game)[0], images) and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, generator[k]) for k, v in game.generator.state_dict().items())
+    assert (started[1].diff(dim=3) == 0).any() and not (started[0].diff(dim=3) == 0).any()  # shapes are flat somewhere
 
 
 # ---- layers
@@ -166,15 +167,27 @@ def test_recipe_match_follows_the_teacher_and_leaves_the_generator(tiny):
     assert 0 < rates[0] < 1e-4 and rates == pytest.approx([rates[0], NORM_RATE * rates[0], STEP_RATE * rates[0]])
 
 
-def test_the_recipe_s_settings_go_with_the_scheme():
-    chosen = QATConfig.for_recipe("match", "foldable")
-    assert (chosen.learned_steps, chosen.range_quantile, chosen.refined_images, chosen.random_shapes) == (
-        True, 0.99, 2048, True,
-    )  # fmt: skip
-    chosen = QATConfig.for_recipe("match", "granq", refined_images=0)
-    assert (chosen.learned_steps, chosen.range_quantile, chosen.random_shapes) == (False, 1.0, False)
-    assert QATConfig.for_recipe("match", "foldable", image_bits=6).pixel_range == 1.0
+def test_the_recipe_s_settings():
+    assert QATConfig.for_recipe("match", "foldable").refined_images == 2048
+    assert QATConfig.for_recipe("match", "granq", refined_images=0).refined_images == 0
     assert QATConfig.for_recipe("gdfq") == QATConfig(recipe="gdfq")
+
+
+@pytest.mark.parametrize(("scheme", "learns"), [("foldable", True), ("strict", True), ("granq", False)])
+def test_steps_are_learned_where_codes_are_clamped(tiny, scheme, learns):
+    game = begin(tiny, MATCH.change(scheme=scheme, warmup_epochs=0))
+    game.run_epoch(None)
+    assert any(isinstance(m, LearnedSteps) for m in game.student.modules()) == learns
+
+
+def test_pixels_are_the_range_of_an_image_with_bits_of_its_own(tiny):
+    pixels = torch.tensor([-1.0, -2, -3]).view(1, 3, 1, 1), torch.tensor([1.0, 2, 4]).view(1, 3, 1, 1)
+    for bits, given in ((6, pixels), (6, None), (0, pixels)):
+        game = begin(tiny, MATCH.change(image_bits=bits, warmup_epochs=0, student_lr=1e-9), pixels=given)
+        game.run_epoch(None)
+        place = next(iter(activation_places(game.student).values()))
+        steps = place.qparams().scale.flatten() * (2**place.bits - 1)
+        assert torch.allclose(steps, torch.tensor([2.0, 4, 7]), rtol=1e-3) == (bits == 6 and given is not None)
 
 
 # ---- BatchNorm

@@ -30,8 +30,7 @@ Y = torch.tensor([0, 1])
 IMAGES = torch.linspace(-2, 2, 4 * 3 * 64).view(4, 3, 8, 8)
 TINY = QATConfig(epochs=2, warmup_epochs=1, iterations=2, batch_size=4, image_size=8, device="cpu", student_lr=0.1)
 MATCH = TINY.change(
-    scheme="foldable", recipe="match", range_quantile=0.99, reestimate_batchnorm=True, learned_steps=True,
-    refined_images=8, random_shapes=True,
+    scheme="foldable", recipe="match", refined_images=8,
 )  # fmt: skip
 
 
@@ -218,10 +217,9 @@ def test_paper_presets():
         (dict(weight_bits=9), "weight_bits"), (dict(image_size=30), "image_size"), (dict(seed=-1), "seed"),
         (dict(scheme="nope"), "unknown scheme 'nope'"), (dict(recipe="layers"), "recipe"),
         (dict(student_lr=math.nan), "student_lr"), (dict(bf16=1), "bf16"), (dict(epoch=3), "epoch"),
-        (dict(refined_images=8), "refined_images is for"), (dict(random_shapes=True), "needs refined_images above 0"),
+        (dict(refined_images=8), "refined_images is for"),
         (dict(recipe="match", refined_images=6), "multiple of batch_size, 4"),
-        (dict(learned_steps=True), "learned_steps needs a scheme"), (dict(image_bits=6), "image_bits needs a scheme"),
-        (dict(pixel_range=0.5), "pixel_range needs a"),
+        (dict(image_bits=6), "image_bits needs a scheme"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(change, message):
@@ -270,24 +268,13 @@ def test_bf16_finds_ranges_in_float32_even_where_granq_s_release_does_not():
 # ---- what a run can start from
 
 
-def test_an_image_that_no_layer_reads_has_no_range_of_its_own():
+def test_an_image_that_no_layer_reads_has_no_bits_of_its_own():
     class Doubled(nn.Sequential):
         def forward(self, x):
             return super().forward(2 * x)
 
-    config, pixels = TINY.change(scheme="foldable", pixel_range=1.0), (-torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
-    with pytest.raises(ValueError, match="pass pixels"):
-        train(tiny_network(), config)
     with pytest.raises(ValueError, match="image is not quantized"):
-        train(Doubled(*tiny_network()), config, pixels=pixels)
-
-
-def test_pixels_set_the_static_range_of_the_image():
-    pixels = torch.tensor([-1.0, -2, -3]).view(1, 3, 1, 1), torch.tensor([1.0, 2, 4]).view(1, 3, 1, 1)
-    student = train(tiny_network(), TINY.change(scheme="foldable", pixel_range=0.5), pixels=pixels).student
-    place = next(iter(activation_places(student).values()))
-    assert place.running_min.flatten().tolist() == pytest.approx([-0.5, -1, -1.25])
-    assert place.running_max.flatten().tolist() == pytest.approx([0.5, 1, 2.25])
+        train(Doubled(*tiny_network()), TINY.change(scheme="foldable", image_bits=6))
 
 
 def test_a_run_starts_from_the_generator_of_another(tmp_path):
@@ -301,7 +288,8 @@ def test_a_run_starts_from_the_generator_of_another(tmp_path):
     assert len(train(network, warm, out=tmp_path / "warm", evaluate=evaluate).history) == 2 and len(measured) == 1
     generator = load_generator(tmp_path / "warm")
     for scheme in ("layerwise", "granq"):
-        config = TINY.change(scheme=scheme, epochs=1, warmup_epochs=0, reestimate_batchnorm=scheme == "granq")
+        recipe = "match" if scheme == "granq" else "adadfq"
+        config = TINY.change(scheme=scheme, epochs=1, warmup_epochs=0, recipe=recipe)
         result = train(network, config, generator=generator, evaluate=evaluate, out=tmp_path / scheme)
         assert result.ptq_top1 == len(measured) - 1 and result.last_top1 == len(measured)
         moved = (result.student.get_submodule("1").running_mean - network[1].running_mean).abs().max() > 0

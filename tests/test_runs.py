@@ -437,7 +437,7 @@ OWN_SCHEME = Scheme(weights="per_out_channel", activations="per_channel", tracke
     [
         SHORT.change(scheme=OWN_SCHEME),
         SHORT.change(scheme="foldable", image_bits=6),
-        SHORT.change(scheme="foldable", recipe="match", learned_steps=True, refined_images=4),
+        SHORT.change(scheme="foldable", recipe="match", refined_images=4),
     ],
     ids=["own scheme", "image bits", "learned steps"],
 )

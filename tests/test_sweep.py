@@ -34,11 +34,11 @@ def test_every_combination_is_planned_once_and_first_seeds_come_first(folder, te
 
 def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys):
     command = "sweep --data digits --network resnet20_cifar10 --schemes strict --bits 3,3 --seeds 0 7 --status"
-    options = ["--generator", "runs/warm_{seed}", "--reestimate-batchnorm", "--out", str(tmp_path / "sweep")]
+    options = ["--generator", "runs/warm_{seed}", "--image-bits", "6", "--out", str(tmp_path / "sweep")]
     assert main([*command.split(), *options]) == 0
     plan = sweep.read_plan(tmp_path / "sweep")
     assert [run.generator for run in plan] == [Path("runs/warm_0"), Path("runs/warm_7")]
-    assert all(run.reestimate_batchnorm and run.warmup_epochs == 0 for run in plan)
+    assert all(run.image_bits == 6 and run.warmup_epochs == 0 for run in plan)
 
 
 def test_a_scheme_of_ones_own_goes_into_a_plan(tmp_path):

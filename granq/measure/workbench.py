@@ -184,10 +184,7 @@ def method_name(row: Mapping[Any, Any]) -> str:
     match, image_bits = row["recipe"] == "match", row.get("image_bits", 0)  # NaN where a table has no such column
     differs = {
         f"match, {row['epochs'] * row['iterations']:.0f} steps" if match else row["recipe"]: row["recipe"] != "adadfq",
-        "BatchNorm": row["reestimate_batchnorm"] and not match,  # belongs to that recipe
-        "no random shapes": match and row.get("random_shapes") is False,
         f"image {image_bits:.0f} bits": image_bits > 0,
-        "pixel range": row.get("pixel_range", 0) > 0 and not image_bits > 0,  # goes with them
         "bfloat16": row.get("bf16") is True and not match,
     }
     return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])
