@@ -30,6 +30,7 @@ from granq import (
 from granq.app import commands, jobs, sweep
 from granq.app.cli import main, parse, sentence
 from granq.measure import factorial
+from granq.measure.workbench import BUDGETS
 from granq.runs import RunFolder
 
 SHORT = "--epochs 2 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu"
@@ -282,7 +283,9 @@ def test_audit_command(tmp_path, capsys):
 def test_factorial_command(folder, teacher, tmp_path, capsys, monkeypatch):
     every = factorial.factorial_cells
     monkeypatch.setattr(factorial, "factorial_cells", lambda *given: every(*given)[:9:2])
-    given = f"factorial --data {folder} --network resnet20_cifar10 --teacher {teacher} --bits 2 --iterations 1"
+    given = f"factorial --data {folder} --network resnet20_cifar10 --teacher {teacher} --bits 2"
+    short = dict(epochs=1, iterations=1, warmup_epochs=1, batch_size=4)
+    monkeypatch.setitem(BUDGETS, "full", BUDGETS["full"]._replace(run=short, snapshots=[1]))
     args = [*given.split(), "--device", "cpu", "--json", "--out", str(tmp_path / "f.csv")]
     assert main(args) == 0
     shown = answer(capsys)

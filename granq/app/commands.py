@@ -11,7 +11,6 @@ from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
 from granq.app.jobs import Data, Network, TeacherFile, parse_bits
-from granq.config import QATConfig
 from granq.errors import UserError
 from granq.schemes import check_bits
 
@@ -150,16 +149,15 @@ def audit(
 def factorial(
     *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
     bits: str = "2,3,4,5,8", images: Annotated[int, Field(ge=2)] | None = None, seeds: Count = 1,
-    iterations: Count = 100, resume: bool = False, device: Device = "auto",
+    resume: bool = False, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure the accuracy of every weight granularity with every activation granularity.
 
     Args:
         out: CSV, a row for every finished cell
-        run: granq quantize run whose generator calibrates; without it one is warmed up
+        run: granq quantize run whose generator calibrates; without it a short one is made
         bits: widths, of weights and activations alike
         images: test images, drawn with seed 0; by default all
-        iterations: of an epoch of that warm-up
         resume: measure the cells that --out lacks
     """
     from granq.measure import factorial as cells
@@ -174,11 +172,9 @@ def factorial(
         "full", data=data, network=network, teacher=teacher, runs=[run] if run else [], device=device
     )
     count = min(images or len(shared.test), len(shared.test))
-    warm: Result = dict(epochs=4, warmup_epochs=4, iterations=iterations)
-    config = QATConfig(**warm, image_size=shared.spec.image_size, device=shared.device)
-    generator = shared.zero_shot[0] if run else granq.train(shared.teacher, config).generator
+    generator = shared.zero_shot[0]
     facts = {k: v for k, v in shared.facts().items() if k not in ("budget", "seed")}
-    facts["generator"] = run.name if run else f"warm-up of 4 x {iterations} iterations"
+    facts["generator"] = run.name if run else "of a short run"
     out.parent.mkdir(parents=True, exist_ok=True)
     frame = granq.measure_granularity_factorial(
         shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
