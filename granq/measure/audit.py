@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
@@ -81,18 +82,20 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     if wide.any():
         text += f", {100 * frame.macs_share[wide].sum():.1f} % on inputs of {frame.act_bits[wide].max()} bits"
     off = frame[~frame.low_bit & (frame.macs > 0)].sort_values("macs_share", ascending=False, kind="stable")
-    what = off.act_quantized.map({True: "on weights", False: "on inputs"}) + " in full precision"
-    what = what.mask(~off.act_quantized & ~off.weight_quantized, "on both in full precision")
-    what = what.mask(off.weights == 0, "outside of layers")
-    for number, (kind, rows) in enumerate(off.groupby(what, sort=False)):
-        text += f"{',' if number else '; not quantized:'} {100 * rows.macs_share.sum():.1f} % of MACs {kind} ("
-        text += f"{rows.layer.iloc[0]}{f' and {len(rows) - 1} more' if len(rows) > 1 else ''})"
+    kinds = ("outside of layers", "on weights in full precision", "on inputs in full precision")
+    what = np.select([off.weights == 0, off.act_quantized, off.weight_quantized], kinds, "on both in full precision")
+    parts = [
+        f"{100 * rows.macs_share.sum():.1f} % of MACs {kind} ({rows.layer.iloc[0]}"
+        + (f" and {len(rows) - 1} more)" if len(rows) > 1 else ")")
+        for kind, rows in off.groupby(what, sort=False)
+    ]
+    text += f"; not quantized: {', '.join(parts)}" if parts else ""
     if uncalled := int(((frame.macs == 0) & (frame.weights > 0)).sum()):
         text += f"; {uncalled} tensors of weights belong to no layer that is called"
     return {
         "weights_low_bit": float(weights),
         "macs_low_bit": float(macs),
-        "weights_not_quantized": float(100 - weights),
+        "weights_not_quantized": float(100 * frame.weight_share[~frame.weight_quantized].sum()),
         "macs_not_quantized": float(100 * off.macs_share.sum()),
         "true_bits_per_weight": float((frame.bits_per_weight * frame.weight_share).sum()),
         "true_bits_per_activation": float((frame.bits_per_activation * frame.macs_share).sum()),
