@@ -41,7 +41,8 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         Columns layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_granularity ("" if
         full precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if
         untouched), input_quantized (place, "" if full precision), scales (of the weight), bits_per_weight and
-        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group; 32 if not quantized),
+        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group, of activations if it is
+        not static; 32 if not quantized),
         weight_bits and act_bits (nominal, 0 if full precision), values_per_scale, act_levels and act_sqnr_db (of the
         place), weight_quantized and act_quantized (measured: a scale for one value rounds nothing), low_bit (both),
         status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached (not called,
@@ -207,8 +208,9 @@ def _rows(
             if source := sources.get(layer):
                 row |= dict(input_quantized=names[source[0]], act_bits=source[0].bits)
                 row["values_per_scale"], row["act_levels"], row["act_sqnr_db"], row["act_quantized"] = source[1]
-                if row["act_quantized"]:
-                    row["bits_per_activation"] = row["act_bits"] + _SCALE_BITS / row["values_per_scale"]
+                if row["act_quantized"]:  # a static scale is kept once, whatever the number of images
+                    per_value = 0 if source[0].tracked else _SCALE_BITS / row["values_per_scale"]
+                    row["bits_per_activation"] = row["act_bits"] + per_value
             row["low_bit"] = row["weight_quantized"] and row["act_quantized"]
             if first.setdefault(layer, name) == name:
                 yield row | {"macs": macs[name], "status": _status(layer, layer in sources)}
