@@ -1,6 +1,5 @@
 """What a quantized model really quantizes: one row per layer, measured on its weights and on its activations."""
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -34,35 +33,34 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
 
     Args:
         model: a model from ``quantize_model``, or any other (whose layers then count as not quantized). It stays as it
-            is; tracked ranges that are still unset are those of ``example``. Half precision is measured in float32.
+            is; tracked ranges that are still unset are those of ``example``.
         example: images (N, 3, H, W), on which activations are measured and multiply-accumulates counted.
 
     Returns:
         Columns layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_granularity ("" if
         full precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if
         untouched), input_quantized (place, "" if full precision), scales (of the weight), bits_per_weight and
-        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group, of activations if it is
-        not static; 32 if not quantized),
-        weight_bits and act_bits (nominal, 0 if full precision), values_per_scale, act_levels and act_sqnr_db (of the
-        place), weight_quantized and act_quantized (measured: a scale for one value rounds nothing), low_bit (both),
-        status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached (not called,
-        though its weight may be read), not a layer: not quantized, which are weights and the products of attention),
-        weight_share, macs_share (0 to 1, of every multiply-add of the network).
+        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group, unless it is a static
+        one of activations; 32 if not quantized), weight_bits and act_bits (nominal, 0 if full precision),
+        values_per_scale, act_levels and act_sqnr_db (of the place), weight_quantized and act_quantized (as measured: a
+        scale for one value rounds nothing), low_bit (both), status ("", or: grouped, depthwise, transposed: not
+        quantized, shared with <name>, not reached (not called, though its weight may be read), not a layer: not
+        quantized, for weights and for the products of attention), weight_share, macs_share (of all, 0 to 1).
     """
     if not any(isinstance(module, _KINDS) for module in model.modules()):
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to audit")
-    weight = next(model.parameters())
+    if (weight := next(model.parameters())).dtype.itemsize < 4:  # so few values do not tell where they come from
+        raise UserError(f"the audit needs float32, got {weight.dtype}: pass model.float()")
     unset = any(place.tracked and not place.seen for place in convert.activation_places(model).values())
-    if unset or weight.dtype.itemsize < 4:
-        model, example = copy.deepcopy(model), example.to(weight.device)
-    if weight.dtype.itemsize < 4:  # so few distinct values tell nothing about where they come from
-        model, example = model.float(), example.float()
-    with eval_mode(model):
-        if unset:
-            convert.calibrate(model, [example])
-        with convert.frozen_ranges(model):
-            rows = _rows(model, _forward(model, example), _multiply_adds(model, example.to(weight.device)))
-    frame = pd.DataFrame(rows)
+    before = {name: value.clone() for name, value in model.state_dict().items()} if unset else {}
+    with eval_mode(model), convert.frozen_ranges(model):
+        try:
+            if unset:
+                convert.calibrate(model, [example.to(weight.device)])
+            sources, macs = _forward(model, example), _multiply_adds(model, example.to(weight.device))
+            frame = pd.DataFrame(_rows(model, sources, macs))
+        finally:
+            model.load_state_dict(before, strict=False)
     frame["macs"] //= len(example)
     frame["weight_share"] = frame.weights / max(frame.weights.sum(), 1)
     frame["macs_share"] = frame.macs / max(frame.macs.sum(), 1)
