@@ -138,7 +138,7 @@ FIGURES: dict[str, Figure] = {
         lambda w: w.accuracy[~w.accuracy.scheme.str.contains(" + ", regex=False)],  # the plain recipe
         results.plot_accuracy_bits, (6.8, 2.8)),
     "true_bits": Figure(
-        "How many bits is a 3-bit network?", _true_bits, results.plot_true_bits, (6.8, 2.6), {},
+        "How many bits is a 3-bit network?", _true_bits, results.plot_true_bits, (6.8, 3.0), {},
         {"quantity": results.TRUE_BITS_LABELS}, {"sharey": True}, teacher=False),
     "quantizer_latency": Figure(
         "What does it cost to quantize activations?",
