@@ -174,7 +174,7 @@ def test_latency_factorial_and_true_bits() -> None:
     assert [text.get_text() for text in ax.texts] == ["51.0"] * 4, "seeds are averaged"
     assert ax.collections[0].get_array().tolist() == [[1, 1], [1, 1]], "below the best seed"
     plt.figure()
-    bits = [dict(network=n, scheme="granq", weight_bits=3, bits_per_weight=9.0, quantized_percent=2.0) for n in "ab"]
+    bits = [dict(network=n, scheme="granq", weight_bits=3, true_bits_per_weight=9.0, weights_low_bit=2.0) for n in "ab"]
     ax = plot_true_bits(pd.DataFrame(bits))
     assert ax.collections[0].get_offsets().tolist() == [[9.0, 0.0], [9.0, 1.0]]
 
