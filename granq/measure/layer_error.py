@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from granq.convert import calibrate, layer_quantizers, quantize_model
 from granq.errors import one_of
 from granq.graph import layer_names
-from granq.hooks import Batch, images_of, watch
+from granq.hooks import Batch, eval_mode, images_of, watch
 from granq.measure import running
 from granq.schemes import Scheme
 
@@ -90,7 +90,7 @@ class _Errors:
             def visit(name: str, _: Tensor, out: Tensor, scheme: str = scheme, calls: Any = calls) -> None:
                 self._add(scheme, "accumulated", name, next(calls[name]), out)
 
-            with watch(student, self.layers, visit):
+            with eval_mode(student), watch(student, self.layers, visit):
                 student(images)
         self.clean.clear()
 

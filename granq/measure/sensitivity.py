@@ -21,7 +21,7 @@ from granq.convert import ActQuantizer, activation_places, calibrate, quantize_m
 from granq.errors import one_of
 from granq.files import write_csv
 from granq.graph import LAYERS, layer_input, layer_names, module_of
-from granq.hooks import Batch, images_of
+from granq.hooks import Batch, eval_mode, images_of
 from granq.measure import running
 from granq.measure.audit import audit
 from granq.schemes import Scheme
@@ -130,7 +130,7 @@ def compare(
             running.merge(sums, name, _sums(reference, logits, labels))
         inputs.clear()
 
-    with parametrize.cached():  # weights are quantized once, not at every call
+    with eval_mode(rest.layers), eval_mode(own.layers), parametrize.cached():  # weights are quantized once
         count = running.run(model, batches, text, names if patched else (), keep, after)
     return pd.DataFrame([{"layer": name} | _metrics(values, count, labelled) for name, values in sums.items()])
 
