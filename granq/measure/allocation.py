@@ -36,23 +36,28 @@ def allocate_bits(table: pd.DataFrame, budget: float, kind: str = "average") -> 
     weights, acts = (rows[rows.part == part].drop_duplicates(["layer", "bits"]) for part in ("weights", "activations"))
     if weights.empty or {*weights.layer} != {*acts.layer}:
         raise UserError("allocate_bits needs rows 'alone' of every layer, of parts 'weights' and 'activations'")
-    options = weights.merge(acts[["layer", "bits", "kl"]], on="layer", suffixes=("", "_act"))
-    bits, act_bits, macs = options.bits, options.bits_act, options.macs
-    if kind == "average":
-        shares = ((bits, options.weights), (act_bits, macs.where(act_bits > 0, 0)))
-        costs = [width * share / max(share[~options.layer.duplicated()].sum(), 1) for width, share in shares]
-    else:
-        costs = [bits * act_bits.replace(0, 32) * macs]
-    by_layer = [cost.groupby(options.layer) for cost in costs]
-    low, high = max(cost.min().sum() for cost in by_layer), max(cost.max().sum() for cost in by_layer)
-    if not low * (1 - 1e-9) <= budget <= high * (1 + 1e-9):
+    if kind == "average":  # of weights and of activations apart, as the losses add up
+        chosen = list[pd.Series]()
+        for part, size in ((weights.assign(place=""), weights.weights), (acts, acts.macs.where(acts.bits > 0, 0))):
+            share = size / max(size[~part.layer.duplicated()].sum(), 1)
+            chosen.append(_choose(part.assign(act_bits=part.bits, cost=part.bits * share), budget).bits)
+        return {name: (int(chosen[0][name]), int(chosen[1][name])) for name in chosen[0].index}
+    pairs = weights.merge(acts[["layer", "bits", "kl"]].set_axis(["layer", "act_bits", "act_kl"], axis=1), on="layer")
+    cost = pairs.bits * pairs.act_bits.replace(0, 32) * pairs.macs
+    best = _choose(pairs.assign(kl=pairs.kl + pairs.act_kl, cost=cost), budget)
+    return {name: (int(best.bits[name]), int(best.act_bits[name])) for name in best.index}
+
+
+def _choose(options: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """Return one row a layer: the smallest sum of ``kl`` whose sum of ``cost`` is within ``budget``."""
+    layer, by_layer = options.layer, options.cost.groupby(options.layer)
+    low, high = by_layer.min().sum(), by_layer.max().sum()
+    if high and not low * (1 - 1e-9) <= budget <= high * (1 + 1e-9):
         raise UserError(f"a budget of {budget:g} is not within what the table's bits can give, {low:g} to {high:g}")
-    once = [options.layer == name for name in options.layer.unique()]
-    limits = [LinearConstraint(np.array(once, float), 1, 1), LinearConstraint(np.array(costs), ub=budget)]
-    for _, readers in options[act_bits > 0].groupby(["place", "bits_act"]):
-        first, *others = ((options.layer == name) & (act_bits == readers.bits_act.iloc[0]) for name in {*readers.layer})
+    once = np.array([layer == name for name in layer.unique()], float)
+    limits = [LinearConstraint(once, 1, 1), LinearConstraint(options.cost, ub=budget)]
+    for _, readers in options[options.place != ""].groupby(["place", "act_bits"]):  # one place, one width
+        first, *others = (layer.eq(name) & options.index.isin(readers.index) for name in readers.layer.unique())
         limits += [LinearConstraint(first.astype(float) - other, 0, 0) for other in others]
-    loss = options.kl + options.kl_act
-    best = milp(loss, integrality=1, bounds=Bounds(0, 1), constraints=limits, options={"mip_rel_gap": 0})
-    chosen = options[best.x > 0.5].set_index("layer")
-    return {name: (int(chosen.bits[name]), int(chosen.bits_act[name])) for name in options.layer.unique()}
+    best = milp(options.kl, integrality=1, bounds=Bounds(0, 1), constraints=limits, options={"mip_rel_gap": 0})
+    return options[best.x > 0.5].set_index("layer").loc[layer.unique()]

@@ -86,7 +86,7 @@ def _cause(x: Tensor, quantizers: LayerQuantizers) -> dict[str, object]:
         running.by_channel(x).transpose(0, 1).flatten(1),
     )
     spread = channels.amax(1) - channels.amin(1)
-    image = (place(x) if place else x)[0].flatten(1)
+    image = torch.atleast_2d((place(x) if place else x)[0]).flatten(1)
     return {
         "channel_ratio": (spread.max() / spread.median()).item(),
         "input_range": ((x.max() - x.min()) / x.std()).item(),

@@ -67,7 +67,7 @@ def measure_sensitivity(
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
-    known = {"images": sum(len(images_of(batch)) for batch in batches)} | (facts or {})
+    known = {"images": running.run(model, batches, "images")} | (facts or {})
     known["scheme"] = type(scheme).__name__ if isinstance(scheme, nn.Module) else str(scheme)
     rows = running.kept_rows(out, known)
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
