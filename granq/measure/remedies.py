@@ -1,12 +1,14 @@
 """Cause and cure: what is wrong with the guiltiest layers, and what each remedy brings, tried and not guessed."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from granq.convert import LayerQuantizers, layer_quantizers
+from granq.convert import layer_quantizers
 from granq.hooks import Batch
 from granq.measure import running
 from granq.measure.sensitivity import Side, compare, full_precision, measure_sensitivity, prepare
@@ -52,7 +54,7 @@ def measure_remedies(
     table["recovered"] = 1 - table.kl / before.kl
     if "top1" in table:
         table["gained"] = table.top1 - before.top1
-    return table.merge(_causes(model, student, batches[0], layers), on="layer")
+    return pd.DataFrame({"layer": layers}).merge(table).merge(_causes(model, student, batches[0], layers))
 
 
 def _remedies(scheme: Scheme, bits: int) -> Iterator[tuple[str, Scheme, tuple[int, int], float]]:
@@ -73,24 +75,21 @@ def _remedies(scheme: Scheme, bits: int) -> Iterator[tuple[str, Scheme, tuple[in
 
 
 def _causes(model: nn.Module, student: nn.Module, batch: Batch, names: Sequence[str]) -> pd.DataFrame:
-    rows, quantizers = list[dict[str, object]](), layer_quantizers(student)
-    running.run(model, [batch], "causes", running.checked(model, names),
-                lambda name, x, _: rows.append({"layer": name} | _cause(x, quantizers[name])))  # fmt: skip
-    return pd.DataFrame(rows).drop_duplicates("layer")  # the first call of each
+    rows, quantizers = dict[str, dict[str, Any]](), layer_quantizers(student)
 
+    def visit(name: str, x: Tensor, _: Tensor) -> None:
+        place, weight = quantizers[name].inputs[0], quantizers[name].original
+        channels = running.by_channel(x).transpose(0, 1).flatten(1)
+        spread = channels.amax(1) - channels.amin(1)
+        image = torch.atleast_2d((place(x) if place else x)[0]).flatten(1)
+        rows[name] = {
+            "layer": name,
+            "channel_ratio": (spread.max() / spread.median()).item(),
+            "input_range": ((x.max() - x.min()) / x.std()).item(),
+            "largest_weight": (weight.abs().max() / weight.std()).item(),
+            "levels": np.mean([len(channel.unique()) for channel in image]),
+            "depthwise": weight.dim() == 4 and weight.shape[1] == 1,
+        }
 
-def _cause(x: Tensor, quantizers: LayerQuantizers) -> dict[str, object]:
-    place, weight, channels = (
-        quantizers.inputs[0],
-        quantizers.original,
-        running.by_channel(x).transpose(0, 1).flatten(1),
-    )
-    spread = channels.amax(1) - channels.amin(1)
-    image = torch.atleast_2d((place(x) if place else x)[0]).flatten(1)
-    return {
-        "channel_ratio": (spread.max() / spread.median()).item(),
-        "input_range": ((x.max() - x.min()) / x.std()).item(),
-        "largest_weight": (weight.abs().max() / weight.std()).item(),
-        "levels": torch.tensor([len(channel.unique()) for channel in image]).float().mean().item(),
-        "depthwise": weight.dim() == 4 and weight.shape[1] == 1,
-    }
+    running.run(model, [batch], "causes", running.checked(model, names), visit)
+    return pd.DataFrame(rows.values())

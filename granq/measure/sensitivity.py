@@ -27,6 +27,7 @@ from granq.measure.audit import audit
 from granq.schemes import Scheme
 
 KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")
+_SIZES = {"input_quantized": "place", "weights": "weights", "macs": "macs"}  # columns of an audit, and their names here
 
 
 class Side(NamedTuple):
@@ -46,13 +47,13 @@ def measure_sensitivity(
     Args:
         model: the full-precision network.
         batches: a list of images, or of pairs (images, labels).
-        scheme: name or scheme; or a network that is quantized already, by whomever, whose layers have the names of
-            ``model``'s. Of a network that ``quantize_model`` did not make, only what its layers do themselves counts.
-        bits: width of weights and activations, or several; of no meaning for a network that is quantized already.
+        scheme: name or scheme; or a network that somebody quantized already, whose layers have the same names. If
+            ``quantize_model`` did not make it, only what its layers do themselves counts.
+        bits: width of weights and activations, or several; without meaning for a network that is quantized already.
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.
-        parts: what is quantized: ``weights``, ``activations`` (in the quantizer directly in front of a layer; what
-            reads its values and is no layer, such as a residual sum, belongs to none) or ``both``.
+        parts: what is quantized: ``weights``, ``activations`` (by the quantizer directly in front of a layer, for this
+            layer and no other reader) or ``both``.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
         facts: provenance, repeated in every row.
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
@@ -67,23 +68,23 @@ def measure_sensitivity(
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
-    known = {"images": running.run(model, batches, "images")} | (facts or {})
-    known["scheme"] = type(scheme).__name__ if isinstance(scheme, nn.Module) else str(scheme)
+    name = type(scheme).__name__ if isinstance(scheme, nn.Module) else str(scheme)
+    known = {"images": running.run(model, batches, "images"), "scheme": name, **(facts or {})}
     rows = running.kept_rows(out, known)
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     plain, warm = full_precision(model), batches[:1] if calibration is None else calibration
-    for k in [bits] if isinstance(bits, int) else bits:
+    for k in (bits,) if isinstance(bits, int) else bits:
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
-        sizes = _sizes(root, batches)
+        sizes = audit(root, images_of(batches[0])[:2].to(next(model.parameters()).device))[["layer", *_SIZES]]
         for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
             noisy = Side(plain if part == "activations" else student, None if part == "weights" else student)
-            clean = Side(plain if kind == "all_but" else noisy.layers, None)
-            rest, own = (Side(plain, None), noisy) if kind == "alone" else (noisy, clean)
-            frame = compare(model, batches, root, rest, own, layer_names(model), f"{kind}, {part}", kind == "patched")
+            clean = Side(noisy.layers if kind == "patched" else plain, None)
+            sides = (clean, noisy) if kind == "alone" else (noisy, clean)
+            frame = compare(model, batches, root, *sides, layer_names(model), f"{kind}, {part}", kind == "patched")
             whole = np.nan if kind == "alone" else frame.kl.iloc[-1]
             frame = frame[:-1].assign(kind=kind, part=part, bits=k, recovered=1 - frame.kl / whole)
-            rows += sizes.merge(frame, on="layer").assign(**known).to_dict("records")
+            rows += sizes.rename(columns=_SIZES).merge(frame).assign(**known).to_dict("records")
             if out:
                 write_csv(out, pd.DataFrame(rows))
     return pd.DataFrame(rows)
@@ -101,12 +102,6 @@ def prepare(
     student, device = quantize_model(model, scheme, *bits), next(model.parameters()).device
     calibrate(student, [images_of(batch).to(device) for batch in images], quantile)
     return student
-
-
-def _sizes(root: nn.Module, batches: Sequence[Batch]) -> pd.DataFrame:
-    device = next(root.parameters()).device
-    columns = {"layer": "layer", "input_quantized": "place", "weights": "weights", "macs": "macs"}
-    return audit(root, images_of(batches[0])[:2].to(device))[list(columns)].rename(columns=columns)
 
 
 def compare(
