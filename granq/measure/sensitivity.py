@@ -52,8 +52,7 @@ def measure_sensitivity(
         bits: width of weights and activations, or several; without meaning for a network that is quantized already.
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.
-        parts: what is quantized: ``weights``, ``activations`` (by the quantizer directly in front of a layer, for this
-            layer and no other reader) or ``both``.
+        parts: what is quantized: ``weights``, ``activations`` (by the quantizer in front, for this layer) or ``both``.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
         facts: provenance, repeated in every row.
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
