@@ -134,7 +134,7 @@ FIGURES: dict[str, Figure] = {
         {"mode": layer_error.MODES}, {"sharex": True, "sharey": "row"}),
     "sensitivity": Figure(
         "Which layer costs the output of the network?",
-        lambda w: sensitivity.measure_sensitivity(w.teacher, [*w.sample(0, w.images, 64)], "strict", w.budget.bits,
+        lambda w: sensitivity.measure_sensitivity(w.teacher, [*w.sample(0, w.images // 2, 64)], "strict", w.budget.bits,
             kinds=("alone", "all_but")),
         layers.plot_sensitivity, (6.8, 5.6), {"metric": ("kl", "lost")}, {"kind": ("alone", "all_but")},
         {"sharex": True, "sharey": "row"}),
