@@ -123,7 +123,7 @@ def test_a_patched_layer_reads_what_it_reads_in_full_precision(sharp: nn.Module)
 
 
 def test_values_changed_in_place_and_layers_called_twice() -> None:
-    """A shortcut that a sum changes in place is still alive where layers branch off; one layer is called on two."""
+    """What a sum changes in place is there already when the layer of the shortcut is reached; ``a`` is called twice."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -133,7 +133,7 @@ def test_values_changed_in_place_and_layers_called_twice() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             out = self.b(F.relu(self.a(x)))
-            out += self.c(x)
+            out = out.add_(self.c(x))
             out = self.a(F.relu(out, inplace=True))
             return self.fc(30 * out.mean((2, 3)))
 
