@@ -133,7 +133,7 @@ def test_values_changed_in_place_and_layers_called_twice() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             out = self.b(F.relu(self.a(x)))
-            out = out.add_(self.c(x))
+            out = out.add_(self.c(x.sin()))
             out = self.a(F.relu(out, inplace=True))
             return self.fc(30 * out.mean((2, 3)))
 
