@@ -294,6 +294,18 @@ def test_factorial_command(folder, teacher, tmp_path, capsys, monkeypatch):
     assert main([*args, "--resume"]) == 0
 
 
+def test_sensitivity_command(folder, teacher, tmp_path, capsys):
+    given = f"sensitivity --data {folder} --network resnet20_cifar10 --teacher {teacher} --bits 2,3 --images 4"
+    args = [*given.split(), "--parts", "weights", "--device", "cpu", "--json", "--out", str(tmp_path / "s.csv")]
+    assert main(args) == 0
+    shown, table = answer(capsys), pd.read_csv(tmp_path / "s.csv")
+    assert len(shown["rows"]) == len(table) == 2 * 22 and {*table.images} == {4} and "top1" in table
+    assert {*table.kind} == {"alone"} and {*table.part} == {"weights"} and {*table.source} == {"test"}
+    assert main(args) == 2 and "--resume" in capsys.readouterr().err
+    assert main([*args, "--resume"]) == 0 and pd.read_csv(tmp_path / "s.csv").equals(table)
+    assert main([*args, "--resume", "--bits", "9"]) == 2 and "from 2 to 8" in capsys.readouterr().err
+
+
 def test_figures_command(tmp_path, capsys):
     shown = parse(["figures", "channel_scales", "--from-csv", "--out", str(tmp_path)])
     assert shown.keywords["names"] == ("channel_scales",) and shown.keywords["from_csv"]

@@ -162,25 +162,58 @@ def factorial(
     """
     from granq.measure import factorial as cells
 
+    source: Result = dict(data=data, network=network, teacher=teacher, device=device)
+    widths, shared, facts = _grown_table(out, resume, bits, run, source)
+    count = min(images or len(shared.test), len(shared.test))
+    generator = shared.zero_shot[0]
+    facts["generator"] = run.name if run else "of a short run"
+    frame = granq.measure_granularity_factorial(
+        shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
+        lambda seed: granq.generated_batches(generator, seed), facts=facts, out=out,
+    )  # fmt: skip
+    return {"out": str(out), "images": count, **facts, "cells": len(frame), "rows": _records(frame)}
+
+
+def sensitivity(
+    *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
+    scheme: str = "strict", bits: str = "3", images: Count = 256, kinds: Words = ("alone",),
+    parts: Words = ("weights", "activations", "both"), resume: bool = False, device: Device = "auto",
+) -> Result:  # fmt: skip
+    """Measure what the quantization of every layer costs.
+
+    Args:
+        out: CSV, a row for every layer, kind, part and width
+        run: granq quantize run whose generator draws the images; without it they are test images, with labels
+        bits: widths, of weights and activations alike
+        kinds: alone (one layer quantized), all_but (all the others), patched (all, with a clean input for one layer)
+        images: how many
+        resume: measure what --out lacks
+    """
+    source: Result = dict(data=data, network=network, teacher=teacher, device=device)
+    widths, shared, facts = _grown_table(out, resume, bits, run, source)
+    facts["source"] = f"generated, {run.name}" if run else "test"
+    drawn = granq.generated_batches(shared.zero_shot[0], 0, images, 32) if run else shared.sample(0, images, 32)
+    how: Result = dict(kinds=kinds, parts=parts, facts=facts, out=out)
+    frame = granq.measure_sensitivity(shared.teacher, list(drawn), scheme, widths, **how)
+    worst = frame.sort_values("kl", ascending=False)[["layer", "kind", "part", "bits", "kl", "agreement"]]
+    print(worst.head(10).to_string(index=False))
+    return {"out": str(out), **facts, "rows": _records(frame)}
+
+
+def _grown_table(
+    out: Path, resume: bool, bits: str, run: Path | None, source: Result
+) -> tuple[list[int], granq.Workbench, Result]:
+    """Return widths, workbench and provenance of a measurement that writes row after row into ``out``."""
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
     widths = [int(b) if b.isdecimal() else 0 for b in bits.split(",")]
     check_bits(*widths)
     if len(set(widths)) < len(widths):
         raise UserError(f"--bits names a width twice: {bits}")
-    shared = granq.Workbench(
-        "full", data=data, network=network, teacher=teacher, runs=[run] if run else [], device=device
-    )
-    count = min(images or len(shared.test), len(shared.test))
-    generator = shared.zero_shot[0]
-    facts = {k: v for k, v in shared.facts().items() if k not in ("budget", "seed")}
-    facts["generator"] = run.name if run else "of a short run"
+    shared = granq.Workbench("full", runs=[run] if run else [], **source)
+    facts = {name: fact for name, fact in shared.facts().items() if name not in ("budget", "seed")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    frame = granq.measure_granularity_factorial(
-        shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
-        lambda seed: granq.generated_batches(generator, seed), facts=facts, out=out,
-    )  # fmt: skip
-    return {"out": str(out), "images": count, **facts, "cells": len(frame), "rows": _records(frame)}
+    return widths, shared, facts
 
 
 def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
@@ -287,4 +320,6 @@ def _records(frame: Any) -> list[Result]:
     return json.loads(frame.to_json(orient="records"))
 
 
-COMMANDS = {f.__name__: f for f in (demo, teacher, evaluate, audit, factorial, export, sweep, figures, bench)}
+COMMANDS = {
+    f.__name__: f for f in (demo, teacher, evaluate, audit, factorial, sensitivity, export, sweep, figures, bench)
+}

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from granq.convert import quantize_model
 from granq.errors import UserError, one_of
 from granq.files import write_csv
-from granq.measure import activations, audit, factorial, images, latency, layer_error
+from granq.measure import activations, audit, factorial, images, latency, layer_error, sensitivity
 from granq.measure.workbench import RESULTS, Workbench
 from granq.models import build_network
 from granq.schemes import SCHEMES
@@ -133,6 +133,12 @@ FIGURES: dict[str, Figure] = {
             w.teacher, w.real(), list(SCHEMES), w.budget.bits, calibration=list(itertools.islice(w.real(1), 2))),
         layers.plot_layer_error, (6.8, 5.6), {"metric": layers.METRIC_LABELS},
         {"mode": layer_error.MODES}, {"sharex": True, "sharey": "row"}),
+    "sensitivity": Figure(
+        "Which layer costs the output of the network?",
+        lambda w: sensitivity.measure_sensitivity(w.teacher, [*w.sample(0, w.images // 2, 64)], "strict", w.budget.bits,
+            kinds=("alone", "all_but")),
+        layers.plot_sensitivity, (6.8, 5.6), {"metric": ("kl", "lost")}, {"kind": ("alone", "all_but")},
+        {"sharex": True, "sharey": "row"}),
     "accuracy_bits": Figure(
         "How much accuracy is left at each bit width?",
         lambda w: w.accuracy[~w.accuracy.scheme.str.contains(" + ", regex=False)],  # the plain recipe
