@@ -1,18 +1,21 @@
 """The traced graph (torch.fx): where activations are quantized, what a layer reads, and what stands after it."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.errors import UserError
+from granq.plain import LAYERS, is_plain, same_pad, trace_plain
 
-LAYERS = (nn.Conv2d, nn.Linear)
-_RELU_FUNCTIONS: set[Callable[..., Any]] = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
-_RELU_METHODS = {"relu", "relu_"}
+#: values that tell a ReLU from other functions
+_PROBE = torch.tensor([-1e6, -99, -8, -6, -4, -3, -2, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 2, 3, 4, 5.9, 6.1, 8, 99, 1e6])
+_SHAPE = {"shape", "ndim", "size", "dim"}
+_MOVES = {"transpose", "permute", "view", "reshape", "movedim", "moveaxis", "swapaxes", "swapdims", "unflatten", "getattr"}
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -30,19 +33,58 @@ def layer_input(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def is_relu(root: nn.Module, node: fx.Node) -> bool:
-    """Say whether ``node`` is a ReLU or ReLU6: as a module, a function or a method."""
-    if node.op == "call_module":
-        return isinstance(module_of(root, node), nn.ReLU | nn.ReLU6)
-    return (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
-        node.op == "call_method" and node.target in _RELU_METHODS
-    )
+def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
+    """Return ``c`` if ``node`` computes ``clamp(x, 0, c)``, as a ReLU (infinity) and a ReLU6 do, else ``None``.
+
+    It is tried: whatever reads one tensor and has no parameters gets a few values.
+    """
+    module, method = module_of(root, node), node.op == "call_method"
+    if len(node.all_input_nodes) != 1 or node.op == "output" or (module and module.state_dict()):
+        return None
+    x = _PROBE.view(1, 1, -1, 1)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: x.clone())
+    call: Any = getattr(Tensor, str(node.target)) if method else module.forward if module else node.target
+    try:
+        with torch.random.fork_rng([]):  # a function may draw
+            y = call(*args, **kwargs)
+        ceiling = float(y.max())
+        same = ceiling > 0 and torch.equal(y, x.clamp(0, ceiling))
+    except Exception:  # it takes tensors of another shape, or gives something else than one
+        return None
+    return None if not same else math.inf if ceiling == x.max() else ceiling
+
+
+def reader(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return what alone reads the values of ``node``, not only their shape, if one does; an Identity is passed over."""
+    users = [u for u in node.users if (u.args[1] if u.target is getattr else u.target) not in _SHAPE]
+    if len(users) == 1 and isinstance(module_of(root, users[0]), nn.Identity):
+        return reader(root, users[0])
+    return users[0] if len(users) == 1 else None
 
 
 def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Return the call of a BatchNorm2d that alone reads ``node``, if there is one."""
-    users = list(node.users)
-    return users[0] if len(users) == 1 and isinstance(module_of(root, users[0]), nn.BatchNorm2d) else None
+    """Return the call of a plain BatchNorm2d that alone reads ``node``, if there is one."""
+    user = reader(root, node)
+    module = user and module_of(root, user)
+    return user if isinstance(module, nn.BatchNorm2d) and is_plain(module) else None
+
+
+def has_channels(root: nn.Module, node: fx.Node) -> bool:
+    """Say whether channels are dimension 1 of ``node``: it comes from a convolution, without a change of layout."""
+    while node.all_input_nodes and getattr(node.target, "__name__", node.target) not in _MOVES:
+        module = module_of(root, node)
+        if isinstance(module, nn.modules.conv._ConvNd) or node.target in (F.conv1d, F.conv2d, F.conv3d):
+            return True
+        if isinstance(module, nn.Linear) or node.target is F.linear:
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+def is_image(root: nn.Module, node: fx.Node) -> bool:
+    """Say whether ``node`` is the image, or the image with a border around it."""
+    padding = node.target in (F.pad, same_pad) or isinstance(module_of(root, node), nn.ZeroPad2d)
+    return node.op == "placeholder" or (padding and is_image(root, layer_input(node)))
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -51,7 +93,7 @@ def trace(model: nn.Module) -> fx.Graph:
     # fixed: otherwise ``if mask is not None`` would be true
     fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
     try:
-        graph = _Tracer().trace(model, fixed or None)
+        graph = trace_plain(model, fixed or None)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise UserError(
             f"cannot trace {type(model).__name__}: {(str(error) or type(error).__name__).splitlines()[0]}; "
@@ -67,10 +109,10 @@ def trace(model: nn.Module) -> fx.Graph:
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized, each once: two layers that read one tensor share its place.
 
-    ``where`` is "relu", after every ReLU, or "inputs", in front of each of the ``layers`` (names).
+    ``where`` is "relu", after every ReLU whatever it is called, or "inputs", in front of each of the ``layers`` (names).
     """
     if where == "relu":
-        return [node for node in graph.nodes if is_relu(root, node)]
+        return [node for node in graph.nodes if relu_ceiling(root, node) is not None]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     return list(dict.fromkeys(value for node in calls if isinstance(value := layer_input(node), fx.Node)))
 
@@ -96,7 +138,7 @@ def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     kept = dict(module.named_modules(remove_duplicate=False))
     for name, own in root.named_modules(remove_duplicate=False):
         # fx drops what the forward does not reach, and of a layer it only reads all but the weight
-        if name not in kept or (isinstance(own, LAYERS) and kept[name] is not own):
+        if name not in kept or (isinstance(own, (*LAYERS, nn.BatchNorm2d)) and kept[name] is not own):
             module.add_submodule(name, own)
     return module
 
@@ -107,12 +149,6 @@ def calls_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
         if isinstance(module_of(model, node), LAYERS):
             value = layer_input(node)
             yield str(node.target), module_of(model, value) if isinstance(value, fx.Node) else None
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (*LAYERS, nn.BatchNorm2d)  # subclasses too, whose code outside of torch.nn fx would trace
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _read_changed_values(graph: fx.Graph, root: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from granq.convert import ActQuantizer, frozen_ranges, layer_quantizers, original_weight, weight_quantizer
+from granq.convert import ActQuantizer, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError
 from granq.graph import LAYERS, layer_names, module_of, norm_after
 from granq.hooks import eval_mode, watch
@@ -128,7 +128,7 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
         numbers = int(sums.abs().max()), difference.max().item(), int(beyond.sum())
         rows.append((name, fan_in, output.numel(), *numbers, None, None))
 
-    with eval_mode(student), frozen_ranges(student), watch(student, layer_names(student), compare):
+    with eval_mode(student), watch(student, layer_names(student), compare):
         logits = student(images)
     own = integer(images)
     same, difference = int((own.argmax(1) == logits.argmax(1)).sum()), (own - logits).abs().max().item()

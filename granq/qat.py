@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, quantize_model, set_image_range
+from granq.convert import bypassed, calibrate, quantize_model, set_image_range, tracking
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
@@ -138,7 +138,7 @@ class Game:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.isfinite().all():
             raise UserError("a teacher gives one tensor of finite logits (N, classes), which this one does not")
         batchnorm_loss(norms)
-        with frozen_ranges(self.student), bypassed(self.student):
+        with bypassed(self.student):
             difference = (self.student(image) - logits).abs().max()
         if difference > 1e-3 * logits.abs().max():
             raise UserError(
@@ -180,7 +180,7 @@ class Game:
             images, labels = synthesize(self.generator, c.batch_size, self.classes, self.device)
             with batchnorm_inputs(self.teacher) as norms:
                 t = self.teacher(images)
-            with torch.set_grad_enabled(train_student or recipe.adversarial):
+            with torch.set_grad_enabled(train_student or recipe.adversarial), tracking(self.student, not train_student):
                 s = self.student(images)
         t, s = at_least_float32(t), at_least_float32(s)
         bn = batchnorm_loss(norms)
@@ -234,13 +234,12 @@ class Game:
                 group["lr"] = lr * decay * group.get("rate", 1)
 
     def _begin_training(self, evaluate: Evaluate | None) -> None:
-        """Prepare the student and measure it: ranges are frozen from here on."""
+        """Prepare the student and measure it: ranges stay from here on."""
         c, recipe = self.config, self.recipe
         if not c.warmup_epochs or c.range_quantile < 1:  # ranges of other values than a warm-up tracks, or of none yet
             with torch.no_grad():
                 batches = [recipe.draw(self)[0] for _ in range(CALIBRATION)]
             calibrate(self.student, batches, c.range_quantile, full_precision=recipe.ranges_of_teacher)
-        freeze_ranges(self.student)
         if c.pixel_range and self.pixels:
             low, high = self.pixels
             outside = (1 - c.pixel_range) / 2 * (high - low)
@@ -253,7 +252,7 @@ class Game:
     def _measure(self, evaluate: Evaluate | None) -> float:
         """Evaluate the student; a DataLoader draws random numbers, which is undone."""
         cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda), frozen_ranges(self.student):
+        with torch.random.fork_rng(cuda):
             return float(evaluate(self.student)) if evaluate else math.nan
 
     def state(self) -> dict[str, Any]:
@@ -279,7 +278,6 @@ class Game:
             torch.cuda.set_rng_state(state["device_rng"].cpu())
         for k in ("epoch", "rows", "ptq_top1", "seconds"):
             setattr(self, k, state[k])
-        freeze_ranges(self.student, self.epoch >= self.config.warmup_epochs)
 
 
 def describe_images(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor) -> dict[str, Tensor]:

@@ -17,13 +17,12 @@ from granq import (
     build_network,
     calibrate,
     fake_quantize,
-    freeze_ranges,
     learn_steps,
     pixel_bounds,
     quantize_model,
     set_image_range,
 )
-from granq.convert import bypassed, frozen_ranges
+from granq.convert import bypassed, tracking
 
 
 def resnet20(num_classes):
@@ -33,16 +32,15 @@ def resnet20(num_classes):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_copy_keeps_teacher_and_keys(tiny, scheme):
     before = copy.deepcopy(tiny.state_dict())
-    student = quantize_model(tiny, scheme, 2, 2)
-    assert student(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    student, x = quantize_model(tiny, scheme, 2, 2), torch.randn(2, 3, 8, 8)
+    calibrate(student, [x])
+    assert student(x).shape == (2, 3)
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
     other = TinyNet().state_dict()
     student.load_state_dict(other)
     assert all(torch.equal(student.state_dict()[k], v) for k, v in other.items())
     twin = quantize_model(tiny, scheme, 2, 2)
     twin.load_state_dict(student.state_dict())
-    freeze_ranges(twin), freeze_ranges(student)
-    x = torch.randn(2, 3, 8, 8)
     assert torch.equal(twin(x), student(x))
 
 
@@ -82,30 +80,31 @@ def test_pointwise_kernels_stay_unquantized_under_granq_only(tiny):
     assert not torch.allclose(quantize_model(tiny, "strict", 2, 2).point.weight, tiny.point.weight, rtol=1e-3)
 
 
-def test_ranges_are_tracked_then_frozen(tiny):
-    student = quantize_model(tiny, "layerwise", 4, 4)
-    calibrate(student, [torch.randn(4, 3, 8, 8) for _ in range(3)])
-    ranges = {n: q.running_max.clone() for n, q in activation_places(student).items()}
-    student(100 * torch.randn(4, 3, 8, 8))
-    assert all(torch.equal(q.running_max, ranges[n]) for n, q in activation_places(student).items())
-
-
-def test_within_a_block_ranges_do_not_move(tiny):
-    student, images = quantize_model(tiny, "layerwise", 4, 4), torch.randn(4, 3, 8, 8)
-    student(images)
-    ranges = [place.running_max for place in activation_places(student).values()]
-    with frozen_ranges(student):
+@pytest.mark.parametrize("scheme", ["layerwise", "per_channel", "foldable"])
+def test_ranges_move_in_calibrate_and_in_tracking_only(tiny, scheme):
+    student, images = quantize_model(tiny, scheme, 4, 4), torch.randn(4, 3, 8, 8)
+    for mode in (student.eval, student.train):  # nothing was set: no test image sets it
+        with pytest.raises(UserError, match="never set"):
+            mode()(100 * images)
+    calibrate(student.eval(), [torch.randn(4, 3, 8, 8) for _ in range(3)])
+    twin = quantize_model(tiny, scheme, 4, 4)
+    twin.load_state_dict(student.state_dict())  # calibrated, as its ranges are in the state
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    for model in (student, twin):
+        first = model(images)
+        model.train()(100 * images), model.eval()(100 * images)
+        assert torch.equal(model(images), first) or model.bn1.num_batches_tracked  # BatchNorm follows train(), not us
+        ranges = [key for key in before if "running_m" in key and key.startswith("act_quant")]
+        assert ranges and all(torch.equal(model.state_dict()[key], before[key]) for key in ranges)
+    with tracking(student):
         student(100 * images)
-    assert all(map(torch.equal, ranges, [place.running_max for place in activation_places(student).values()]))
-    student(100 * images)  # still tracks
-    assert not any(map(torch.equal, ranges, [place.running_max for place in activation_places(student).values()]))
+    assert not any(torch.equal(student.state_dict()[key], before[key]) for key in ranges if "max" in key)
 
 
 def test_moving_average_has_momentum_09():
     scheme = Scheme(weights=None, activations="per_tensor", tracked=True)
     student = quantize_model(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten()), scheme, 4, 4)
-    for top in (1.0, 2.0):
-        student(torch.tensor([0, top]).reshape(1, 1, 1, 2))
+    calibrate(student, [torch.tensor([0, top]).reshape(1, 1, 1, 2) for top in (1.0, 2.0)])
     (place,) = activation_places(student).values()
     assert place.running_max.item() == pytest.approx(1.1)
 
@@ -162,15 +161,12 @@ def test_calibration_without_images_or_with_wrong_ones(tiny):
     with pytest.raises(RuntimeError):
         calibrate(student, [images, images[:, :2]], 0.9, full_precision=True)
     assert all(place.quantile == 1 and not place.bypassed for place in places)
-    fresh = quantize_model(tiny, "foldable", 3, 3)
-    freeze_ranges(fresh)
-    with pytest.raises(UserError, match="never set"):
-        fresh(images)
+    assert not any(place.tracking for place in places)
 
 
 def test_a_bypassed_student_is_the_teacher(tiny):
     student, images = quantize_model(tiny, "layerwise", 2, 2), torch.randn(4, 3, 8, 8)
-    with bypassed(student):
+    with bypassed(student), tracking(student):
         assert torch.equal(student(images), tiny(images))
     assert all(place.seen for place in activation_places(student).values())  # and ranges were tracked
     assert not torch.allclose(student(images), tiny(images), rtol=0.01)
@@ -301,7 +297,8 @@ class ReadsWeight(nn.Module):
 
 def test_a_weight_that_is_read_without_a_call_stays_and_keeps_its_keys():
     net, images = ReadsWeight().eval(), torch.randn(2, 3, 8, 8)
-    student = quantize_model(net, "strict", 3, 3)
+    with pytest.warns(UserWarning, match="in full precision, as they compute something else: head"):
+        student = quantize_model(net, "strict", 3, 3)
     student.load_state_dict(net.state_dict())
     assert student.state_dict().keys() - net.state_dict().keys() == set()
     assert torch.equal(student.head.weight, net.head.weight) and student(images).shape == (2, 5)

@@ -166,8 +166,7 @@ def factorial(
 
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
-    widths = [int(b) if b.isdecimal() else 0 for b in bits.split(",")]
-    check_bits(*widths)
+    widths = [check_bits(int(b) if b.isdecimal() else 0) for b in bits.split(",")]
     if len(set(widths)) < len(widths):
         raise UserError(f"--bits names a width twice: {bits}")
     shared = granq.Workbench(

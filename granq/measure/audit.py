@@ -63,7 +63,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
 
     unset = any(place.tracked and not place.seen for place in convert.activation_places(model).values())
     before = {name: value.clone() for name, value in model.state_dict().items()} if unset else {}
-    with eval_mode(model), convert.frozen_ranges(model):
+    with eval_mode(model):
         try:
             if unset:
                 convert.calibrate(model, [example])
