@@ -15,24 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from granq.errors import UserError
-from granq.graph import (
-    calls_of_layers,
-    find_places,
-    has_channels,
-    insert_call,
-    is_image,
-    layer_input,
-    layer_names,
-    module_of,
-    to_module,
-    trace,
-)
+from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_input, layer_names, to_module, trace
 from granq.hooks import Batch, images_of, temporarily
-from granq.plain import LAYERS, is_plain
+from granq.plain import LAYERS, has_channels, is_plain, module_of
 from granq.quantizer import QParams, at_least_float32, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 from granq.ranges import LearnedSteps, fake_quantize_learned, quantile_range
 from granq.schemes import Scheme, check_bits, get_scheme
-
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -241,7 +229,7 @@ def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> list[str]:
     for name in names:
         layer = model.get_submodule(name)
         if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
-            raise UserError(f"the weight of {name} is parametrized already: use parametrize.remove_parametrizations first")
+            raise UserError(f"the weight of {name} is parametrized already: remove that first")
     if hasattr(model, "act_quant"):
         raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
     return names

@@ -1,21 +1,16 @@
 """The traced graph (torch.fx): where activations are quantized, what a layer reads, and what stands after it."""
 
-import math
 from collections.abc import Iterator
 from inspect import signature
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from granq.errors import UserError
-from granq.plain import LAYERS, is_plain, same_pad, trace_plain
+from granq.plain import LAYERS, is_plain, module_of, relu_ceiling, same_pad, trace_plain
 
-#: values that tell a ReLU from other functions
-_PROBE = torch.tensor([-1e6, -99, -8, -6, -4, -3, -2, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 2, 3, 4, 5.9, 6.1, 8, 99, 1e6])
 _SHAPE = {"shape", "ndim", "size", "dim"}
-_MOVES = {"transpose", "permute", "view", "reshape", "movedim", "moveaxis", "swapaxes", "swapdims", "unflatten", "getattr"}
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -23,35 +18,9 @@ def layer_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
 
 
-def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
-    """Return the module that ``node`` calls, if it calls one."""
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
 def layer_input(node: fx.Node) -> Any:
     """Return what a call reads: its first argument, or the one named ``input``."""
     return node.args[0] if node.args else node.kwargs.get("input")
-
-
-def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
-    """Return ``c`` if ``node`` computes ``clamp(x, 0, c)``, as a ReLU (infinity) and a ReLU6 do, else ``None``.
-
-    It is tried: whatever reads one tensor and has no parameters gets a few values.
-    """
-    module, method = module_of(root, node), node.op == "call_method"
-    if len(node.all_input_nodes) != 1 or node.op == "output" or (module and module.state_dict()):
-        return None
-    x = _PROBE.view(1, 1, -1, 1)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: x.clone())
-    call: Any = getattr(Tensor, str(node.target)) if method else module.forward if module else node.target
-    try:
-        with torch.random.fork_rng([]):  # a function may draw
-            y = call(*args, **kwargs)
-        ceiling = float(y.max())
-        same = ceiling > 0 and torch.equal(y, x.clamp(0, ceiling))
-    except Exception:  # it takes tensors of another shape, or gives something else than one
-        return None
-    return None if not same else math.inf if ceiling == x.max() else ceiling
 
 
 def reader(root: nn.Module, node: fx.Node) -> fx.Node | None:
@@ -67,18 +36,6 @@ def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
     user = reader(root, node)
     module = user and module_of(root, user)
     return user if isinstance(module, nn.BatchNorm2d) and is_plain(module) else None
-
-
-def has_channels(root: nn.Module, node: fx.Node) -> bool:
-    """Say whether channels are dimension 1 of ``node``: it comes from a convolution, without a change of layout."""
-    while node.all_input_nodes and getattr(node.target, "__name__", node.target) not in _MOVES:
-        module = module_of(root, node)
-        if isinstance(module, nn.modules.conv._ConvNd) or node.target in (F.conv1d, F.conv2d, F.conv3d):
-            return True
-        if isinstance(module, nn.Linear) or node.target is F.linear:
-            return False
-        node = node.all_input_nodes[0]
-    return False
 
 
 def is_image(root: nn.Module, node: fx.Node) -> bool:
@@ -109,7 +66,7 @@ def trace(model: nn.Module) -> fx.Graph:
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized, each once: two layers that read one tensor share its place.
 
-    ``where`` is "relu", after every ReLU whatever it is called, or "inputs", in front of each of the ``layers`` (names).
+    ``where`` is "relu", after every ``relu_ceiling``, or "inputs", in front of each of the ``layers`` (names).
     """
     if where == "relu":
         return [node for node in graph.nodes if relu_ceiling(root, node) is not None]

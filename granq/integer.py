@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from granq.convert import ActQuantizer, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError
-from granq.graph import LAYERS, layer_names, module_of, norm_after
+from granq.graph import layer_names, norm_after
 from granq.hooks import eval_mode, watch
+from granq.plain import LAYERS, module_of
 from granq.quantizer import quantize
 from granq.scaling import Conv, convolve
 

@@ -19,9 +19,10 @@ from granq.convert import activation_places, layer_quantizers
 from granq.errors import UserError
 from granq.fast import channel_var_mean
 from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
-from granq.graph import module_of, reader, relu_ceiling
+from granq.graph import reader
 from granq.hooks import watch
 from granq.losses import layer_loss, soft_label_loss
+from granq.plain import module_of, relu_ceiling
 from granq.qat import GDFQ, Game, describe_images
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from granq import convert
 from granq.convert import ActQuantizer, WeightQuantizer
 from granq.errors import UserError
-from granq.graph import LAYERS, module_of
 from granq.hooks import eval_mode
 from granq.measure import running
+from granq.plain import LAYERS, module_of
 from granq.quantizer import min_max
 
 QUANTIZED_DB = 60.0  #: above this SQNR a weight is not quantized: 8 bits give about 50 dB, untouched kernels 150
