@@ -1,5 +1,6 @@
 """The traced graph (torch.fx): where activations are quantized, what a layer reads, and what stands after it."""
 
+import copy
 from collections.abc import Iterator
 from inspect import signature
 from typing import Any
@@ -8,7 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from granq.errors import UserError
-from granq.plain import LAYERS, is_plain, module_of, relu_ceiling, same_pad, trace_plain
+from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, same_pad, trace_plain
 
 _SHAPE = {"shape", "ndim", "size", "dim"}
 
@@ -98,6 +99,12 @@ def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         if name not in kept or (isinstance(own, (*LAYERS, nn.BatchNorm2d)) and kept[name] is not own):
             module.add_submodule(name, own)
     return module
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, whose layers are as plain as those of the quantized network."""
+    copied = copy.deepcopy(model).eval()
+    return to_module(copied, trace(copied)) if changed_layers(copied) else copied
 
 
 def calls_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:

@@ -39,16 +39,19 @@ def is_plain(module: nn.Module | None) -> bool:
     return base is not None and not changed
 
 
+def changed_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the Conv2d, Linear and BatchNorm2d that are not plain; a parametrized one keeps its class."""
+    return [m for m in model.modules() if _base(m) and not is_plain(m) and not parametrize.is_parametrized(m)]
+
+
 def trace_plain(model: nn.Module, fixed: dict[str, Any] | None = None) -> fx.Graph:
     """Trace ``model`` and make its layers plain where they can be; arguments of its forward in ``fixed`` are constants.
 
     A layer whose forward leads fx to torch's own function on the unchanged parameters becomes the nodes of this
     forward. Any other is compared on random inputs with a plain layer, and with one after ``same_pad``.
     """
-    modules = list(model.modules())
-    others = [m for m in modules if _base(m) and not is_plain(m) and not parametrize.is_parametrized(m)]
-    opened = [m for m in others if _opens(m)]
-    padded = [m for m in others if m not in opened and _turns_plain(m)]
+    opened = [m for m in changed_layers(model) if _opens(m)]
+    padded = [m for m in changed_layers(model) if m not in opened and _turns_plain(m)]
     tracer = _Tracer(opened)
     graph = tracer.trace(model, fixed)
     for layer in opened:

@@ -20,6 +20,7 @@ from granq.convert import bypassed, calibrate, quantize_model, set_image_range, 
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.graph import plain_copy
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
@@ -112,8 +113,9 @@ class Game:
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)  # whose random state belongs to the run
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
-        self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        self.student = quantized(self.teacher, config).requires_grad_(True)
+        teacher = copy.deepcopy(teacher).to(self.device).eval()
+        self.teacher = plain_copy(teacher).requires_grad_(False)  # recipe match compares both after every BatchNorm
+        self.student = quantized(teacher, config).requires_grad_(True)
         self.classes = self._check_networks()
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
