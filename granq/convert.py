@@ -199,7 +199,7 @@ def quantize_model(
         insert_call(graph, node, f"act_quant.{place}", scheme.places, set(layers))
     if left:
         warnings.warn(f"in full precision, as they compute something else: {', '.join(left)}", stacklevel=2)
-    if scheme.activations and not quantizers:
+    if scheme.activations and scheme.places == "relu" and not quantizers:
         warnings.warn(f"the scheme quantizes no activation of {type(model).__name__}: it has no ReLU", stacklevel=2)
     quantized = to_module(student, graph)
     if image_bits:

@@ -99,14 +99,14 @@ class _Tracer(fx.Tracer):
 
 def _opens(layer: nn.Module) -> bool:
     """Say whether fx follows the forward to calls of torch's function, all alike, that alone read the parameters."""
-    layer = copy.deepcopy(layer)
-    tracer = _Tracer([layer])
+    root = nn.Sequential(copy.deepcopy(layer))  # of a root fx would take the forward of its class
+    tracer = _Tracer(root[:])
     try:
-        graph = tracer.trace(layer)
+        graph = tracer.trace(root)
     except Exception:  # tracing runs code that is not ours, which may raise anything
         return False
-    read = any(node.op == "get_attr" and node.target in _OWN and node.users for node in graph.nodes)
-    return layer in tracer.settings and not (read or layer._forward_hooks or layer._forward_pre_hooks)
+    read = any(node.op == "get_attr" and node.target[2:] in _OWN and node.users for node in graph.nodes)
+    return bool(tracer.settings) and not (read or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 @torch.no_grad()
