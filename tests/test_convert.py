@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -17,6 +18,7 @@ from granq import (
     build_network,
     calibrate,
     fake_quantize,
+    layer_quantizers,
     learn_steps,
     pixel_bounds,
     quantize_model,
@@ -114,6 +116,84 @@ def test_skip_keeps_a_layer_in_full_precision(tiny):
     assert torch.equal(student.conv1.weight, tiny.conv1.weight)
     with pytest.raises(ValueError, match="nothere"):
         quantize_model(tiny, Scheme(weights="per_out_channel", activations=None, skip=("nothere",)), 2, 2)
+
+
+def test_skip_reaches_below_a_name_and_takes_no_text():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1))))
+    net.append(nn.Conv2d(3, 3, 1)), net.extend([nn.Identity()] * 7), net.append(nn.Conv2d(3, 3, 1))
+    scheme = dict(weights="per_tensor", activations=None)
+    layers = layer_quantizers(quantize_model(net, Scheme(**scheme, skip=("1", "2")), 3, 3))
+    assert {n: q.weight is None for n, q in layers.items()} == {"0.0": False, "1.0.0": True, "2": True, "10": False}
+    with pytest.raises(UserError, match="holds no layer of the model: 0.1, 3"):
+        quantize_model(net, Scheme(**scheme, skip=("1", "0.1", "3")), 3, 3)
+    with pytest.raises(ValueError, match=r"skip is a tuple of names, such as \('conv1',\)"):
+        Scheme(**scheme, skip="conv1")
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int8, torch.tensor])
+def test_a_whole_number_of_any_library_is_a_width(tiny, kind):
+    images = torch.randn(2, 3, 8, 8)
+    student, own = (quantize_model(tiny, "foldable", bits, bits, bits) for bits in (8, kind(8)))
+    for model in (student, own):
+        calibrate(model, [images])
+    assert torch.equal(student(images), own(images))
+    assert torch.equal(fake_quantize(images, kind(8)), fake_quantize(images, 8))  # -np.uint8(128) is 128
+    for wrong in (np.True_, True, np.float32(3), 3.0, "3", kind(9)):
+        with pytest.raises(UserError, match="integer from 2 to 8"):
+            fake_quantize(images, wrong)
+
+
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (6,)), (nn.Conv3d, (2, 3, 4)), (nn.ConvTranspose1d, (6,))])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_sample_channel", "per_tensor"])
+def test_channels_of_any_convolution_have_their_ranges(kind, size, granularity):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = kind(3, 5, 1), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.fc((2 * self.conv(x)).relu().flatten(2).mean(2))
+
+    net, x = Net(), torch.randn(4, 3, *size) * torch.tensor([1.0, 9, 40]).view(3, *[1] * len(size))
+    tracked = granularity != "per_sample_channel"
+    student = quantize_model(net, Scheme(weights=None, activations=granularity, tracked=tracked, places="relu"), 3, 3)
+    calibrate(student, [x])
+    y = (2 * net.conv(x)).relu()
+    dims = {"per_channel": (0, 2), "per_sample_channel": (2,), "per_tensor": (0, 1, 2)}[granularity]
+    rows = y.flatten(2)
+    low, high = rows.amin(dims, keepdim=True), rows.amax(dims, keepdim=True)
+    s = 7 / (high - low).clamp_min(1e-8)
+    codes = (s * rows - ((s * low).round() + 4)).round().clamp(-4, 3)
+    expected = net.fc(((codes + (s * low).round() + 4) / s).mean(2))
+    torch.testing.assert_close(student(x), expected)
+
+
+def test_rows_stay_rows():
+    net = nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2), Turned(), nn.Linear(6, 5), nn.ReLU())
+    student, x = quantize_model(net, "per_channel", 3, 3), torch.randn(4, 3, 8, 8)
+    calibrate(student, [x])
+    assert student.get_submodule("act_quant._4").running_max.shape == (1, 5)  # of features, not of the 16 patches
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+def test_an_empty_batch_moves_no_range(tiny, quantile):
+    students, x = [quantize_model(tiny, "foldable", 3, 3) for _ in range(2)], 5 + torch.rand(4, 3, 8, 8)
+    calibrate(students[0], [x, x[:2]], quantile)
+    calibrate(students[1], [x[:0], (x, torch.zeros(4)), x[:0], x[:2]], quantile)
+    assert all(map(torch.equal, students[0].state_dict().values(), students[1].state_dict().values()))
+    with pytest.raises(UserError, match="no images"):
+        calibrate(quantize_model(tiny, "foldable", 3, 3), [x[:0]])
+
+
+def test_a_module_called_act_quant_is_not_overwritten(tiny):
+    tiny.act_quant = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="TinyNet has an act_quant of its own"):
+        quantize_model(tiny, "strict", 3, 3)
 
 
 class Branching(nn.Module):
