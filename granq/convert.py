@@ -18,8 +18,8 @@ from granq.errors import UserError
 from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_input, layer_names, to_module, trace
 from granq.hooks import Batch, images_of, temporarily
 from granq.plain import LAYERS, has_channels, is_plain, module_of
-from granq.quantizer import QParams, at_least_float32, fake_quantize, fake_quantize_with, min_max, qparams_from_range
-from granq.ranges import LearnedSteps, fake_quantize_learned, quantile_range
+from granq.quantizer import QParams, fake_quantize, fake_quantize_with, min_max, qparams_from_range
+from granq.ranges import LearnedSteps, TrackedRanges, fake_quantize_learned
 from granq.schemes import Scheme, check_bits, get_scheme
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -86,23 +86,16 @@ class WeightQuantizer(Quantizer):
         return per_group.reshape(*per_group.shape, *(1,) * (weight.dim() - 2))
 
 
-class ActQuantizer(Quantizer):
-    """Fake quantization of one activation place: (N, C, ...) with ``channels``, such as (N, C, H, W), or rows (..., F).
+class ActQuantizer(TrackedRanges, Quantizer):
+    """Fake quantization of one activation place: (N, C, ...) with ``channels``, or else rows (..., F).
 
-    Static ranges are a moving average over batches, which forwards move within ``tracking`` only; the first sets it.
+    ``None`` stands for channels in (N, C, H, W) and rows in all other tensors.
     """
-
-    MOMENTUM = 0.9
-    running_min: Tensor
-    running_max: Tensor
 
     def __init__(self, bits: int, scheme: Scheme, channels: bool | None = None) -> None:
         super().__init__(bits, cast(str, scheme.activations), scheme)
-        self.tracked, self.fold, self.channels = scheme.tracked, scheme.fold, channels
-        self.tracking, self.quantile = False, 1.0
-        if self.tracked:
-            self.register_buffer("running_min", torch.empty(0))  # shaped by the first batch
-            self.register_buffer("running_max", torch.empty(0))
+        self.fold, self.channels = scheme.fold, channels
+        self.set_up(scheme.tracked)
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = self.groups(x)
@@ -118,7 +111,7 @@ class ActQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         if self.tracking and self.tracked and self.learned is None:
-            self._observe(x)
+            self.observe(x, self.granularity)
         if self.bypassed:
             return x.clone()  # as the quantized value: another tensor than the one that may be changed in place
         if self.learned is not None:
@@ -128,11 +121,6 @@ class ActQuantizer(Quantizer):
         # training under autocast asks for speed, not for the release's arithmetic in half precision
         promote = self.promote or torch.is_autocast_enabled(x.device.type)
         return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=promote)
-
-    @property
-    def seen(self) -> bool:
-        """Whether tracked ranges exist."""
-        return self.tracked and bool(self.running_min.numel())
 
     def qparams(self) -> QParams:
         """Return learned parameters, or those of the tracked ranges. Raises UserError before the first batch."""
@@ -144,23 +132,6 @@ class ActQuantizer(Quantizer):
         if self.fold:  # zero padding then has an exact code
             low, high = low.clamp_max(0), high.clamp_min(0)
         return qparams_from_range(low, high, self.bits, promote=self.promote)
-
-    def _observe(self, x: Tensor) -> None:
-        extremes = self.quantile == 1
-        found = min_max(x, self.granularity) if extremes else quantile_range(x, self.granularity, self.quantile)
-        low, high = map(at_least_float32, found)
-        if not self.seen:
-            self.running_min, self.running_max = low.clone(), high.clone()
-        else:
-            self.running_min = self.running_min.lerp(low, 1 - self.MOMENTUM)
-            self.running_max = self.running_max.lerp(high, 1 - self.MOMENTUM)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in ("running_min", "running_max") if self.tracked else ():
-            # a teacher's checkpoint has no ranges: keep ours; a student's has them in their own shape
-            saved = state_dict.setdefault(prefix + name, getattr(self, name))
-            setattr(self, name, torch.empty_like(saved).copy_(saved))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def quantize_model(
@@ -309,7 +280,7 @@ def image_place(model: nn.Module) -> ActQuantizer:
 
 
 def tracking(model: nn.Module, on: bool = True) -> AbstractContextManager[None]:
-    """Move static ranges with every batch within a block; outside, nothing but ``set_image_range`` changes them."""
+    """Move static ranges with every batch within a block; no forward outside of one does."""
     return temporarily(activation_places(model).values(), tracking=on)
 
 

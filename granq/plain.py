@@ -99,10 +99,10 @@ class _Tracer(fx.Tracer):
 
 def _opens(layer: nn.Module) -> bool:
     """Say whether fx follows the forward to calls of torch's function, all alike, that alone read the parameters."""
-    root = nn.Sequential(copy.deepcopy(layer))  # of a root fx would take the forward of its class
-    tracer = _Tracer(root[:])
+    layer = copy.deepcopy(layer)
+    tracer = _Tracer([layer])
     try:
-        graph = tracer.trace(root)
+        graph = tracer.trace(nn.Sequential(layer))  # of a root fx would take the forward of its class
     except Exception:  # tracing runs code that is not ours, which may raise anything
         return False
     read = any(node.op == "get_attr" and node.target[2:] in _OWN and node.users for node in graph.nodes)
