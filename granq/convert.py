@@ -191,8 +191,8 @@ def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> list[str]:
             raise UserError(f"{name} of {kind} quantizes already: pass the network before torch's quantization")
     if model._forward_pre_hooks or model._forward_hooks:
         warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
-    if not names:
-        raise UserError(f"{kind} has no Conv2d or Linear layer to quantize")
+    if not any(names):  # "" is a network that is one layer itself
+        raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
     skipped = {skip: [name for name in names if f"{name}.".startswith(f"{skip}.")] for skip in scheme.skip}
     if unknown := [skip for skip, below in skipped.items() if not below]:
         raise UserError(f"scheme.skip names what holds no layer of the model: {', '.join(unknown)}")

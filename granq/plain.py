@@ -89,9 +89,11 @@ class _Tracer(fx.Tracer):
         layer = self.root.get_submodule(name)
         settings = settings | {key: given[key] for key in settings.keys() & given.keys()}
         settings |= {key: (settings[key],) * 2 for key in _PAIRS if isinstance(settings.get(key), int)}
+        computed: list[fx.Node] = []  # settings, such as a padding for the size of the image
         paths = [f"{name}.{key}".strip(".") for key in own if getattr(layer, key, None) is not None]
         of_batch = given.get("training", False) != (getattr(layer, "running_mean", layer) is None)
-        if not reads or layer not in self.opened or _base(layer) is not base or reads != paths or of_batch:
+        fx.node.map_arg(settings, computed.append)
+        if computed or layer not in self.opened or _base(layer) is not base or reads != paths or of_batch:
             return super().create_node(kind, target, args, kwargs, *names, **more)
         assert self.settings.setdefault(layer, settings) == settings, "two calls that differ"
         return super().create_node("call_module", name, (given["input"],), {}, *names, **more)

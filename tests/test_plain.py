@@ -52,6 +52,11 @@ class Standardized(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class PadsBySize(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, x.shape[2] % 2 + 1)
+
+
 class Adapted(nn.Linear):
     """LoRA: the weight is a sum."""
 
@@ -127,7 +132,9 @@ def test_a_batchnorm_with_an_activation_is_both(norm, ceiling):
     torch.testing.assert_close(student(x), expected)
 
 
-@pytest.mark.parametrize("layer", [Standardized(3, 4, 3), Adapted(8, 4), timm.layers.StdConv2d(3, 4, 3)])
+@pytest.mark.parametrize(
+    "layer", [Standardized(3, 4, 3), PadsBySize(3, 4, 3), Adapted(8, 4), timm.layers.StdConv2d(3, 4, 3)]
+)
 def test_a_computed_weight_stays_in_full_precision_and_is_named(layer):
     x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 8, 8)
     net = nn.Sequential(layer, nn.ReLU()).eval()
