@@ -209,8 +209,9 @@ def test_bad_input(tiny):
     for bad in [("nope", 3, 3), ("granq", 1, 3), ("granq", 3, 9)]:
         with pytest.raises(ValueError):
             quantize_model(tiny, *bad)
-    with pytest.raises(ValueError, match="no Conv2d or Linear"):
-        quantize_model(nn.ReLU(), "granq", 3, 3)
+    for nothing in (nn.ReLU(), nn.Conv2d(3, 3, 1)):  # a layer is no network
+        with pytest.raises(ValueError, match="no Conv2d or Linear"):
+            quantize_model(nothing, "granq", 3, 3)
     with pytest.raises(ValueError, match="cannot trace Branching"):
         quantize_model(Branching(), "strict", 3, 3)
 
