@@ -101,8 +101,8 @@ def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = 
     if promote:
         low, high = at_least_float32(low), at_least_float32(high)
     # The epsilon bounds the range from below, it is not added to it. It is a tensor and no float of Python, so that in
-    # float16 it becomes zero just as in the release.
-    span = torch.maximum(high - low, torch.tensor(EPS, dtype=low.dtype, device=low.device))
+    # float16 it becomes zero just as in the release; made on the device, as a copy to a GPU would wait for it.
+    span = torch.maximum(high - low, low.new_full((), EPS))
     scale_inv = (2**bits - 1) / span
     return QParams(scale_inv, torch.round(scale_inv * low) + 2 ** (bits - 1))
 
