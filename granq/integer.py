@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from granq.convert import ActQuantizer, frozen_ranges, layer_quantizers, original_weight, weight_quantizer
-from granq.errors import UserError
+from granq.errors import UserError, require
 from granq.graph import LAYERS, layer_names, module_of, norm_after
 from granq.hooks import eval_mode, watch
 from granq.quantizer import quantize
@@ -161,6 +161,7 @@ def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:
 
     The float sums of such a runtime are exact below 2^24. Needs the extra ``granq[export]``; 8 bits are a UserError.
     """
+    require("onnxscript", "export")
     import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
 
     portable = copy.deepcopy(model)

@@ -18,6 +18,12 @@ from granq.schemes import check_bits
 Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 Words = tuple[str, ...]
+#: Rows of the paper: what ``granq sweep --preset`` plans with schemes granq, layerwise and per_channel at 3 to 5 bits.
+PAPER: dict[str, Words] = {
+    "paper-cifar10": ("resnet20_cifar10",),
+    "paper-cifar100": ("resnet20_cifar100",),
+    "paper-imagenet": ("resnet18", "resnet50", "mobilenetv2_w1"),
+}
 Result = dict[str, Any]
 
 
@@ -87,7 +93,7 @@ def teacher(
 
 
 def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> Result:
-    """Measure the accuracy of a finished run."""
+    """Measure the accuracy of a finished run, or of a packed student by its file or name."""
     from granq import devices
 
     device = devices.resolve_device(device)
@@ -97,7 +103,7 @@ def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> R
 
 def _run_on(run: Path, data: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
-    saved = granq.load_run(run, device)
+    saved = granq.load_student(run, device)
     spec, c = granq.describe_data(data, saved.facts["network"]), saved.config
     if spec.classes != saved.spec.classes:
         raise UserError(f"{data} has {spec.classes} classes, but the run's network has {saved.spec.classes}")
@@ -187,10 +193,19 @@ def factorial(
     return {"out": str(out), "images": count, **facts, "cells": len(frame), "rows": _records(frame)}
 
 
-def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
-    """Write a run of scheme foldable as integers (safetensors) and ONNX, and check both."""
+def export(
+    run: Positional[Path], *, data: Data, out: Path, format: Literal["integers", "packed"] = "integers"
+) -> Result:
+    """Write the student of a run: a foldable one as integers and ONNX, and any as one small file.
+
+    Args:
+        out: folder for integers, which are checked; FILE.safetensors for packed, which granq evaluate opens
+        format: integers (safetensors and ONNX), or packed (the codes of weights at their width)
+    """
     from granq import devices, files, runs
 
+    if format == "packed":
+        return _export_packed(run, data, out)
     runs.RunFolder(out).check_free(resumable=False)
     saved, spec, test, facts = _run_on(run, data, "cpu")
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
@@ -206,6 +221,26 @@ def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
     }
     granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | facts)
     return facts | {"out": str(out)}
+
+
+def _export_packed(run: Path, data: str, out: Path) -> Result:
+    from scipy.stats import binomtest
+
+    from granq import devices
+
+    _check_new(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {out}")
+    saved, spec, test, facts = _run_on(run, data, "cpu")
+    facts["top1"] = top1 = granq.top1_on(saved.student, test, spec)
+    ends = binomtest(round(top1 * len(test) / 100), len(test)).proportion_ci(method="wilson")
+    facts |= {"top1_low": 100 * ends.low, "top1_high": 100 * ends.high}
+    facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
+    facts |= devices.versions() | {"commit": devices.commit(), "teacher": Path(saved.facts.get("teacher", "")).name}
+    facts |= {"run": run.name, "data": data.split(":")[0]}  # where they lay on this machine is nobody's business
+    out.parent.mkdir(parents=True, exist_ok=True)
+    granq.save_packed(out, saved._replace(facts=facts))
+    return facts | {"out": str(out), "bytes": out.stat().st_size}
 
 
 def figures(
@@ -255,7 +290,7 @@ def bench(
 def sweep(
     *, out: Path, network: Words = (), teacher: tuple[Path, ...] = (), schemes: Words = (), bits: Words = (),
     recipes: Words = ("adadfq",), seeds: tuple[int, ...] = (0,), jobs: Count = 1, cluster: str = "",
-    status: bool = False, options: Suppress[Words] = (),
+    status: bool = False, preset: str = "", options: Suppress[Words] = (),
 ) -> Result:  # fmt: skip
     """Plan many runs of granq quantize, whose other options go here too, and execute what is not done yet.
 
@@ -267,10 +302,17 @@ def sweep(
         jobs: runs at once on this machine
         cluster: execute them on the workers of this dask.distributed scheduler, an address such as tcp://host:8786
         status: print the table and start nothing
+        preset: paper-cifar10, paper-cifar100 or paper-imagenet plans rows of the paper; others are those of quantize
     """
     from granq.app import sweep as plans
 
     out = out.resolve()  # as the plan keeps it
+    if preset in PAPER:
+        network, schemes = network or PAPER[preset], schemes or ("granq", "layerwise", "per_channel")
+        bits, given = bits or ("3,3", "4,4", "5,5"), ("--data", preset.removeprefix("paper-"), "--preset", "paper")
+        options = (*given, *options)
+    elif preset:
+        options = ("--preset", preset, *options)
     if network or schemes or bits or options or teacher or recipes != ("adadfq",) or seeds != (0,):
         plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
     table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster)

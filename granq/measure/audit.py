@@ -16,6 +16,7 @@ from granq.errors import UserError
 from granq.graph import LAYERS, module_of
 from granq.hooks import eval_mode
 from granq.measure import running
+from granq.packed import PackedWeight
 from granq.quantizer import min_max
 
 QUANTIZED_DB = 60.0  #: above this SQNR a weight is not quantized: 8 bits give about 50 dB, untouched kernels 150
@@ -130,6 +131,7 @@ def _layer_row(name: str, layer: Any, source: Place | None, seen: dict[nn.Module
         original = convert.original_weight(layer)
         groups = min_max(original, quantizer.granularity)[0].numel()
         sqnr = running.sqnr_db(original, weight, tuple(range(weight.dim()))).item()
+        sqnr = quantizer.sqnr_db if isinstance(quantizer, PackedWeight) else sqnr
         row |= dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits, scales=groups)
         # a folded weight has its levels in units of the input steps, which are 1 otherwise
         row |= dict(levels=_levels(weight * quantizer.input_step(original), groups), weight_sqnr_db=sqnr)
