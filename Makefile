@@ -5,7 +5,7 @@ BOUNDS = grep -oE '"[][A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed
 LOWEST := $(addprefix tests/test_,quantizer.py convert.py scaling.py integer.py qat.py match.py runs.py models.py \
 	cli.py sweep.py)
 
-.PHONY: help demo test lowest lint notebooks figures lab browser docs gpu
+.PHONY: help demo test lowest lint notebooks figures lab browser docs wheel gpu
 
 # threads that wait leave their core to others sooner; as granq's own commands do (docs/speed.md)
 export GOMP_SPINCOUNT ?= 3000
@@ -68,6 +68,9 @@ browser: $(STAMP) ## Run notebooks in JupyterLab in a real browser (Debian: inst
 
 docs: $(STAMP) ## Check the pages: their links, their commands, their code
 	$(BIN)/python -m pytest -q tests/test_docs.py
+
+wheel: $(STAMP) ## Build the wheel, install it into a fresh environment and use it from there
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m wheel tests/test_packaging.py
 
 gpu: $(STAMP) ## Run the tests that need a GPU, and time the quantizer there
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \

@@ -1,7 +1,7 @@
 """Students as files: the codes of weights are packed at their width, so that a file is as large as ``audit`` says.
 
 A file is safetensors. Of a quantized layer it holds ``NAME.weight.codes`` (uint8: code after code, lowest bits first)
-and ``NAME.weight.qparams`` (2, groups: multipliers, then zero points), or its values where these are smaller, as for 1x1
+and ``NAME.weight.qparams`` (2, groups: multipliers, then zero points), or its values where these are smaller: 1x1
 kernels with a scale each. Everything else lies under its state-dict key. The header is JSON.
 """
 

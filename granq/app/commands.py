@@ -18,11 +18,12 @@ from granq.schemes import check_bits
 Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 Words = tuple[str, ...]
-#: Rows of the paper: what ``granq sweep --preset`` plans with schemes granq, layerwise and per_channel at 3 to 5 bits.
-PAPER: dict[str, Words] = {
-    "paper-cifar10": ("resnet20_cifar10",),
-    "paper-cifar100": ("resnet20_cifar100",),
-    "paper-imagenet": ("resnet18", "resnet50", "mobilenetv2_w1"),
+_PAPER = "paper --schemes granq layerwise per_channel --bits 3,3 4,4 5,5"
+#: What ``granq sweep --preset`` makes of these names: the rows of the paper. Arguments that follow change them.
+PRESETS = {
+    "paper-cifar10": f"{_PAPER} --data cifar10 --network resnet20_cifar10",
+    "paper-cifar100": f"{_PAPER} --data cifar100 --network resnet20_cifar100",
+    "paper-imagenet": f"{_PAPER} --data imagenet --network resnet18 resnet50 mobilenetv2_w1",
 }
 Result = dict[str, Any]
 
@@ -290,9 +291,11 @@ def bench(
 def sweep(
     *, out: Path, network: Words = (), teacher: tuple[Path, ...] = (), schemes: Words = (), bits: Words = (),
     recipes: Words = ("adadfq",), seeds: tuple[int, ...] = (0,), jobs: Count = 1, cluster: str = "",
-    status: bool = False, preset: str = "", options: Suppress[Words] = (),
+    status: bool = False, options: Suppress[Words] = (),
 ) -> Result:  # fmt: skip
     """Plan many runs of granq quantize, whose other options go here too, and execute what is not done yet.
+
+    --preset paper-cifar10 (or paper-cifar100, paper-imagenet) plans the rows of the paper.
 
     Args:
         out: folder of the sweep; alone, it continues what is planned
@@ -302,17 +305,10 @@ def sweep(
         jobs: runs at once on this machine
         cluster: execute them on the workers of this dask.distributed scheduler, an address such as tcp://host:8786
         status: print the table and start nothing
-        preset: paper-cifar10, paper-cifar100 or paper-imagenet plans rows of the paper; others are those of quantize
     """
     from granq.app import sweep as plans
 
     out = out.resolve()  # as the plan keeps it
-    if preset in PAPER:
-        network, schemes = network or PAPER[preset], schemes or ("granq", "layerwise", "per_channel")
-        bits, given = bits or ("3,3", "4,4", "5,5"), ("--data", preset.removeprefix("paper-"), "--preset", "paper")
-        options = (*given, *options)
-    elif preset:
-        options = ("--preset", preset, *options)
     if network or schemes or bits or options or teacher or recipes != ("adadfq",) or seeds != (0,):
         plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
     table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster)
