@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import granq
 from granq.errors import UserError, require
 
 if sys.version_info >= (3, 11):
@@ -149,6 +150,18 @@ def test_lab_keeps_its_token_whatever_the_user_configured(tmp_path: Path) -> Non
             assert answer == 403
         finally:
             lab.kill()
+
+
+def test_one_version_and_one_paper_everywhere() -> None:
+    version, citation, readme = project()["version"], read("CITATION.cff"), read("README.md")
+    assert (
+        granq.__version__ == version and f"\nversion: {version}\n" in citation and f"version = {{{version}}}" in readme
+    )
+    assert f"({version})" in read("CHANGELOG.md") or f"## {version}" in read("CHANGELOG.md")
+    preferred = citation[citation.index("preferred-citation:") : citation.index("references:")]
+    names = re.findall(r"family-names: (\w+), given-names: (\w+)", preferred)
+    assert names and " and ".join(f"{family}, {given}" for family, given in names) in readme
+    assert "2503.18339" in preferred and "2503.18339" in readme
 
 
 def test_extras_hold_what_not_everybody_needs() -> None:
