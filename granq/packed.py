@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from granq.config import QATConfig
 from granq.convert import WeightQuantizer, freeze_ranges, original_weight, weight_quantizer
 from granq.data import DataSpec
-from granq.errors import UserError
+from granq.errors import UserError, one_of
 from granq.files import save_atomically
 from granq.models import build_network
 from granq.qat import quantized
@@ -98,9 +98,8 @@ def _packed_weight(layer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     smaller = width * codes.numel() + 64 * qparams.scale_inv.numel() < 32 * codes.numel()
     if not smaller or not torch.equal(dequantize(codes, *qparams) / step, value):
         return {"": value}, record
-    return {".codes": pack((codes - low).cpu(), width), ".qparams": torch.stack(qparams)}, record | dict(
-        width=width, low=low
-    )
+    record |= {"width": width, "low": low}
+    return {".codes": pack((codes - low).cpu(), width), ".qparams": torch.stack(qparams)}, record
 
 
 @torch.no_grad()
@@ -114,37 +113,31 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     if Path(name).is_dir():
         return load_run(name, device)
     known = {file.stem: file for file in sorted(STUDENTS.glob("*.safetensors"))}
-    if not Path(name).is_file() and str(name) not in known:
-        listed = ", ".join([*known, "FILE.safetensors"])
-        raise UserError(f"{name} holds no run, and there is no student of that name; known: {listed}")
+    if not Path(name).is_file():
+        one_of("student or run", str(name), [*known, "FILE.safetensors"])
     try:
         with safe_open(str(known.get(str(name), name)), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             header = json.loads(file.metadata()["granq"])
-        config, spec = QATConfig.model_validate_json(json.dumps(header["config"])), DataSpec(**header["spec"])
-        facts, records, own = header["facts"], header["layers"], header["facts"]["network"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name} holds no packed student: {str(error)[:200]}") from error
-    if ".py:" in own and not network:
-        raise UserError(f"{name} is of network {own}; name it with --network (load_student: network=)")
-    student = quantized(build_network(network or own, spec.classes), config)
-    weights = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
-    old = {f"{n}.weight": original_weight(layer) for n, layer in _layers(student).items()}
+        records, facts, epoch = (header[key] for key in ("layers", "facts", "epoch"))
+    except (SafetensorError, KeyError, TypeError) as error:  # TypeError: without a header
+        raise UserError(f"{name} holds no student of granq export --format packed: {str(error)[:200]}") from error
+    config, spec = QATConfig.model_validate_json(json.dumps(header["config"])), DataSpec(**header["spec"])
+    if ".py:" in facts["network"] and not network:
+        raise UserError(f"{name} is of network {facts['network']}; name it with --network (load_student: network=)")
+    student = quantized(build_network(network or facts["network"], spec.classes), config)
+    parts = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
     try:
-        student.load_state_dict(old | tensors)
+        student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)
     except RuntimeError as error:
-        raise UserError(f"{name} is not of network {network or own}: {str(error)[:200]}") from error
-    for layer, (value, codes, grid) in weights.items():
-        _set_weight(student.get_submodule(layer), config.scheme, records[layer], value, codes, grid)
+        raise UserError(f"{name} is not of network {network or facts['network']}: {str(error)[:200]}") from error
+    for n, (value, codes, grid) in parts.items():
+        layer: Any = student.get_submodule(n)
+        weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))
+        if codes is not None:
+            found = unpack(codes, records[n]["width"], weight.original.numel()) + records[n]["low"]
+            value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
+        weight.original.copy_(value)
+        weight[0] = PackedWeight(quantizer, config.scheme, grid, records[n]["sqnr_db"])
     freeze_ranges(student)
-    return SavedRun(student.requires_grad_(False).to(device), config, spec, facts, header["epoch"])
-
-
-def _set_weight(layer: Any, scheme: Any, record: dict[str, Any], value: Any, codes: Any, grid: Any) -> None:
-    """Give a layer its weight from the file, and the quantizer that leaves it as it is."""
-    weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))
-    if codes is not None:
-        found = unpack(codes, record["width"], weight.original.numel()) + record["low"]
-        value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
-    weight.original.copy_(value)
-    weight[0] = PackedWeight(quantizer, scheme, grid, record["sqnr_db"])
+    return SavedRun(student.requires_grad_(False).to(device), config, spec, facts, epoch)
