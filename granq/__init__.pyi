@@ -28,6 +28,7 @@ from .measure.activations import measure_activation_distortion as measure_activa
 from .measure.activations import measure_channel_histograms as measure_channel_histograms
 from .measure.activations import measure_channel_scales as measure_channel_scales
 from .measure.activations import measure_scale_maps as measure_scale_maps
+from .measure.allocation import allocate_bits as allocate_bits
 from .measure.audit import audit as audit
 from .measure.audit import summarize_audit as summarize_audit
 from .measure.factorial import measure_granularity_factorial as measure_granularity_factorial
@@ -38,7 +39,9 @@ from .measure.images import measure_synthetic_gap as measure_synthetic_gap
 from .measure.latency import measure_latency_quantizer as measure_latency_quantizer
 from .measure.latency import measure_latency_scaling as measure_latency_scaling
 from .measure.layer_error import measure_layer_error as measure_layer_error
+from .measure.remedies import measure_remedies as measure_remedies
 from .measure.running import sqnr_db as sqnr_db
+from .measure.sensitivity import measure_sensitivity as measure_sensitivity
 from .measure.workbench import Workbench as Workbench
 from .models import build_network as build_network
 from .models import digits_teacher as digits_teacher
@@ -67,6 +70,7 @@ from .show.layers import plot_channel_histogram as plot_channel_histogram
 from .show.layers import plot_channel_scales as plot_channel_scales
 from .show.layers import plot_granularity_maps as plot_granularity_maps
 from .show.layers import plot_layer_error as plot_layer_error
+from .show.layers import plot_sensitivity as plot_sensitivity
 from .show.layers import plot_synthetic_gap as plot_synthetic_gap
 from .show.registry import FIGURES as FIGURES
 from .show.registry import make_figures as make_figures

@@ -34,7 +34,7 @@ def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def watch(
-    model: nn.Module, names: Iterable[str], visit: Callable[[str, Tensor, Any], None], *, before: bool = False
+    model: nn.Module, names: Iterable[str], visit: Callable[[str, Any, Any], None], *, before: bool = False
 ) -> Iterator[None]:
     """Call ``visit(name, input, output)`` at every call of the modules ``names`` within the block.
 
@@ -43,7 +43,7 @@ def watch(
     """
 
     def hook(name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> None:
-        visit(name, args[0] if args else named["input"], output)
+        visit(name, args[0] if args else named.get("input"), output)
 
     with ExitStack() as hooks:
         for name in names:

@@ -16,7 +16,8 @@ from granq.models import build_network, save_teacher
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
+def _same_start(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("GRANQ_DATA", str(tmp_path_factory.getbasetemp() / "cache"))
     torch.manual_seed(0)
     yield
     plt.close("all")

@@ -30,6 +30,7 @@ from granq import (
 from granq.app import commands, jobs, sweep
 from granq.app.cli import main, parse, sentence
 from granq.measure import factorial
+from granq.measure.workbench import BUDGETS
 from granq.runs import RunFolder
 
 SHORT = "--epochs 2 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu"
@@ -282,13 +283,27 @@ def test_audit_command(tmp_path, capsys):
 def test_factorial_command(folder, teacher, tmp_path, capsys, monkeypatch):
     every = factorial.factorial_cells
     monkeypatch.setattr(factorial, "factorial_cells", lambda *given: every(*given)[:9:2])
-    given = f"factorial --data {folder} --network resnet20_cifar10 --teacher {teacher} --bits 2 --iterations 1"
+    given = f"factorial --data {folder} --network resnet20_cifar10 --teacher {teacher} --bits 2"
+    short = dict(epochs=1, iterations=1, warmup_epochs=1, batch_size=4)
+    monkeypatch.setitem(BUDGETS, "full", BUDGETS["full"]._replace(run=short, snapshots=[1]))
     args = [*given.split(), "--device", "cpu", "--json", "--out", str(tmp_path / "f.csv")]
     assert main(args) == 0
     shown = answer(capsys)
     assert shown["cells"] == 5 == len(pd.read_csv(tmp_path / "f.csv")) and shown["images"] == 6
     assert main(args) == 2 and "--resume" in capsys.readouterr().err
     assert main([*args, "--resume"]) == 0
+
+
+def test_sensitivity_command(folder, teacher, tmp_path, capsys):
+    given = f"sensitivity --data {folder} --network resnet20_cifar10 --teacher {teacher} --bits 2,3 --images 4"
+    args = [*given.split(), "--parts", "weights", "--device", "cpu", "--json", "--out", str(tmp_path / "s.csv")]
+    assert main(args) == 0
+    shown, table = answer(capsys), pd.read_csv(tmp_path / "s.csv")
+    assert len(shown["rows"]) == len(table) == 2 * 22 and {*table.images} == {4} and "top1" in table
+    assert {*table.kind} == {"alone"} and {*table.part} == {"weights"} and {*table.source} == {"test"}
+    assert main(args) == 2 and "--resume" in capsys.readouterr().err
+    assert main([*args, "--resume"]) == 0 and pd.read_csv(tmp_path / "s.csv").equals(table)
+    assert main([*args, "--resume", "--bits", "9"]) == 2 and "from 2 to 8" in capsys.readouterr().err
 
 
 def test_figures_command(tmp_path, capsys):

@@ -19,6 +19,7 @@ from granq.measure.activations import measure_activation_distortion, measure_cha
 from granq.measure.factorial import factorial_cells, measure_granularity_factorial
 from granq.measure.images import measure_generated_images, measure_synthetic_gap
 from granq.measure.layer_error import measure_layer_error
+from granq.measure.sensitivity import measure_sensitivity
 from granq.measure.workbench import Workbench, method_name
 from granq.show import registry
 from granq.show.layers import (
@@ -85,6 +86,7 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
         "activation_distortion": measure_activation_distortion(tiny, batches(), ["conv2", "fc"], [3, 4]),
         "channel_scales": pd.concat(scales, ignore_index=True),
         "layer_error": pd.concat(error, ignore_index=True),
+        "sensitivity": measure_sensitivity(tiny, [(x, torch.zeros(4)) for x in batches()], "strict", 2),
         "accuracy_bits": accuracy(),
         "training_curves": history(),
         "synthetic_images": pd.concat([drawn.assign(epoch=e) for e in (1, 2)], ignore_index=True),
@@ -94,8 +96,8 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
     return {name: f.assign(**{k: v for k, v in FACTS.items() if k not in f}) for name, f in made.items()}
 
 
-MEASURED_HERE = ("granularity_maps", "activation_distortion", "channel_scales", "layer_error", "accuracy_bits",
-                 "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
+MEASURED_HERE = ("granularity_maps", "activation_distortion", "channel_scales", "layer_error", "sensitivity",
+                 "accuracy_bits", "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEASURED_HERE)
@@ -174,7 +176,7 @@ def test_latency_factorial_and_true_bits() -> None:
     assert [text.get_text() for text in ax.texts] == ["51.0"] * 4, "seeds are averaged"
     assert ax.collections[0].get_array().tolist() == [[1, 1], [1, 1]], "below the best seed"
     plt.figure()
-    bits = [dict(network=n, scheme="granq", weight_bits=3, bits_per_weight=9.0, quantized_percent=2.0) for n in "ab"]
+    bits = [dict(network=n, scheme="granq", weight_bits=3, true_bits_per_weight=9.0, weights_low_bit=2.0) for n in "ab"]
     ax = plot_true_bits(pd.DataFrame(bits))
     assert ax.collections[0].get_offsets().tolist() == [[9.0, 0.0], [9.0, 1.0]]
 

@@ -125,6 +125,8 @@ COMMANDS = {
     "figures": {"NAME": "nothing", "--budget": "quick", "--seed": "0"},
     "factorial": {"--data": "FOLDER", "--network": "resnet20_cifar10", "--teacher": "/nowhere", "--bits": "2",
                   "--images": "2"},
+    "sensitivity": {"--data": "FOLDER", "--network": "resnet20_cifar10", "--teacher": "/nowhere", "--bits": "2",
+                    "--images": "2", "--kinds": "alone", "--parts": "weights", "--scheme": "strict"},
     "bench": {"WHAT": "quantizer", "--repetitions": "0"},
     "teacher": {"--data": "nothing", "--network": "resnet20_cifar10", "--epochs": "1", "--lr": "0.1", "--seed": "0"},
 }  # fmt: skip

@@ -1,3 +1,5 @@
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -18,7 +20,8 @@ from granq.measure.audit import QUANTIZED_DB
 
 COLUMNS = (
     "layer type weight_shape weights macs weight_granularity levels weight_sqnr_db input_quantized scales "
-    "bits_per_weight bits_per_activation weight_share macs_share status"
+    "bits_per_weight bits_per_activation weight_share macs_share status values_per_scale act_levels act_sqnr_db "
+    "weight_quantized act_quantized"
 ).split()
 
 
@@ -94,7 +97,10 @@ def test_a_relu_module_used_twice_is_two_places():
 @pytest.mark.parametrize("network", ["resnet20_cifar10", "mobilenetv2_w1"])
 def test_strict_leaves_nothing(network, scheme):
     frame = audited(network, scheme)
-    assert frame.low_bit.all() and (frame.levels <= 8).all() and (frame.weight_sqnr_db < 30).all()
+    # the classifier of this MobileNetV2 is a convolution on a 1x1 map: a scale per image and channel rounds nothing
+    idle = {"output"} if (network, scheme) == ("mobilenetv2_w1", "strict") else set()
+    assert set(frame.layer[~frame.low_bit]) == idle == set(frame.layer[frame.bits_per_activation == 32])
+    assert (frame.levels <= 8).all() and (frame.weight_sqnr_db < 30).all()
     assert summarize_audit(frame)["weights_low_bit"] == pytest.approx(100)
 
 
@@ -185,6 +191,8 @@ def test_a_layer_counts_as_quantized_if_every_call_of_it_is():
     summary = summarize_audit(strict.reset_index())
     assert summary["weights_not_quantized"] == pytest.approx(100 * 27 / (81 + 27 + 9 + 12))
     assert "2 tensors of weights belong to no layer that is called" in summary["summary"]
+    products = strict[strict.type == "products"].macs.to_dict()  # in_proj, q times k, attention times v, out_proj
+    assert products == {"attention": 64 * 3 * 9 + 2 * 64 * 64 * 3 + 64 * 3 * 3}
 
 
 class Rows(nn.Module):
@@ -199,9 +207,7 @@ class Rows(nn.Module):
         return self.head(self.inner(x).relu().flatten(1))
 
 
-@pytest.mark.parametrize(
-    ("scheme", "inner"), [("strict", 3 + 64 / 8), ("layerwise", 3 + 64 / (2 * 16 * 8)), ("per_channel", 3 + 64 / 32)]
-)
+@pytest.mark.parametrize(("scheme", "inner"), [("strict", 3 + 64 / 8), ("layerwise", 3), ("per_channel", 3)])
 def test_rows_have_their_own_products_and_scales(scheme, inner):
     frame = audit(quantize_model(Rows(), scheme, 3, 3), torch.randn(2, 3, 4, 4)).set_index("layer")
     assert frame.macs.to_dict() == {"conv": 3 * 8 * 16, "inner": 16 * 8 * 6, "head": 16 * 6 * 5}
@@ -221,3 +227,198 @@ def test_learned_steps_are_no_weights(tiny):
     before = audit(student, images)
     learn_steps(student)
     assert summarize_audit(audit(student, images)) == summarize_audit(before)
+
+
+def sqnr(x, value):
+    return 10 * np.log10(np.square(x).sum() / np.square(x - value).sum())
+
+
+class Shrinking(nn.Module):
+    """Maps of 4x4, 2x2 and 1x1 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(i, 8, 3, 2, 1) for i in (3, 8, 8))
+        self.last = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        for layer in (self.first, self.second, self.third):
+            x = layer(x).relu()
+        return self.last(x).flatten(1)
+
+
+@pytest.mark.parametrize("scheme", ["granq", "strict"])
+def test_a_scale_for_one_value_rounds_nothing(scheme):
+    images, network = torch.randn(2, 3, 8, 8), Shrinking().eval()
+    student = quantize_model(network, scheme, 4, 4)
+    frame = audit(student, images).set_index("layer")
+    seen = {}
+    for name, layer in student.named_children():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].numpy()}))
+    with torch.no_grad():
+        student(images)
+    values = {name: seen[name][0, 0].size for name in ("second", "third", "last")}
+    assert values == {"second": 16, "third": 4, "last": 1}
+    assert frame.values_per_scale[[*values]].tolist() == [16, 4, 1]
+    assert frame.act_quantized[[*values]].tolist() == [True, True, False]
+    assert frame.act_sqnr_db["last"] > 120 and not frame.low_bit["last"] and frame.bits_per_activation["last"] == 32
+    assert frame.bits_per_activation["third"] == 4 + 64 / 4
+    for name in ("second", "third"):
+        groups = seen[name].reshape(16, -1)
+        assert frame.act_levels[name] == max(len(np.unique(group)) for group in groups)
+    macs = pd.Series({"first": 16 * 27 * 8, "second": 4 * 72 * 8, "third": 72 * 8, "last": 40})
+    low = macs[["second", "third"] if scheme == "granq" else ["first", "second", "third"]].sum()
+    summary = summarize_audit(frame.reset_index())
+    assert summary["macs_low_bit"] == pytest.approx(100 * low / macs.sum())
+    assert summary["macs_not_quantized"] == pytest.approx(100 - summary["macs_low_bit"])
+    off = 100 - 100 * low / macs.sum()
+    if scheme == "strict":
+        assert summary["summary"].endswith(f"not quantized: {off:.1f} % of MACs on inputs in full precision (last)")
+    else:  # a kernel of one number is left alone, too
+        assert "on inputs in full precision (first), " in summary["summary"]
+        assert summary["summary"].endswith(" % of MACs on both in full precision (last)")
+
+
+def test_static_ranges_round_a_map_of_one_pixel():
+    """Their scale serves other images too, even if it was calibrated on the one value that is here."""
+    frame = audit(quantize_model(Shrinking(), "foldable", 4, 4), torch.randn(1, 3, 8, 8))
+    assert frame.low_bit.all()
+
+
+def test_resnet18_at_32_pixels():
+    torch.manual_seed(0)
+    student = quantize_model(torchvision.models.resnet18(), "strict", 4, 4)
+    frame = audit(student, torch.randn(2, 3, 32, 32)).set_index("layer")
+    idle = {"layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"}
+    assert set(frame.index[~frame.low_bit]) == idle == set(frame.index[frame.values_per_scale == 1])
+    assert frame.weight_share[[*idle]].sum() == pytest.approx(3 * 512 * 512 * 9 / 11_678_912, rel=1e-6)
+    summary = summarize_audit(frame.reset_index())
+    assert summary["macs_low_bit"] == pytest.approx(100 - 100 * 3 * 512 * 512 * 9 / frame.macs.sum())
+    assert "18.9 % of MACs on inputs in full precision (layer4.0.conv2 and 2 more)" in summary["summary"]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind()
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    """Patches of 2x2 pixels: 16 tokens of 8 features, two heads; a table of weights that no layer owns."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.blocks = nn.Conv2d(3, 8, 2, 2), nn.ModuleList([Attention(), Attention()])
+        self.table = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.linear(x.mean(1), self.table)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_every_multiply_add_is_counted_where_it_happens(traced):
+    network, images = Transformer().eval(), torch.randn(3, 3, 8, 8)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    frame = audit(quantize_model(network, "strict", 4, 4) if traced else network, images)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    products = frame[frame.type == "products"]
+    # q k and attention times v: 2 heads, 16 x 16 pairs, 4 features each
+    counted = {"blocks.0": 2 * 2 * 256 * 4, "blocks.1": 2 * 2 * 256 * 4, "Transformer": 5 * 8}
+    assert dict(zip(products.layer, products.macs, strict=True)) == counted
+    assert set(products.status) == {"not a layer: not quantized"} and not products.low_bit.any()
+    layers = 16 * 12 * 8 + 2 * 16 * (8 * 24 + 8 * 8)
+    assert frame.macs.sum() == layers + sum(counted.values()) and frame.macs_share.sum() == pytest.approx(1)
+    summary = summarize_audit(frame)
+    assert summary["macs_low_bit"] == pytest.approx(100 * layers / frame.macs.sum() if traced else 0)
+    share = 100 * sum(counted.values()) / frame.macs.sum()
+    assert f"{share:.1f} % of MACs outside of layers (blocks.0 and 2 more)" in summary["summary"]
+
+
+class Shift(nn.Module):
+    """A map with a given offset; its first channels are dead."""
+
+    def __init__(self, offset, dead):
+        super().__init__()
+        self.conv, self.offset, self.dead = nn.Conv2d(4, 2, 1), offset, dead
+
+    def forward(self, x):
+        return self.conv(torch.relu((x + self.offset) * (torch.arange(4) >= self.dead).view(1, 4, 1, 1)))
+
+
+@pytest.mark.parametrize("dead", [0, 3, 4])
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("pixels", [2, 8])
+def test_neither_dead_channels_nor_an_offset_make_a_quantizer_exact(dead, offset, pixels):
+    """Without noise, or with little of it for the size of the values, the SQNR alone would call it untouched."""
+    torch.manual_seed(1)
+    frame = audit(quantize_model(Shift(offset, dead), "granq", 3, 3), images := torch.randn(2, 4, pixels, pixels))
+    x = np.maximum((images + offset).numpy() * (np.arange(4) >= dead).reshape(1, 4, 1, 1), 0)
+    assert frame.act_quantized[0] and frame.act_levels[0] == (1 if dead == 4 else frame.act_levels[0]) <= 9
+    if dead == 4:
+        assert np.isnan(frame.act_sqnr_db[0])
+    elif offset:
+        assert frame.act_sqnr_db[0] > QUANTIZED_DB
+    else:
+        low, high = (f(axis=(2, 3), keepdims=True) for f in (x.min, x.max))
+        scale = 7 / np.maximum(high - low, 1e-8)
+        zero = np.round(scale * low) + 4
+        value = (np.round(scale * x - zero) + zero) / scale
+        assert frame.act_sqnr_db[0] == pytest.approx(sqnr(x.astype(float), value), abs=0.01)
+
+
+def test_a_head_of_zeros_is_quantized():
+    """So do many networks start; zero has a code."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    nn.init.zeros_(network[3].weight)
+    assert audit(quantize_model(network, "strict", 3, 3), torch.randn(2, 3, 8, 8)).low_bit.all()
+
+
+@pytest.mark.parametrize("scheme", ["granq", "strict"])
+def test_a_student_inside_another_module_is_the_same_student(scheme):
+    """Such as after a normalization: nobody has traced the whole."""
+    student, images = quantize_model(Joined(), scheme, 3, 3), torch.randn(2, 3, 8, 8)
+    alone, inside = (audit(model, images) for model in (student, nn.Sequential(nn.Identity(), student)))
+    for column in ("low_bit", "macs", "act_quantized", "bits_per_activation", "act_sqnr_db"):
+        assert alone[column].tolist() == inside[column].tolist()
+    assert alone.act_quantized.any()
+
+
+def test_a_mean_of_quantized_values_is_not_quantized_and_a_module_of_ones_own_that_keeps_them_is():
+    class Pool(nn.Module):
+        def __init__(self, mean):
+            super().__init__()
+            self.mean, self.conv, self.last = mean, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.conv(x).relu().unfold(2, 2, 2).unfold(3, 2, 2)
+            return self.last(x.mean((4, 5)) if self.mean else x[..., 0, 1])
+
+    found = [audit(quantize_model(Pool(mean), "granq", 3, 3), torch.randn(2, 3, 8, 8)) for mean in (True, False)]
+    assert [frame.act_quantized.tolist() for frame in found] == [[False, False], [False, True]]
+
+
+def test_half_precision_is_refused(tiny):
+    """In 16 bits means of quantized values would hold only numbers that some place has given, too."""
+    with pytest.raises(UserError, match="the audit needs float32, got torch.bfloat16"):
+        audit(tiny.bfloat16(), torch.randn(2, 3, 8, 8).bfloat16())
+
+
+def test_a_network_whose_output_is_no_tensor_and_whose_backbone_is_not_downloaded(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a download")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    network = build_network("lraspp_mobilenet_v3_large", 4)
+    frame = audit(network, torch.randn(1, 3, 32, 32))
+    assert frame.macs.sum() > 0 and not frame.low_bit.any()
+    with pytest.raises(UserError, match="cannot trace SSD"):
+        quantize_model(build_network("ssdlite320_mobilenet_v3_large", 4), "strict", 3, 3)

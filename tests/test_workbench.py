@@ -49,6 +49,16 @@ def test_the_zero_shot_run_keeps_snapshots(bench: Workbench) -> None:
     assert bench.zero_shot[0] is generator
 
 
+def test_the_zero_shot_run_is_made_once(bench: Workbench, monkeypatch) -> None:
+    first = next(bench.synthetic())
+    monkeypatch.setattr(workbench, "train", None)  # whoever calls it fails
+    again = Workbench(device="cpu")
+    assert torch.equal(next(again.synthetic()), first)
+    pd.testing.assert_frame_equal(again.zero_shot[2], bench.zero_shot[2])
+    with pytest.raises(TypeError):
+        _ = Workbench(device="cpu", seed=1).zero_shot
+
+
 def test_finished_runs_are_read(bench: Workbench, tiny: nn.Module, tmp_path: Path) -> None:
     config = QATConfig(**RUN, image_size=8, scheme="strict", seed=3)
     train(tiny, config, out=tmp_path / "run", facts={"network": "resnet20_cifar10"})

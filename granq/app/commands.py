@@ -11,7 +11,6 @@ from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
 from granq.app.jobs import Data, Network, TeacherFile, parse_bits
-from granq.config import QATConfig
 from granq.errors import UserError
 from granq.schemes import check_bits
 
@@ -146,8 +145,8 @@ def audit(
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_csv(out, frame)
     else:
-        shown = ["layer", "weight_shape", "levels", "weight_sqnr_db", "input_quantized", "bits_per_weight", "status"]
-        print(frame[shown].round(1).to_string(index=False))
+        shown = "layer weight_shape levels weight_sqnr_db input_quantized act_sqnr_db bits_per_weight status"
+        print(frame[shown.split()].round(1).to_string(index=False))
         result["layers"] = _records(frame)
     if fail_under is not None and result["weights_low_bit"] < fail_under:
         result["failed"] = f"{result['summary']}, fewer than the {fail_under} % of --fail-under"
@@ -157,41 +156,71 @@ def audit(
 def factorial(
     *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
     bits: str = "2,3,4,5,8", images: Annotated[int, Field(ge=2)] | None = None, seeds: Count = 1,
-    iterations: Count = 100, resume: bool = False, device: Device = "auto",
+    resume: bool = False, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure the accuracy of every weight granularity with every activation granularity.
 
     Args:
         out: CSV, a row for every finished cell
-        run: granq quantize run whose generator calibrates; without it one is warmed up
+        run: granq quantize run whose generator calibrates; without it a short one is made
         bits: widths, of weights and activations alike
         images: test images, drawn with seed 0; by default all
-        iterations: of an epoch of that warm-up
         resume: measure the cells that --out lacks
     """
     from granq.measure import factorial as cells
 
+    source: Result = dict(data=data, network=network, teacher=teacher, device=device)
+    widths, shared, facts = _grown_table(out, resume, bits, run, source)
+    count = min(images or len(shared.test), len(shared.test))
+    generator = shared.zero_shot[0]
+    facts["generator"] = run.name if run else "of a short run"
+    frame = granq.measure_granularity_factorial(
+        shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
+        lambda seed: granq.generated_batches(generator, seed), facts=facts, out=out,
+    )  # fmt: skip
+    return {"out": str(out), "images": count, **facts, "cells": len(frame), "rows": _records(frame)}
+
+
+def sensitivity(
+    *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
+    scheme: str = "strict", bits: str = "3", images: Count = 256, kinds: Words = ("alone",),
+    parts: Words = ("weights", "activations", "both"), resume: bool = False, device: Device = "auto",
+) -> Result:  # fmt: skip
+    """Measure what the quantization of every layer costs.
+
+    Args:
+        out: CSV, a row for every layer, kind, part and width
+        run: granq quantize run whose generator draws the images; without it they are test images, with labels
+        bits: widths, of weights and activations alike
+        kinds: alone (one layer quantized), all_but (all the others), patched (all, with a clean input for one layer)
+        images: how many
+        resume: measure what --out lacks
+    """
+    source: Result = dict(data=data, network=network, teacher=teacher, device=device)
+    widths, shared, facts = _grown_table(out, resume, bits, run, source)
+    facts["source"] = f"generated, {run.name}" if run else "test"
+    drawn = granq.generated_batches(shared.zero_shot[0], 0, images, 32) if run else shared.sample(0, images, 32)
+    how: Result = dict(kinds=kinds, parts=parts, facts=facts, out=out)
+    frame = granq.measure_sensitivity(shared.teacher, list(drawn), scheme, widths, **how)
+    worst = frame.sort_values("kl", ascending=False)[["layer", "kind", "part", "bits", "kl", "agreement"]]
+    print(worst.head(10).to_string(index=False))
+    return {"out": str(out), **facts, "rows": _records(frame)}
+
+
+def _grown_table(
+    out: Path, resume: bool, bits: str, run: Path | None, source: Result
+) -> tuple[list[int], granq.Workbench, Result]:
+    """Return widths, workbench and provenance of a measurement that writes row after row into ``out``."""
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
     widths = [int(b) if b.isdecimal() else 0 for b in bits.split(",")]
     check_bits(*widths)
     if len(set(widths)) < len(widths):
         raise UserError(f"--bits names a width twice: {bits}")
-    shared = granq.Workbench(
-        "full", data=data, network=network, teacher=teacher, runs=[run] if run else [], device=device
-    )
-    count = min(images or len(shared.test), len(shared.test))
-    warm: Result = dict(epochs=4, warmup_epochs=4, iterations=iterations)
-    config = QATConfig(**warm, image_size=shared.spec.image_size, device=shared.device)
-    generator = shared.zero_shot[0] if run else granq.train(shared.teacher, config).generator
-    facts = {k: v for k, v in shared.facts().items() if k not in ("budget", "seed")}
-    facts["generator"] = run.name if run else f"warm-up of 4 x {iterations} iterations"
+    shared = granq.Workbench("full", runs=[run] if run else [], **source)
+    facts = {name: fact for name, fact in shared.facts().items() if name not in ("budget", "seed")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    frame = granq.measure_granularity_factorial(
-        shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
-        lambda seed: granq.generated_batches(generator, seed), facts=facts, out=out,
-    )  # fmt: skip
-    return {"out": str(out), "images": count, **facts, "cells": len(frame), "rows": _records(frame)}
+    return widths, shared, facts
 
 
 def export(
@@ -329,4 +358,6 @@ def _records(frame: Any) -> list[Result]:
     return json.loads(frame.to_json(orient="records"))
 
 
-COMMANDS = {f.__name__: f for f in (demo, teacher, evaluate, audit, factorial, export, sweep, figures, bench)}
+COMMANDS = {
+    f.__name__: f for f in (demo, teacher, evaluate, audit, factorial, sensitivity, export, sweep, figures, bench)
+}

@@ -1,154 +1,251 @@
-"""What a quantized model really quantizes: one row per layer, measured on its weights and on one forward."""
+"""What a quantized model really quantizes: one row per layer, measured on its weights and on its activations."""
 
 import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.backends import mha
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from granq import convert
-from granq.convert import ActQuantizer, WeightQuantizer
+from granq.convert import ActQuantizer, Quantizer, WeightQuantizer
 from granq.errors import UserError
-from granq.graph import LAYERS, module_of
-from granq.hooks import eval_mode
+from granq.graph import LAYERS
+from granq.hooks import eval_mode, watch
 from granq.measure import running
 from granq.packed import PackedWeight
 from granq.quantizer import min_max
 
-QUANTIZED_DB = 60.0  #: above this SQNR a weight is not quantized: 8 bits give about 50 dB, untouched kernels 150
-# After these a quantized value still lies on its grid; averages, sums and BatchNorm leave it.
-_KEEP_GRID = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.PixelShuffle, nn.ChannelShuffle)
-_METHODS = set("flatten view reshape permute transpose squeeze unsqueeze contiguous chunk split".split())
-_FUNCTIONS = {getattr(torch, name, None) for name in _METHODS} | {F.max_pool2d, F.dropout, operator.getitem}
-_JOINS = {torch.cat, torch.concat, torch.stack}
+QUANTIZED_DB = 60.0  #: above this SQNR nothing is quantized: 8 bits give about 50 dB, untouched values 150
 _SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
 _KINDS = (*LAYERS, nn.modules.conv._ConvNd)
-Place = tuple[str, ActQuantizer]
+Measured = tuple[int, int, float, bool]  # of a quantizer: values per scale, levels, SQNR in dB, whether it rounds
 
 
 @torch.no_grad()
 def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
-    """Measure every convolution, every linear layer and every other tensor of weights of ``model``, none skipped.
+    """Measure every convolution, linear layer and other tensor of weights of ``model``, and every other product.
 
     Args:
         model: a model from ``quantize_model``, or any other (whose layers then count as not quantized). It stays as it
             is; tracked ranges that are still unset are those of ``example``.
-        example: images (N, 3, H, W); one forward counts multiply-accumulates and scales.
+        example: images (N, 3, H, W), on which activations are measured and multiply-accumulates counted.
 
     Returns:
         Columns layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_granularity ("" if
         full precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if
         untouched), input_quantized (place, "" if full precision), scales (of the weight), bits_per_weight and
-        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group; 32 if not quantized),
-        weight_bits and act_bits (nominal, 0 if full precision), low_bit (weights and input both really quantized),
-        status ("", or: grouped, depthwise, transposed: not quantized, shared with <name>, not reached (not called,
-        though its weight may be read), not a layer: not quantized; of the latter two MACs are not counted),
-        weight_share, macs_share (0 to 1).
+        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group, unless it is a static
+        one of activations; 32 if not quantized), weight_bits and act_bits (nominal, 0 if full precision),
+        values_per_scale, act_levels and act_sqnr_db (of the place), weight_quantized and act_quantized (as measured: a
+        scale for one value rounds nothing), low_bit (both), status ("", or: grouped, depthwise, transposed: not
+        quantized, shared with <name>, not reached (not called, though its weight may be read), not a layer: not
+        quantized, for weights and for the products of attention), weight_share, macs_share (of all, 0 to 1).
     """
-    names = [n for n, m in model.named_modules() if isinstance(m, (*_KINDS, ActQuantizer))]  # of two names the first
-    if not names:
+    if not any(isinstance(module, _KINDS) for module in model.modules()):
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to audit")
-    seen: dict[nn.Module, Any] = {}  # of a layer MACs of all images, of a quantizer scales for each value
-
-    def visit(name: str, x: Tensor, output: Tensor) -> None:
-        module: Any = model.get_submodule(name)
-        if isinstance(module, ActQuantizer):
-            seen[module] = min_max(module.groups(x), module.granularity)[0].numel() / x.numel()
-        else:  # every output is a sum over the kernel of its group
-            sums = x if getattr(module, "transposed", False) else output
-            seen[module] = seen.get(module, 0) + sums.numel() * module.weight[0].numel()
-
+    if (weight := next(model.parameters())).dtype.itemsize < 4:  # so few values do not tell where they come from
+        raise UserError(f"the audit needs float32, got {weight.dtype}: pass model.float()")
     unset = any(place.tracked and not place.seen for place in convert.activation_places(model).values())
     before = {name: value.clone() for name, value in model.state_dict().items()} if unset else {}
     with eval_mode(model), convert.frozen_ranges(model):
         try:
             if unset:
-                convert.calibrate(model, [example])
-            images = running.run(model, [example], "audit", names, visit)
-            frame = pd.DataFrame(_rows(model, seen, images))
+                convert.calibrate(model, [example.to(weight.device)])
+            sources, macs = _forward(model, example), _multiply_adds(model, example.to(weight.device))
+            frame = pd.DataFrame(_rows(model, sources, macs))
         finally:
             model.load_state_dict(before, strict=False)
+    frame["macs"] //= len(example)
     frame["weight_share"] = frame.weights / max(frame.weights.sum(), 1)
     frame["macs_share"] = frame.macs / max(frame.macs.sum(), 1)
     return frame
 
 
 def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
-    """Return percentages (weights_low_bit, macs_low_bit, weights_not_quantized), layer counts and a sentence."""
-    weights = 100 * frame.weight_share[frame.weight_sqnr_db < QUANTIZED_DB].sum()
+    """Return what ``audit`` found in numbers and in a sentence.
+
+    Percentages weights_low_bit, macs_low_bit, weights_not_quantized, macs_not_quantized; true bits per weight and per
+    activation (mean over the operands of all multiply-adds); layers, layers_input_quantized (counts).
+    """
+    weights = 100 * frame.weight_share[frame.weight_quantized].sum()
     wide = frame.low_bit & (frame.act_bits > frame.act_bits[frame.low_bit].min())  # an image with bits of its own
     macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     bits = sorted(set(frame.weight_bits[frame.weight_bits > 0])) or ["low"]
     text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
     if wide.any():
         text += f", {100 * frame.macs_share[wide].sum():.1f} % on inputs of {frame.act_bits[wide].max()} bits"
+    off = frame[~frame.low_bit & (frame.macs > 0)].sort_values("macs_share", ascending=False, kind="stable")
+    kinds = ("outside of layers", "on weights in full precision", "on inputs in full precision")
+    what = np.select([off.weights == 0, off.act_quantized, off.weight_quantized], kinds, "on both in full precision")
+    parts = [
+        f"{100 * rows.macs_share.sum():.1f} % of MACs {kind} ({rows.layer.iloc[0]}"
+        + (f" and {len(rows) - 1} more)" if len(rows) > 1 else ")")
+        for kind, rows in off.groupby(what, sort=False)
+    ]
+    text += f"; not quantized: {', '.join(parts)}" if parts else ""
     if uncalled := int(((frame.macs == 0) & (frame.weights > 0)).sum()):
-        text += f"; {uncalled} tensors of weights belong to no layer that is called, and their MACs are not counted"
+        text += f"; {uncalled} tensors of weights belong to no layer that is called"
     return {
         "weights_low_bit": float(weights),
         "macs_low_bit": float(macs),
-        "weights_not_quantized": float(100 - weights),
+        "weights_not_quantized": float(100 * frame.weight_share[~frame.weight_quantized].sum()),
+        "macs_not_quantized": float(100 * off.macs_share.sum()),
         "true_bits_per_weight": float((frame.bits_per_weight * frame.weight_share).sum()),
-        "layers": len(frame),
-        "layers_input_quantized": int((frame.input_quantized != "").sum()),
+        "true_bits_per_activation": float((frame.bits_per_activation * frame.macs_share).sum()),
+        "layers": int((frame.type != "products").sum()),
+        "layers_input_quantized": int(frame.act_quantized.sum()),
         "summary": text,
     }
 
 
-def _rows(model: nn.Module, seen: dict[nn.Module, Any], images: int) -> Iterator[dict[str, Any]]:
-    """Yield a row for each layer, and for weights that belong to none, such as those of attention and embeddings."""
-    sources, first = _sources(model), dict[nn.Module, str]()
+def _measure(quantizer: Quantizer, x: Tensor, value: Tensor) -> Measured:
+    """Compare what enters and what leaves a quantizer: (N, C, H, W), (N, F) or a weight."""
+    groups = min_max(x, quantizer.granularity)[0]
+    kept = [dim for dim, size in enumerate(groups.shape) if size > 1]
+    order = [*range(len(kept))]
+    before, after = (t.movedim(kept, order).reshape(groups.numel(), -1).cpu() for t in (x, value))
+    ordered = np.sort(after.numpy(), 1)  # several times as fast as torch's; up to 10^-4 of their range values are equal
+    step = 1e-4 * np.maximum(ordered[:, -1:] - ordered[:, :1], 1e-30)
+    levels = 1 + int((np.diff(ordered, axis=1) > step).sum(1).max())
+    count, spread = before.shape[1], before - before.amin(1, keepdim=True)  # an offset of all is no signal
+    if levels <= 2**quantizer.bits + 1 < count:  # on a grid, even if a dead channel left nothing to round
+        really = True
+    elif spread.any():
+        really = bool(running.sqnr_db(spread, spread + after - before, (0, 1)) < QUANTIZED_DB)
+    else:  # a single value under its own scale is not rounded; a tracked range also serves other images
+        really = count > 1 or getattr(quantizer, "tracked", False)
+    return count, levels, running.sqnr_db(before, after, (0, 1)).item(), really
+
+
+def _forward(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[ActQuantizer, Measured] | None]:
+    """Return for every layer that is reached the place whose values it reads; ``None`` if a call of it reads others.
+
+    Of several places it is the one with most bits.
+    """
+    places: dict[ActQuantizer, Measured] = {}
+    grids: dict[ActQuantizer, np.ndarray] = {}
+    inputs: dict[nn.Module, list[list[ActQuantizer]]] = {}
+
+    def visit(name: str, x: Tensor, output: Tensor) -> None:
+        module = model.get_submodule(name)
+        if isinstance(module, ActQuantizer):
+            places[module] = _measure(module, module.groups(x), module.groups(output))
+            grids[module] = np.append(grids.pop(module, ()), np.unique(output.cpu()))
+        else:
+            inputs.setdefault(module, []).append(_origins(x, grids))
+
+    def widest(calls: list[list[ActQuantizer]]) -> tuple[ActQuantizer, Measured] | None:
+        found = [(place, places[place]) for call in calls for place in call]
+        return max(found, key=lambda one: (not one[1][-1], one[0].bits)) if all(calls) else None
+
+    names = [n for n, m in model.named_modules() if isinstance(m, (*_KINDS, ActQuantizer))]  # of two names the first
+    running.run(model, [images], "audit", names, visit)
+    return {layer: widest(calls) for layer, calls in inputs.items()}
+
+
+def _origins(x: Tensor, grids: dict[ActQuantizer, np.ndarray]) -> list[ActQuantizer]:
+    """Return the places that gave all values of ``x``: views, maxima, joins and zero padding, but no averages."""
+    left, found = np.unique(x.cpu()), list[ActQuantizer]()
+    left = left[left != 0] if left.any() else left
+    if not np.isin(left, np.concatenate([left[:0], *grids.values()])).all():
+        return found
+    while len(left):  # first the place with most of these values, the latest of equals, then the next for the rest
+        hits = {place: np.isin(left, grid) for place, grid in reversed(grids.items())}
+        found.append(max(hits, key=lambda place: int(hits[place].sum())))
+        left = left[~hits[found[-1]]]
+    return found
+
+
+def _multiply_adds(model: nn.Module, images: Tensor) -> Counter[str]:
+    """Count the multiply-adds of a forward by the name of the innermost module that computes them."""
+    counts, inside = Counter[str](), [""]
+
+    def enter(name: str, *call: Any) -> None:
+        counts[inside[-1]] += counter.get_total_flops() // 2 - counts.total()
+        inside.append(name)
+
+    def leave(*call: Any) -> None:
+        enter("")
+        del inside[-2:]
+
+    class Nodes(fx.Interpreter):
+        """Give what was traced through the forward of a module back to it."""
+
+        def run_node(self, n: fx.Node) -> Any:
+            enter([name for name, _ in [("", None), *n.meta.get("nn_module_stack", {}).values()]][-1])
+            value = super().run_node(n)
+            leave()
+            return value
+
+    names, fast = [name for name, _ in model.named_modules() if name], mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)  # the counter knows neither it nor the fused kernels of attention
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with watch(model, names, enter, before=True), watch(model, names, leave):
+                (Nodes(model).run if isinstance(model, fx.GraphModule) else model)(images)
+            enter("")
+    finally:
+        mha.set_fastpath_enabled(fast)
+    return counts
+
+
+def _rows(
+    model: nn.Module, sources: dict[nn.Module, tuple[ActQuantizer, Measured] | None], macs: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each layer, then for weights that belong to none, and for products that happen in none."""
+    first, names = dict[nn.Module, str](), {place: n for n, place in convert.activation_places(model).items()}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, _KINDS):
-            row = _layer_row(name, layer, sources.get(layer), seen)
+            row = _row(name, type(layer).__name__.removeprefix("Parametrized"), layer.weight) | _of_weight(layer)
+            if source := sources.get(layer):
+                row |= dict(input_quantized=names[source[0]], act_bits=source[0].bits)
+                row["values_per_scale"], row["act_levels"], row["act_sqnr_db"], row["act_quantized"] = source[1]
+                if row["act_quantized"]:  # a static scale is kept once, whatever the number of images
+                    per_value = 0 if source[0].tracked else _SCALE_BITS / row["values_per_scale"]
+                    row["bits_per_activation"] = row["act_bits"] + per_value
+            row["low_bit"] = row["weight_quantized"] and row["act_quantized"]
             if first.setdefault(layer, name) == name:
-                yield row | {"macs": seen.get(layer, 0) // images, "status": _status(layer, layer in seen)}
+                yield row | {"macs": macs[name], "status": _status(layer, layer in sources)}
             else:  # counted under its first name only
                 yield row | {"weights": 0, "status": f"shared with {first[layer]}"}
     owners = [m for m in model.modules() if isinstance(m, (*_KINDS, WeightQuantizer, ActQuantizer))]
     known = {id(p) for module in owners for p in module.parameters()}
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1 and id(weight) not in known:
-            yield _row(name, "Parameter", weight) | {"status": "not a layer: not quantized"}
+    rest = [_row(n, "Parameter", p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in known]
+    for name in macs:
+        if macs[name] and not isinstance(model.get_submodule(name), _KINDS):
+            rest.append(_row(name or type(model).__name__, "products", torch.empty(0)) | {"macs": macs[name]})
+    yield from (row | {"status": "not a layer: not quantized"} for row in rest)
 
 
 def _row(name: str, kind: str, weight: Tensor) -> dict[str, Any]:
-    """Return a row of weights in full precision."""
+    """Return a row in full precision."""
     row = dict(layer=name, type=kind, weight_shape="x".join(map(str, weight.shape)), weights=weight.numel(), macs=0)
     row |= dict(weight_granularity="", levels=0, weight_sqnr_db=math.inf, input_quantized="", scales=0)
-    row |= dict(bits_per_weight=32.0, bits_per_activation=32.0, weight_bits=0, act_bits=0, low_bit=False, status="")
-    return row
+    row |= dict(bits_per_weight=32.0, bits_per_activation=32.0, weight_bits=0, act_bits=0)
+    row |= dict(values_per_scale=0, act_levels=0, act_sqnr_db=math.inf, weight_quantized=False, act_quantized=False)
+    return row | dict(low_bit=False, status="")
 
 
-def _layer_row(name: str, layer: Any, source: Place | None, seen: dict[nn.Module, Any]) -> dict[str, Any]:
-    weight, quantizer = layer.weight, convert.weight_quantizer(layer)
-    row = _row(name, type(layer).__name__.removeprefix("Parametrized"), weight)
-    if quantizer:
-        original = convert.original_weight(layer)
-        groups = min_max(original, quantizer.granularity)[0].numel()
-        sqnr = running.sqnr_db(original, weight, tuple(range(weight.dim()))).item()
-        sqnr = quantizer.sqnr_db if isinstance(quantizer, PackedWeight) else sqnr
-        row |= dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits, scales=groups)
-        # a folded weight has its levels in units of the input steps, which are 1 otherwise
-        row |= dict(levels=_levels(weight * quantizer.input_step(original), groups), weight_sqnr_db=sqnr)
-        if sqnr < QUANTIZED_DB:
-            row["bits_per_weight"] = quantizer.bits + _SCALE_BITS * groups / weight.numel()
-    if source:
-        row["input_quantized"], place = source
-        row |= dict(act_bits=place.bits, bits_per_activation=place.bits + _SCALE_BITS * seen[place])
-        row["low_bit"] = row["weight_sqnr_db"] < QUANTIZED_DB
-    return row
-
-
-def _levels(weight: Tensor, groups: int) -> int:
-    """Count distinct values in the group that has most; equal up to one part in 10^4 of the group's range."""
-    rows = running.where_float64_is(weight.reshape(groups, -1)).double()
-    step = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)).clamp_min(1e-30) * 1e-4
-    return int(((rows.sort(1).values.diff(dim=1) > step).sum(1) + 1).max())
+def _of_weight(layer: Any) -> dict[str, Any]:
+    """Return what a row says of a quantized weight; a folded one has its levels in units of the input steps."""
+    quantizer, original, weight = convert.weight_quantizer(layer), convert.original_weight(layer), layer.weight
+    if quantizer is None:
+        return {}
+    row = dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits)
+    row["weight_sqnr_db"] = running.sqnr_db(original.flatten(), weight.flatten(), (0,)).item()
+    step = quantizer.input_step(original)
+    values, row["levels"], _, row["weight_quantized"] = _measure(quantizer, original * step, weight * step)
+    if isinstance(quantizer, PackedWeight):  # what was quantized is gone: the file says how well
+        row |= {"weight_sqnr_db": quantizer.sqnr_db, "weight_quantized": quantizer.grid is not None}
+    bits = quantizer.bits + _SCALE_BITS / values if row["weight_quantized"] else 32.0
+    return row | dict(scales=weight.numel() // values, bits_per_weight=bits)
 
 
 def _status(layer: Any, reached: bool) -> str:
@@ -158,28 +255,3 @@ def _status(layer: Any, reached: bool) -> str:
         return "transposed: not quantized" if layer.transposed else "not quantized"
     groups = getattr(layer, "groups", 1)
     return "" if groups == 1 else "depthwise" if groups == layer.in_channels else "grouped"
-
-
-def _sources(model: nn.Module) -> dict[nn.Module, Place]:
-    """Return the place whose grid every layer reads; those that read off the grid in one of their calls are absent."""
-
-    def grid(node: fx.Node) -> Place | None:
-        module = module_of(model, node)
-        if isinstance(module, ActQuantizer):
-            return str(node.target).removeprefix("act_quant."), module
-        if node.target in _JOINS:
-            return _widest([grid(part) for part in node.all_input_nodes])
-        kept = isinstance(module, _KEEP_GRID) or (node.op == "call_method" and node.target in _METHODS)
-        return grid(node.all_input_nodes[0]) if kept or node.target in _FUNCTIONS else None
-
-    found: dict[nn.Module, list[Place | None]] = {}
-    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
-        layer = module_of(model, node)
-        if isinstance(layer, LAYERS):
-            found.setdefault(layer, []).append(grid(node.all_input_nodes[0]))
-    return {layer: widest for layer, inputs in found.items() if (widest := _widest(inputs))}
-
-
-def _widest(places: Sequence[Place | None]) -> Place | None:
-    """Return the place with most bits; none if one is off the grid."""
-    return max(places, key=lambda place: place[1].bits if place else math.inf)

@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from granq.convert import calibrate, frozen_ranges, quantize_model
-from granq.errors import UserError
 from granq.files import write_csv
 from granq.measure import running
 from granq.schemes import Scheme
@@ -70,11 +69,7 @@ def measure_granularity_factorial(
     """
     reference = _correct(model, batches)
     known = {"images": len(reference), "batch_size": max(len(labels) for _, labels in batches)} | (facts or {})
-    rows = pd.read_csv(out).to_dict("records") if out and out.is_file() else []
-    for name in known.keys() - {"torch", "device", "commit"} if rows else ():
-        old, new = rows[0][name], known[name]
-        if not (old == new if isinstance(new, str) else np.isclose(old, new, rtol=1e-5)):
-            raise UserError(f"{out} was measured with {name} {old}, not {new}; choose another file")
+    rows = running.kept_rows(out, known)
     found = {tuple(row[name] for name in Cell._fields) for row in rows}
     for cell in tqdm([c for c in cells if c not in found], desc="factorial", unit="cell"):
         weights, activations = (None if g == "full" else g for g in cell[:2])

@@ -1,18 +1,18 @@
 """The error of every layer's output under quantization: of the layer alone, and with everything before it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, cycle, islice, product
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from granq.convert import calibrate, layer_quantizers, quantize_model
 from granq.errors import one_of
 from granq.graph import layer_names
-from granq.hooks import Batch, images_of, watch
+from granq.hooks import Batch, eval_mode, images_of, watch
 from granq.measure import running
 from granq.schemes import Scheme
 
@@ -20,9 +20,9 @@ MODES = ("local", "accumulated")
 
 
 def measure_layer_error(
-    model: nn.Module, batches: Iterable[Batch], schemes: Sequence[str | Scheme], bits: int | tuple[int, int], *,
-    per_channel: bool = False, layers: Sequence[str] | None = None, modes: Sequence[str] = MODES,
-    calibration: Iterable[Batch] | None = None,
+    model: nn.Module, batches: Iterable[Batch], schemes: Sequence[str | Scheme] | Mapping[str, nn.Module],
+    bits: int | tuple[int, int] = 0, *, per_channel: bool = False, layers: Sequence[str] | None = None,
+    modes: Sequence[str] = MODES, calibration: Iterable[Batch] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure the error of every layer's output under quantization, against the full-precision output.
 
@@ -32,8 +32,9 @@ def measure_layer_error(
 
     Args:
         model: the full-precision network.
-        schemes: names, or schemes of one's own.
-        bits: bit width, or (weights, activations).
+        schemes: names, or schemes of one's own; or networks that are quantized already, by whomever, under a name:
+            their layers have the names of ``model``'s, and quantize their inputs themselves.
+        bits: bit width, or (weights, activations); of networks that are quantized already it is only repeated.
         per_channel: one row per output channel instead of one per layer.
         layers: names; all Conv2d and Linear layers by default.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
@@ -50,8 +51,9 @@ def measure_layer_error(
     images = (images_of(batch).to(device) for batch in batches)
     first = list(islice(images, 1))
     warm = first if calibration is None else [images_of(batch).to(device) for batch in calibration]
-    students = {str(scheme): quantize_model(model, scheme, *widths) for scheme in schemes}
-    for student in students.values():
+    students: dict[str, nn.Module] = {**schemes} if isinstance(schemes, Mapping) else {}
+    for scheme in schemes if not students else ():
+        students[str(scheme)] = student = quantize_model(model, scheme, *widths)
         calibrate(student, warm)
     errors = _Errors(students, layers, modes)
     with parametrize.cached():  # weights are quantized once, not once a batch
@@ -64,7 +66,7 @@ def measure_layer_error(
 class _Errors:
     """Running sums by (scheme, mode, layer), (4, C): values, and energies of the reference, the output, the error."""
 
-    def __init__(self, students: dict[str, fx.GraphModule], layers: Sequence[str], modes: Sequence[str]) -> None:
+    def __init__(self, students: Mapping[str, nn.Module], layers: Sequence[str], modes: Sequence[str]) -> None:
         self.students, self.layers, self.modes = students, layers, modes
         self.sums: dict[tuple[str, str, str], Tensor] = {}
         self.clean: dict[str, list[Tensor]] = {}  # full-precision outputs in this batch, for each call of a layer
@@ -88,7 +90,7 @@ class _Errors:
             def visit(name: str, _: Tensor, out: Tensor, scheme: str = scheme, calls: Any = calls) -> None:
                 self._add(scheme, "accumulated", name, next(calls[name]), out)
 
-            with watch(student, self.layers, visit):
+            with eval_mode(student), watch(student, self.layers, visit):
                 student(images)
         self.clean.clear()
 

@@ -6,9 +6,11 @@ a layer* is the tensor that enters it, which is what a quantizer in front of it 
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -52,6 +54,16 @@ def checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
     for name in names:
         one_of("layer", name, known)
     return names
+
+
+def kept_rows(out: Path | None, known: dict[str, Any]) -> list[dict[Any, Any]]:
+    """Return the rows of a CSV that is to be continued. Raises UserError if what is ``known`` was not so for them."""
+    rows = pd.read_csv(out).to_dict("records") if out and out.is_file() else []
+    for name in known.keys() - {"torch", "device", "commit"} if rows else ():
+        old, new = rows[0][name], known[name]
+        if not (old == new if isinstance(new, str) else np.isclose(old, new, rtol=1e-5)):
+            raise UserError(f"{out} was measured with {name} {old}, not {new}; choose another file")
+    return rows
 
 
 def merge(kept: dict[Any, Tensor], key: Any, new: Tensor, how: Callable[..., Tensor] = torch.add) -> None:

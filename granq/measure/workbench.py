@@ -1,25 +1,28 @@
 """What a lesson or a figure starts from: a teacher, images and one zero-shot run, each made once, at first use."""
 
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from granq import models
 from granq.config import QATConfig
-from granq.data import DataSpec, batches, class_names, describe_data, load_split, split_folder
+from granq.data import DataSpec, batches, class_names, data_root, describe_data, load_split, split_folder
 from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError, one_of
+from granq.files import write_csv
 from granq.graph import layer_names
 from granq.measure.images import generated_batches, measure_generated_images
 from granq.qat import Game
-from granq.runs import RunFolder, load_generator, train
+from granq.runs import RunFolder, fingerprint, load_generator, train
 from granq.schemes import SCHEMES
 
 RESULTS = "results_cifar10.csv"
@@ -129,20 +132,34 @@ class Workbench:
     @cached_property
     def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
         """Generator, history and generated images over training, of the given runs or of a short one made here."""
-        draw, drawn = partial(measure_generated_images, teacher=self.teacher, spec=self.spec, seed=self.seed), []
-        if self._runs:
-            histories = [_history(pd.read_csv(run.history), run.read_config()["config"]) for run in self._runs]
-            generator = load_generator(self._runs[0].path, self.device).train()
-            last = draw(generator, per_class=3).assign(epoch=histories[0].epoch.max())
-            return generator, pd.concat(histories, ignore_index=True), last
+        runs = self._runs or [self._short_run()]
+        histories = [_history(pd.read_csv(run.history), run.read_config()["config"]) for run in runs]
+        generator = load_generator(runs[0].path, self.device).train()
+        if (drawn := runs[0].path / "images.csv").is_file():
+            images = pd.read_csv(drawn, dtype={"pixels": str})
+        else:
+            images = self._draw(generator, per_class=3).assign(epoch=histories[0].epoch.max())
+        return generator, pd.concat(histories, ignore_index=True), images
+
+    def _draw(self, generator: nn.Module, per_class: int = 1) -> pd.DataFrame:
+        return measure_generated_images(generator, self.teacher, self.spec, per_class, seed=self.seed)
+
+    def _short_run(self) -> RunFolder:
+        """Make the run of these settings and this teacher, once: it is kept in ``data_root``."""
+        config, drawn = self.config(), list[pd.DataFrame]()
+        run = RunFolder(data_root() / "runs" / fingerprint(config, self.teacher)[:16])
 
         def snapshot(game: Game) -> None:
             if game.epoch in self.budget.snapshots:
-                drawn.append(draw(game.generator).assign(epoch=game.epoch))
+                drawn.append(self._draw(game.generator).assign(epoch=game.epoch))
 
-        with torch.enable_grad():  # this may be the first use, in the middle of a measurement
-            result = train(self.teacher, self.config(), evaluate=self.evaluate, after_epoch=snapshot)
-        return result.generator, _history(result.history, result.config), pd.concat(drawn, ignore_index=True)
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{run.path}.lock"), torch.enable_grad():  # the first use may be in the middle of a measurement
+            if not (run.path / "images.csv").is_file():
+                shutil.rmtree(run.path, ignore_errors=True)  # of a run that was interrupted
+                train(self.teacher, config, evaluate=self.evaluate, out=run.path, after_epoch=snapshot)
+                write_csv(run.path / "images.csv", pd.concat(drawn))
+        return run
 
     @cached_property
     def accuracy(self) -> pd.DataFrame:

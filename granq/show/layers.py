@@ -13,6 +13,7 @@ from granq.show.style import Ax, finish, layer_ticks, plain_log, role, select, s
 
 DISTORTION_LABELS = {"distribution": "share of values above", "error": "RMS error"}
 METRIC_LABELS = {"mse": "mean square error", "sqnr_db": "SQNR (dB)", "cosine_similarity": "cosine similarity"}
+SENSITIVITY_LABELS = {"kl": "KL to the teacher (nats)", "lost": "accuracy lost (points)", "recovered": "KL recovered"}
 SQNR_CEILING = 60.0  # decibels; beyond it (1x1 kernels with their own scale reach 150) points sit on the upper edge
 GAP_LABELS = {"ks_distance": "KS distance", "mean": "shift of the mean\n(in std)", "variance": "ratio of variances"}
 
@@ -112,6 +113,28 @@ def plot_channel_error(
 def _finish(ax: Axes, metric: str, legend: bool) -> Axes:
     ax.set(ylabel=METRIC_LABELS[metric], yscale="log" if metric == "mse" else "linear")
     return finish(ax, legend, ncols=2)
+
+
+def plot_sensitivity(
+    data: DataFrame, *, metric: str = "kl", kind: str | None = None, bits: int | None = None, legend: bool = True,
+    ax: Ax = None,
+) -> Axes:  # fmt: skip
+    """Draw ``measure_sensitivity`` over the layers: one line for weights, one for activations and one for both."""
+    ax = ax or plt.gca()
+    rows = select(data, kind=kind, bits=bits)
+    layers = list(rows.layer.unique())
+    for part, line in rows.groupby("part", sort=False):
+        look = role(str(part)).line
+        if metric == "lost":
+            ends = line.lost - line.lost_low, line.lost_high - line.lost
+            ax.errorbar(line.layer.map(layers.index), line.lost, ends, elinewidth=0.5, **look)
+        else:
+            ax.plot(line.layer.map(layers.index), line[metric], **look)
+    title = {"alone": "this layer alone", "all_but": "all but this layer", "patched": "all, clean input here"}
+    ax.set_title(f"{title[rows.kind.iloc[0]]}, {rows.bits.iloc[0]} bits, n = {rows.images.iloc[0]} images")
+    ax.set(ylabel=SENSITIVITY_LABELS[metric], yscale="log" if metric == "kl" else "linear")
+    layer_ticks(ax, layers)
+    return finish(ax, legend)
 
 
 def plot_granularity_maps(

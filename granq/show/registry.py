@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from granq.convert import quantize_model
 from granq.errors import UserError, one_of
 from granq.files import write_csv
-from granq.measure import activations, audit, factorial, images, latency, layer_error
+from granq.measure import activations, audit, factorial, images, latency, layer_error, sensitivity
 from granq.measure.workbench import RESULTS, Workbench
 from granq.models import build_network
 from granq.schemes import SCHEMES
@@ -92,15 +92,16 @@ def _compare(measure: Callable[..., pd.DataFrame], column: str, **sources: Itera
 
 
 def _true_bits(w: Workbench) -> pd.DataFrame:
-    """Audit five networks without trained weights: what is quantized does not depend on them."""
-    rows = []
-    for name in ("resnet20_cifar10", "resnet18", "resnet50", "mobilenetv2_w1", "mobilenet_v2"):
-        size, classes = (32, 10) if "cifar" in name else (224, 1000)
+    """Audit networks without trained weights: what is quantized does not depend on them, but on the size of images."""
+    rows, small = [], "resnet18, 32 pixels"
+    for name in ("resnet20_cifar10", small, "resnet18", "resnet50", "mobilenetv2_w1", "mobilenet_v2"):
+        size, classes = (32, 10) if name == small or "cifar" in name else (224, 1000)
         torch.manual_seed(w.seed)
-        network, example = build_network(name, classes), torch.randn(1, 3, size, size)
+        network = build_network("torchvision:resnet18" if name == small else name, classes)
+        example = torch.randn(2, 3, size, size)
         for scheme in SCHEMES:
             facts = audit.summarize_audit(audit.audit(quantize_model(network, scheme, 3, 3), example))
-            rows.append((name, scheme, 3, facts["true_bits_per_weight"], facts["weights_low_bit"]))
+            rows.append((name, scheme, 3, *(facts[key] for key in results.TRUE_BITS_LABELS)))
     return pd.DataFrame(rows, columns=["network", "scheme", "weight_bits", *results.TRUE_BITS_LABELS])
 
 
@@ -132,12 +133,18 @@ FIGURES: dict[str, Figure] = {
             w.teacher, w.real(), list(SCHEMES), w.budget.bits, calibration=list(itertools.islice(w.real(1), 2))),
         layers.plot_layer_error, (6.8, 5.6), {"metric": layers.METRIC_LABELS},
         {"mode": layer_error.MODES}, {"sharex": True, "sharey": "row"}),
+    "sensitivity": Figure(
+        "Which layer costs the output of the network?",
+        lambda w: sensitivity.measure_sensitivity(w.teacher, [*w.sample(0, w.images // 2, 64)], "strict", w.budget.bits,
+            kinds=("alone", "all_but")),
+        layers.plot_sensitivity, (6.8, 5.6), {"metric": ("kl", "lost")}, {"kind": ("alone", "all_but")},
+        {"sharex": True, "sharey": "row"}),
     "accuracy_bits": Figure(
         "How much accuracy is left at each bit width?",
         lambda w: w.accuracy[~w.accuracy.scheme.str.contains(" + ", regex=False)],  # the plain recipe
         results.plot_accuracy_bits, (6.8, 2.8)),
     "true_bits": Figure(
-        "How many bits is a 3-bit network?", _true_bits, results.plot_true_bits, (6.8, 2.6), {},
+        "How many bits is a 3-bit network?", _true_bits, results.plot_true_bits, (6.8, 3.0), {},
         {"quantity": results.TRUE_BITS_LABELS}, {"sharey": True}, teacher=False),
     "quantizer_latency": Figure(
         "What does it cost to quantize activations?",

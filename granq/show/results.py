@@ -18,7 +18,9 @@ from granq.show.style import BLACK, GREY, ROLES, Ax, Role, finish, plain_log, ro
 TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
                    "teacher_top1": "teacher on synthetic\nimages (%)",
                    "test_top1": "student on test\nimages (%)"}  # fmt: skip
-TRUE_BITS_LABELS = {"bits_per_weight": "true bits per weight", "quantized_percent": "weights really quantized (%)"}
+TRUE_BITS_LABELS = {"true_bits_per_weight": "true bits\nper weight", "weights_low_bit": "weights really\nquantized (%)",
+                    "true_bits_per_activation": "true bits\nper activation",
+                    "macs_low_bit": "MACs really\nat low bits (%)"}  # fmt: skip
 SCALING_LABELS = {"median_ms": "time (ms)", "peak_mb": "peak memory (MB)", "scale_multiplications": "multiplications"}
 _ROLE_OF = {"copy": "full precision", "layerwise": "layerwise", "layer-wise": "layerwise", "granq": "granq",
             "pre-scaled": "granq", "channel loop": "per_channel", "accumulation-time, loop": "per_channel",
@@ -168,13 +170,16 @@ def plot_granularity_factorial(
     return ax
 
 
-def plot_true_bits(data: DataFrame, *, quantity: str = "bits_per_weight", legend: bool = True, ax: Ax = None) -> Axes:
+def plot_true_bits(
+    data: DataFrame, *, quantity: str = "true_bits_per_weight", legend: bool = True, ax: Ax = None
+) -> Axes:
     """Draw the quantities of ``summarize_audit`` by network and scheme; dotted: what ``weight_bits`` promises."""
     ax = ax or plt.gca()
     networks = data.network.unique()
     for look, rows, y in side_by_side(data, "scheme", "network", 0.15):
         ax.scatter(rows[quantity], y, s=20, **look.points)
-    ax.axvline(data.weight_bits.iloc[0] if quantity == "bits_per_weight" else 100, color=GREY, linestyle=":", zorder=0)
+    promised = data.weight_bits.iloc[0] if quantity.startswith("true_bits") else 100
+    ax.axvline(promised, color=GREY, linestyle=":", zorder=0)
     ax.set_yticks(range(len(networks)), networks)
     ax.set(ylim=(len(networks) - 0.5, -0.5), xlabel=TRUE_BITS_LABELS[quantity])
     return finish(ax, legend)

@@ -56,6 +56,11 @@ ROLES |= {  # granularities of activations look like the schemes that are built 
     "per_sample": ROLES["strict"]._replace(label="per image"),
     "per_sample_channel": ROLES["granq"]._replace(label="per image and channel (GranQ)"),
 }
+ROLES |= {  # what is quantized
+    "weights": ROLES["layerwise"]._replace(label="weights"),
+    "activations": ROLES["per_channel"]._replace(label="activations"),
+    "both": Role("both", BLACK, "X", "-"),
+}
 
 
 def role(name: str) -> Role:

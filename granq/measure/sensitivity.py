@@ -1,0 +1,207 @@
+"""Which layer is guilty: every layer quantized alone, every layer but one, and a clean input for one.
+
+A network is put together from two sides: one layer from one side, all others from the other. Whatever stands before
+that layer is computed once: the forward stops at every layer in turn, and the rest of it runs on a copy.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from granq.convert import ActQuantizer, activation_places, calibrate, quantize_model
+from granq.errors import one_of
+from granq.files import write_csv
+from granq.graph import LAYERS, layer_input, layer_names, module_of
+from granq.hooks import Batch, eval_mode, images_of
+from granq.measure import running
+from granq.measure.audit import audit
+from granq.schemes import Scheme
+
+KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")
+_SIZES = {"input_quantized": "place", "weights": "weights", "macs": "macs"}  # columns of an audit, and their names here
+
+
+class Side(NamedTuple):
+    """Where layers come from."""
+
+    layers: nn.Module  #: whose layers are called
+    places: nn.Module | None  #: whose quantizers stand in front of them; ``None``: full precision
+
+
+def measure_sensitivity(
+    model: nn.Module, batches: Sequence[Batch], scheme: str | Scheme | nn.Module, bits: int | Sequence[int] = 0, *,
+    kinds: Sequence[str] = KINDS, parts: Sequence[str] = PARTS, calibration: Sequence[Batch] | None = None,
+    facts: dict[str, Any] | None = None, out: Path | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Measure what the quantization of every layer does to the output of the network.
+
+    Args:
+        model: the full-precision network.
+        batches: a list of images, or of pairs (images, labels).
+        scheme: name or scheme; or a network that somebody quantized already, whose layers have the same names. If
+            ``quantize_model`` did not make it, only what its layers do themselves counts.
+        bits: width of weights and activations, or several; without meaning for a network that is quantized already.
+        kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
+            layer reads what it would read in the full-precision network.
+        parts: what is quantized: ``weights``, ``activations`` (by the quantizer in front, for this layer) or ``both``.
+        calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
+        facts: provenance, repeated in every row.
+        out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
+
+    Returns:
+        Columns layer, place (of the quantizer in front of it, "" without), weights, macs (per image), kl (teacher to
+        student, mean over images, nats), agreement (percent of images with the teacher's prediction), sqnr_db (of the
+        logits), with labels top1, lost (points below the teacher, and the ends ``_low`` and ``_high`` of its 95 %
+        bootstrap interval, paired by image), right_to_wrong and wrong_to_right (images), kind, part, bits, recovered
+        (share of the KL of the whole quantized network that is gone; NaN for ``alone``), images, scheme, ``facts``.
+    """
+    for kind, part in product(kinds, parts):
+        one_of("kind", kind, KINDS)
+        one_of("part", part, PARTS)
+    name = type(scheme).__name__ if isinstance(scheme, nn.Module) else str(scheme)
+    known = {"images": running.run(model, batches, "images"), "scheme": name, **(facts or {})}
+    rows = running.kept_rows(out, known)
+    found = {(row["kind"], row["part"], row["bits"]) for row in rows}
+    plain, warm = full_precision(model), batches[:1] if calibration is None else calibration
+    for k in (bits,) if isinstance(bits, int) else bits:
+        student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
+        root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
+        sizes = audit(root, images_of(batches[0])[:2].to(next(model.parameters()).device))[["layer", *_SIZES]]
+        for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
+            noisy = Side(plain if part == "activations" else student, None if part == "weights" else student)
+            clean = Side(noisy.layers if kind == "patched" else plain, None)
+            sides = (clean, noisy) if kind == "alone" else (noisy, clean)
+            frame = compare(model, batches, root, *sides, layer_names(model), f"{kind}, {part}", kind == "patched")
+            whole = np.nan if kind == "alone" else frame.kl.iloc[-1]
+            frame = frame[:-1].assign(kind=kind, part=part, bits=k, recovered=1 - frame.kl / whole)
+            rows += sizes.rename(columns=_SIZES).merge(frame).assign(**known).to_dict("records")
+            if out:
+                write_csv(out, pd.DataFrame(rows))
+    return pd.DataFrame(rows)
+
+
+def full_precision(model: nn.Module) -> fx.GraphModule:
+    """Return a copy of ``model`` in which nothing is quantized."""
+    return quantize_model(model, Scheme(weights=None, activations=None), 8, 8)
+
+
+def prepare(
+    model: nn.Module, scheme: str | Scheme, bits: tuple[int, int], images: Iterable[Batch], quantile: float = 1.0
+) -> fx.GraphModule:
+    """Return a student whose static ranges, if it has any, are calibrated."""
+    student, device = quantize_model(model, scheme, *bits), next(model.parameters()).device
+    calibrate(student, [images_of(batch).to(device) for batch in images], quantile)
+    return student
+
+
+def compare(
+    model: nn.Module, batches: Sequence[Batch], root: fx.GraphModule, rest: Side, own: Side, names: Sequence[str],
+    text: str, patched: bool = False,
+) -> pd.DataFrame:  # fmt: skip
+    """Compare the output of mixed networks with that of ``model``: columns layer and metrics (``measure_sensitivity``).
+
+    In each network one layer comes from ``own`` and all others from ``rest``; in the last row, without a layer, all
+    do. ``root`` gives the graph. With ``patched`` the layer of ``own`` reads what it reads in ``model``.
+    """
+    network, device, labelled = _Mixed(root, rest), next(model.parameters()).device, not isinstance(batches[0], Tensor)
+    sums, inputs = dict[str, Tensor](), dict[str, list[Tensor]]()
+
+    def keep(name: str, x: Tensor, _: Tensor) -> None:
+        inputs.setdefault(name, []).append(x.clone())  # a later layer may change it in place
+
+    def after(batch: Batch, reference: Tensor) -> None:
+        labels = batch[1].to(device) if labelled else None
+        for name, logits in network.outputs(images_of(batch).to(device), own, names, inputs):
+            running.merge(sums, name, _sums(reference, logits, labels))
+        inputs.clear()
+
+    with eval_mode(rest.layers), eval_mode(own.layers), parametrize.cached():  # weights are quantized once
+        count = running.run(model, batches, text, names if patched else (), keep, after)
+    return pd.DataFrame([{"layer": name} | _metrics(values, count, labelled) for name, values in sums.items()])
+
+
+class _Mixed(fx.Interpreter):
+    """Runs a graph with the layers of ``rest``, but for the one called ``name``, which comes from ``own``."""
+
+    def __init__(self, root: fx.GraphModule, rest: Side) -> None:
+        self.rest, self.own, self.name, self.fed = rest, rest, "", iter(list[Tensor]())
+        graph, self.owner = copy.deepcopy(root.graph), dict[fx.Node, str]()
+        for node in list(graph.nodes):
+            if isinstance(module_of(root, node), LAYERS):
+                self.owner[node], place = str(node.target), layer_input(node)
+                if isinstance(place, fx.Node) and isinstance(module_of(root, place), ActQuantizer):
+                    with graph.inserting_after(place):  # a call for every layer, so that one can be left out
+                        call = graph.call_module(str(place.target), place.args)
+                    node.replace_input_with(place, call)
+                    self.owner[call] = self.owner[node]
+                    if not place.users:
+                        graph.erase_node(place)
+        super().__init__(root, graph=graph)
+
+    def outputs(
+        self, images: Tensor, own: Side, names: Sequence[str], inputs: dict[str, list[Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the output with the layer of ``own``, for each of ``names`` that is called, and, under "", without."""
+        nodes, self.args_iter, started = list(self.graph.nodes), iter([images]), set[str]()
+        for i, node in enumerate(nodes):
+            name = self.owner.get(node, "")
+            if name in names and name not in started:
+                started.add(name)
+                other = copy.copy(self)
+                other.own, other.name, other.fed = own, name, iter(inputs.get(name, ()))
+                # a copy, views and all: what follows may change values in place
+                other.env = dict(zip(self.env, copy.deepcopy([*self.env.values()]), strict=True))
+                yield name, [other.step(later) for later in nodes[i:]][-1]
+            output = self.step(node)
+        yield "", output
+
+    def step(self, node: fx.Node) -> Any:
+        """Compute the value of ``node``, and forget values that nothing will read any more."""
+        value = self.env[node] = self.run_node(node)
+        for unused in self.user_to_last_uses.get(node, ()):
+            del self.env[unused]
+        return value
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute the value of ``n``: a layer or a quantizer of its side, or what the graph says."""
+        module, is_own = module_of(self.module, n), self.owner.get(n) == self.name
+        side, (args, kwargs) = self.own if is_own else self.rest, self.fetch_args_kwargs_from_env(n)
+        if isinstance(module, ActQuantizer):
+            return side.places.get_submodule(str(n.target))(*args) if side.places else args[0].clone()
+        if isinstance(module, LAYERS):
+            clean = next(self.fed, None) if is_own else None
+            layer = side.layers.get_submodule(str(n.target))
+            return layer(*args, **kwargs) if clean is None else layer(clean)
+        return super().run_node(n)
+
+
+def _sums(reference: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Return sums over images (7,): KL, same prediction, energy of logits and of their error, right, and flips."""
+    teacher, student = (running.where_float64_is(x).double() for x in (reference, logits))
+    kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
+    before, after = reference.argmax(1), logits.argmax(1)
+    was, right = (x == (-1 if labels is None else labels) for x in (before, after))
+    counts = (right.sum(), (was & ~right).sum(), (right & ~was).sum())
+    sums = (kl, (before == after).sum(), teacher.square().sum(), (teacher - student).square().sum(), *counts)
+    return torch.stack([running.where_float64_is(x).double() for x in sums])
+
+
+def _metrics(sums: Tensor, images: int, labelled: bool) -> dict[str, float]:
+    kl, same, signal, noise, right, worse, better = sums.tolist()
+    found = dict(kl=kl / images, agreement=100 * same / images, sqnr_db=float(running.decibel(signal, noise)))
+    if labelled:  # of images that are drawn again, so many flip as a multinomial distribution says
+        shares = np.array([worse, better, images - worse - better]) / images
+        drawn = np.random.default_rng(0).multinomial(images, shares, 2000)
+        low, high = 100 * np.quantile((drawn[:, 0] - drawn[:, 1]) / images, (0.025, 0.975))
+        found |= dict(top1=100 * right / images, lost=100 * (worse - better) / images, lost_low=low, lost_high=high)
+        found |= dict(right_to_wrong=int(worse), wrong_to_right=int(better))
+    return found
