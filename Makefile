@@ -5,19 +5,20 @@ BOUNDS = grep -oE '"[][A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed
 LOWEST := $(addprefix tests/test_,quantizer.py convert.py scaling.py integer.py qat.py match.py runs.py models.py \
 	cli.py sweep.py)
 
-.PHONY: help demo test lowest lint notebooks figures lab browser docs wheel gpu
+.PHONY: help demo test lowest lint notebooks figures lab browser docs wheel gpu gpu-bundle
 
 # threads that wait leave their core to others sooner; as granq's own commands do (docs/speed.md)
 export GOMP_SPINCOUNT ?= 3000
 
 PYTHON ?= python3
 OUT ?= runs/demo
+BUNDLE ?= gpu-bundle
 BIN := .venv/bin
 STAMP := .venv/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -72,7 +73,10 @@ docs: $(STAMP) ## Check the pages: their links, their commands, their code
 wheel: $(STAMP) ## Build the wheel, install it into a fresh environment and use it from there
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m wheel tests/test_packaging.py
 
-gpu: $(STAMP) ## Run the tests that need a GPU, and time the quantizer there
-	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
-	then $(BIN)/python -m pytest -q -m cuda && $(BIN)/granq bench --device cuda; \
-	else echo "There is no CUDA device here: nothing was run."; fi
+# with this checkout's Python if it has one, else the machine's: it may have torch and no network
+gpu: ## Everything that needs a GPU, at most 8 minutes: tests, timings, a run; writes figures/cuda.md
+	GRANQ_GPU_BUNDLE="$(BUNDLE)" $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py --out figures
+
+# 31 MB of images, 1 MB of weights, 20 MB of wheels; the folder then goes along to the machine with the GPU
+gpu-bundle: $(STAMP) ## Fill BUNDLE (gpu-bundle) for a GPU machine without network: NETWORK= TEACHER= DATA=folder:... [MORE=options]
+	$(BIN)/python benchmarks/gpu_bundle.py --network "$(NETWORK)" --teacher "$(TEACHER)" --data "$(DATA)" --out "$(BUNDLE)" $(MORE)

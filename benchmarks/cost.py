@@ -23,10 +23,10 @@ from torch.utils.flop_counter import flop_registry
 from granq.config import QATConfig
 from granq.convert import ActQuantizer, WeightQuantizer
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, synthesize
-from granq.graph import LAYERS
 from granq.hooks import watch
 from granq.measure.latency import alternate, quartiles, timings
 from granq.models import build_network
+from granq.plain import LAYERS
 from granq.qat import AdaDFQ, Game
 
 

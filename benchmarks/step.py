@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import common
 import pandas as pd
@@ -77,6 +77,47 @@ class PlainGame(Game):
         self.optimizers[name].step()
 
 
+class GraphedGame(Game):
+    """A CUDA graph of the step: recorded once, then replayed by one launch instead of some thousand.
+
+    Three calls run as they are, in which libraries choose their algorithms and optimizers make their state; the fourth
+    is recorded. Learning rates are part of a recording, so a new one is made when they change. Random numbers go on.
+    """
+
+    WARM = 3
+
+    def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
+        super().__init__(teacher, config, AdaDFQ(config))
+        rates = dict(lr=config.generator_lr, betas=(0.5, 0.999), capturable=True)
+        self.optimizers["generator"] = torch.optim.Adam(self.generator_params, **rates)
+        self.calls, self.recorded, self.stream = 0, (), torch.cuda.Stream()
+
+    def play(self, train_student: bool = True) -> dict[str, Tensor]:
+        rates = [group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        if self.recorded != (now := (train_student, id(self.optimizers["student"]), *rates)):
+            self.recorded, self.calls = now, 0
+        self.calls += 1
+        if self.calls <= self.WARM:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = super().play(train_student)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.calls == self.WARM + 1:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.losses = super().play(train_student)
+        self.graph.replay()
+        return self.losses  # of this step until the next
+
+
+def compiled_game(teacher: nn.Module, config: QATConfig) -> Game:
+    """Return a game whose student and generator are compiled; into the teacher the BatchNorm loss hangs its hooks."""
+    game = Game(teacher, config, AdaDFQ(config))
+    game.student, game.generator = (cast(Any, torch.compile(m, dynamic=False)) for m in (game.student, game.generator))
+    return game
+
+
 def measure_latency_step(
     teacher: nn.Module | None = None,
     batches: tuple[int, ...] = (64, 200),
@@ -84,13 +125,15 @@ def measure_latency_step(
     image_size: int = 32,
     repetitions: int = 30,
     device: str = "cpu",
+    compiled: bool = False,
 ) -> pd.DataFrame:
     """Time one training step of ResNet-20 for CIFAR-10, scheme ``granq``, against the plain step.
 
     Returns:
-        Columns method (plain; granq; granq bf16 where the device has it), batch, bits, image_size, median_ms, q25_ms,
-        q75_ms, speedup (plain over this, median of the ratios within a repetition) with quartiles ``speedup_q25`` and
-        ``speedup_q75``, repetitions, threads, torch, device.
+        Columns method (plain; granq; granq bf16 where the device has it; each of granq's also as CUDA graph where there
+        is CUDA; compiled if asked for), batch, bits, image_size, median_ms, q25_ms, q75_ms, speedup (plain over this,
+        median of the ratios within a repetition) with quartiles ``speedup_q25`` and ``speedup_q75``, repetitions,
+        threads, torch, device.
     """
     torch.manual_seed(0)
     teacher = teacher or build_network("resnet20_cifar10", 10)  # times do not depend on the weights
@@ -101,6 +144,10 @@ def measure_latency_step(
         for name, bf16 in {"granq": False, "granq bf16": True}.items():
             if not bf16 or has_bfloat16(device):
                 games[name] = Game(teacher, config.change(bf16=bf16), AdaDFQ(config))
+                if device.startswith("cuda"):
+                    games[f"{name}, CUDA graph"] = GraphedGame(teacher, config.change(bf16=bf16))
+        if compiled:
+            games["granq, compiled"] = compiled_game(teacher, config)
         runs: dict[str, Any] = {name: partial(game.play, True) for name, game in games.items()}
         times = alternate(runs, repetitions)
         frame = quartiles(times, batch=batch, bits=config.act_bits, image_size=image_size)

@@ -1,7 +1,6 @@
 from .config import QATConfig as QATConfig
 from .convert import activation_places as activation_places
 from .convert import calibrate as calibrate
-from .convert import freeze_ranges as freeze_ranges
 from .convert import layer_quantizers as layer_quantizers
 from .convert import quantize_model as quantize_model
 from .convert import set_image_range as set_image_range

@@ -15,11 +15,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from granq.errors import UserError
-from granq.graph import LAYERS, calls_of_layers, find_places, insert_call, layer_input, module_of, to_module, trace
+from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_input, layer_names, to_module, trace
 from granq.hooks import Batch, images_of, temporarily
-from granq.quantizer import QParams, at_least_float32, fake_quantize, fake_quantize_with, min_max, qparams_from_range
-from granq.ranges import LearnedSteps, fake_quantize_learned, quantile_range
+from granq.plain import LAYERS, has_channels, is_plain, module_of
+from granq.quantizer import QParams, fake_quantize, fake_quantize_with, min_max, qparams_from_range
+from granq.ranges import LearnedSteps, TrackedRanges, fake_quantize_learned
 from granq.schemes import Scheme, check_bits, get_scheme
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Quantizer(nn.Module):
@@ -83,23 +86,16 @@ class WeightQuantizer(Quantizer):
         return per_group.reshape(*per_group.shape, *(1,) * (weight.dim() - 2))
 
 
-class ActQuantizer(Quantizer):
-    """Fake quantization of one activation place, (N, C, H, W) or (..., F) rows in front of a Linear.
+class ActQuantizer(TrackedRanges, Quantizer):
+    """Fake quantization of one activation place: (N, C, ...) with ``channels``, or else rows (..., F).
 
-    With ``tracked`` ranges every forward updates the moving average until ``freeze_ranges``; the first batch sets it.
+    ``None`` stands for channels in (N, C, H, W) and rows in all other tensors.
     """
 
-    MOMENTUM = 0.9
-    running_min: Tensor
-    running_max: Tensor
-
-    def __init__(self, bits: int, scheme: Scheme, rows: bool = False) -> None:
+    def __init__(self, bits: int, scheme: Scheme, channels: bool | None = None) -> None:
         super().__init__(bits, cast(str, scheme.activations), scheme)
-        self.tracked, self.fold, self.rows = scheme.tracked, scheme.fold, rows
-        self.frozen, self.quantile = False, 1.0
-        if self.tracked:
-            self.register_buffer("running_min", torch.empty(0))  # shaped by the first batch
-            self.register_buffer("running_max", torch.empty(0))
+        self.fold, self.channels = scheme.fold, channels
+        self.set_up(scheme.tracked)
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = self.groups(x)
@@ -107,12 +103,15 @@ class ActQuantizer(Quantizer):
         return value if grouped is x else value.view_as(x)
 
     def groups(self, x: Tensor) -> Tensor:
-        """Return ``x`` as it is grouped: (N, C, H, W) or (N, F) itself, (..., F) as rows (N, F)."""
-        return x if x.dim() == 2 or (x.dim() == 4 and not self.rows) else x.reshape(-1, x.shape[-1])
+        """Return ``x`` as it is grouped: (N, C, H, W) or rows (N, F)."""
+        channels = x.dim() == 4 if self.channels is None else self.channels
+        if x.dim() == 2 or (x.dim() == 4 and channels):
+            return x
+        return x.flatten(2).unsqueeze(3) if channels else x.reshape(-1, x.shape[-1])
 
     def _quantize(self, x: Tensor) -> Tensor:
-        if self.tracked and self.learned is None and not self.frozen:
-            self._observe(x)
+        if self.tracking and self.tracked and self.learned is None:
+            self.observe(x, self.granularity)
         if self.bypassed:
             return x.clone()  # as the quantized value: another tensor than the one that may be changed in place
         if self.learned is not None:
@@ -122,11 +121,6 @@ class ActQuantizer(Quantizer):
         # training under autocast asks for speed, not for the release's arithmetic in half precision
         promote = self.promote or torch.is_autocast_enabled(x.device.type)
         return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=promote)
-
-    @property
-    def seen(self) -> bool:
-        """Whether tracked ranges exist."""
-        return self.tracked and bool(self.running_min.numel())
 
     def qparams(self) -> QParams:
         """Return learned parameters, or those of the tracked ranges. Raises UserError before the first batch."""
@@ -139,56 +133,45 @@ class ActQuantizer(Quantizer):
             low, high = low.clamp_max(0), high.clamp_min(0)
         return qparams_from_range(low, high, self.bits, promote=self.promote)
 
-    def _observe(self, x: Tensor) -> None:
-        extremes = self.quantile == 1
-        found = min_max(x, self.granularity) if extremes else quantile_range(x, self.granularity, self.quantile)
-        low, high = map(at_least_float32, found)
-        if not self.seen:
-            self.running_min, self.running_max = low.clone(), high.clone()
-        else:
-            self.running_min = self.running_min.lerp(low, 1 - self.MOMENTUM)
-            self.running_max = self.running_max.lerp(high, 1 - self.MOMENTUM)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in ("running_min", "running_max") if self.tracked else ():
-            # a teacher's checkpoint has no ranges: keep ours; a student's has them in their own shape
-            saved = state_dict.setdefault(prefix + name, getattr(self, name))
-            setattr(self, name, torch.empty_like(saved).copy_(saved))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def quantize_model(
     model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int, image_bits: int | None = None
 ) -> fx.GraphModule:
     """Return a fake-quantized copy of ``model``; the model itself is not touched.
 
-    Every Conv2d and Linear keeps its name and its state-dict keys, so a teacher's state dict loads into the copy. A
-    layer that is never called but whose weight is read (``F.linear(x, self.head.weight)``) stays in full precision.
+    Every Conv2d and Linear keeps its name and its state-dict keys, so a teacher's state dict loads into the copy. One
+    that computes something else (``granq.plain``), or is only read (``F.linear(x, normalize(self.head.weight))``),
+    stays in full precision; a warning names it.
 
     ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``image_bits`` is ``act_bits`` unless
     given: hardware for k bits runs the first layer on 2k as two passes, one for each half of the bits, and adds them
     shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
     Raises:
-        UserError: unknown scheme or width, nothing to quantize, a weight that is parametrized already, a forward that
-            cannot be traced, or ``image_bits`` where the image is not quantized.
+        UserError: unknown scheme or width, nothing to quantize, a network that is wrapped or quantized already, a
+            weight that is computed, a forward that cannot be traced, or ``image_bits`` where the image is not
+            quantized.
     """
     scheme = get_scheme(scheme)
-    check_bits(weight_bits, act_bits, image_bits or act_bits)
+    weight_bits, act_bits, image_width = map(check_bits, (weight_bits, act_bits, image_bits or act_bits))
+    names = _layers_to_quantize(model, scheme)
     student = copy.deepcopy(model).eval()
-    layers = _layers_to_quantize(student, scheme)
     graph = trace(student)
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    layers = {name: layer for name, layer in layers.items() if name in called or name not in read}
-    quantizers = nn.ModuleDict()
+    left = [name for name in names if name in read - called or not is_plain(student.get_submodule(name))]
+    layers = {name: student.get_submodule(name) for name in names if name not in left}
+    student.act_quant = quantizers = nn.ModuleDict()
     for node in find_places(graph, student, scheme.places, set(layers)) if scheme.activations else ():
-        rows = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
-        bits = image_bits if image_bits and node.op == "placeholder" else act_bits
+        linear = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
+        channels = False if linear else has_channels(student, node) or None
         place = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
-        quantizers[place] = ActQuantizer(bits, scheme, rows)
+        quantizers[place] = ActQuantizer(image_width if is_image(student, node) else act_bits, scheme, channels)
         insert_call(graph, node, f"act_quant.{place}", scheme.places, set(layers))
-    student.act_quant = quantizers
+    if left:
+        warnings.warn(f"in full precision, as they compute something else: {', '.join(left)}", stacklevel=2)
+    if scheme.activations and scheme.places == "relu" and not quantizers:
+        warnings.warn(f"the scheme quantizes no activation of {type(model).__name__}: it has no ReLU", stacklevel=2)
     quantized = to_module(student, graph)
     if image_bits:
         image_place(quantized)  # refuses a model that does not quantize its image
@@ -197,21 +180,30 @@ def quantize_model(
     return quantized.eval()
 
 
-def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    layers: dict[str, nn.Module] = {n: m for n, m in modules.items() if isinstance(m, LAYERS) and n not in scheme.skip}
+def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> list[str]:
+    """Return the names of all layers that the scheme does not skip; refuse a model that is no plain network."""
+    kind, names = type(model).__name__, layer_names(model)
+    for name, module in model.named_modules():
+        inner = "_orig_mod" if hasattr(module, "_orig_mod") else "module" if isinstance(module, _WRAPPERS) else ""
+        if inner:
+            raise UserError(f"{name or 'the model'} is a {type(module).__name__}: quantize its .{inner} instead")
+        if any(base.__name__.startswith("FakeQuant") for base in type(module).__mro__):
+            raise UserError(f"{name} of {kind} quantizes already: pass the network before torch's quantization")
     if model._forward_pre_hooks or model._forward_hooks:
-        warnings.warn(f"hooks of {type(model).__name__} itself are not in the quantized copy", stacklevel=3)
-    if not layers:
-        raise UserError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-    if unknown := set(scheme.skip) - modules.keys():
-        raise UserError(f"scheme.skip names layers the model does not have: {', '.join(sorted(unknown))}")
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, "weight"):
-            raise UserError(
-                f"the weight of {name} is parametrized already: use parametrize.remove_parametrizations first"
-            )
-    return layers
+        warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
+    if not any(names):  # "" is a network that is one layer itself
+        raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
+    skipped = {skip: [name for name in names if f"{name}.".startswith(f"{skip}.")] for skip in scheme.skip}
+    if unknown := [skip for skip, below in skipped.items() if not below]:
+        raise UserError(f"scheme.skip names what holds no layer of the model: {', '.join(unknown)}")
+    names = [name for name in names if not any(name in below for below in skipped.values())]
+    for name in names:
+        layer = model.get_submodule(name)
+        if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
+            raise UserError(f"the weight of {name} is parametrized already: remove that first")
+    if hasattr(model, "act_quant"):
+        raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
+    return names
 
 
 def _quantize_weights(model: fx.GraphModule, layers: dict[str, nn.Module], bits: int, scheme: Scheme) -> None:
@@ -282,24 +274,18 @@ def image_place(model: nn.Module) -> ActQuantizer:
     """Return the place where a quantized model quantizes the image. Raises UserError if it does not."""
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else []:
         place = module_of(model, node)
-        if isinstance(place, ActQuantizer) and layer_input(node).op == "placeholder":
+        if isinstance(place, ActQuantizer) and is_image(model, layer_input(node)):
             return place
     raise UserError("the image is not quantized: needs a scheme with places 'inputs' and a layer that reads the image")
 
 
-def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
-    """Stop (or resume) the tracking of activation ranges."""
-    for place in activation_places(model).values():
-        place.frozen = frozen
-
-
-def frozen_ranges(model: nn.Module) -> AbstractContextManager[None]:
-    """Update no range within a block: test images must not move them."""
-    return temporarily(activation_places(model).values(), frozen=True)
+def tracking(model: nn.Module, on: bool = True) -> AbstractContextManager[None]:
+    """Move static ranges with every batch within a block; no forward outside of one does."""
+    return temporarily(activation_places(model).values(), tracking=on)
 
 
 def bypassed(model: nn.Module, bypass: bool = True) -> AbstractContextManager[None]:
-    """Quantize nothing within a block; ranges are tracked as always."""
+    """Quantize nothing within a block."""
     return temporarily([m for m in model.modules() if isinstance(m, Quantizer)], bypassed=bypass)
 
 
@@ -307,7 +293,7 @@ def bypassed(model: nn.Module, bypass: bool = True) -> AbstractContextManager[No
 def calibrate(
     model: nn.Module, batches: Iterable[Batch], quantile: float = 1.0, *, full_precision: bool = False
 ) -> None:
-    """Track activation ranges over batches of images, then freeze them. Nothing to do for dynamic schemes.
+    """Track activation ranges over batches of images; empty ones change nothing. Dynamic schemes have no such ranges.
 
     Args:
         model: of ``quantize_model``.
@@ -319,15 +305,14 @@ def calibrate(
     places = [place for place in activation_places(model).values() if place.tracked]
     if any(place.learned for place in places):
         raise UserError("the steps of this model are learned: they no longer follow ranges")
-    freeze_ranges(model, False)
-    with temporarily(places, quantile=quantile), bypassed(model, full_precision):
+    with temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
         for place in places if quantile < 1 else ():  # ranges tracked before were extremes
             place.running_min = place.running_max = torch.empty(0)
-        for batch in batches:
-            model(images_of(batch))
+        for images in map(images_of, batches):
+            if len(images):
+                model(images)
     if not all(place.seen for place in places):
         raise UserError("no images to calibrate on")
-    freeze_ranges(model)
 
 
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:

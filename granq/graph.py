@@ -1,18 +1,17 @@
 """The traced graph (torch.fx): where activations are quantized, what a layer reads, and what stands after it."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from granq.errors import UserError
+from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, same_pad, trace_plain
 
-LAYERS = (nn.Conv2d, nn.Linear)
-_RELU_FUNCTIONS: set[Callable[..., Any]] = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
-_RELU_METHODS = {"relu", "relu_"}
+_SHAPE = {"shape", "ndim", "size", "dim"}
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -20,29 +19,30 @@ def layer_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
 
 
-def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
-    """Return the module that ``node`` calls, if it calls one."""
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
 def layer_input(node: fx.Node) -> Any:
     """Return what a call reads: its first argument, or the one named ``input``."""
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def is_relu(root: nn.Module, node: fx.Node) -> bool:
-    """Say whether ``node`` is a ReLU or ReLU6: as a module, a function or a method."""
-    if node.op == "call_module":
-        return isinstance(module_of(root, node), nn.ReLU | nn.ReLU6)
-    return (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
-        node.op == "call_method" and node.target in _RELU_METHODS
-    )
+def reader(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return what alone reads the values of ``node``, not only their shape, if one does; an Identity is passed over."""
+    users = [u for u in node.users if (u.args[1] if u.target is getattr else u.target) not in _SHAPE]
+    if len(users) == 1 and isinstance(module_of(root, users[0]), nn.Identity):
+        return reader(root, users[0])
+    return users[0] if len(users) == 1 else None
 
 
 def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Return the call of a BatchNorm2d that alone reads ``node``, if there is one."""
-    users = list(node.users)
-    return users[0] if len(users) == 1 and isinstance(module_of(root, users[0]), nn.BatchNorm2d) else None
+    """Return the call of a plain BatchNorm2d that alone reads ``node``, if there is one."""
+    user = reader(root, node)
+    module = user and module_of(root, user)
+    return user if isinstance(module, nn.BatchNorm2d) and is_plain(module) else None
+
+
+def is_image(root: nn.Module, node: fx.Node) -> bool:
+    """Say whether ``node`` is the image, or the image with a border around it."""
+    padding = node.target in (F.pad, same_pad) or isinstance(module_of(root, node), nn.ZeroPad2d)
+    return node.op == "placeholder" or (padding and is_image(root, layer_input(node)))
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -51,7 +51,7 @@ def trace(model: nn.Module) -> fx.Graph:
     # fixed: otherwise ``if mask is not None`` would be true
     fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
     try:
-        graph = _Tracer().trace(model, fixed or None)
+        graph = trace_plain(model, fixed or None)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise UserError(
             f"cannot trace {type(model).__name__}: {(str(error) or type(error).__name__).splitlines()[0]}; "
@@ -67,10 +67,10 @@ def trace(model: nn.Module) -> fx.Graph:
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized, each once: two layers that read one tensor share its place.
 
-    ``where`` is "relu", after every ReLU, or "inputs", in front of each of the ``layers`` (names).
+    ``where`` is "relu", after every ``relu_ceiling``, or "inputs", in front of each of the ``layers`` (names).
     """
     if where == "relu":
-        return [node for node in graph.nodes if is_relu(root, node)]
+        return [node for node in graph.nodes if relu_ceiling(root, node) is not None]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     return list(dict.fromkeys(value for node in calls if isinstance(value := layer_input(node), fx.Node)))
 
@@ -96,9 +96,15 @@ def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     kept = dict(module.named_modules(remove_duplicate=False))
     for name, own in root.named_modules(remove_duplicate=False):
         # fx drops what the forward does not reach, and of a layer it only reads all but the weight
-        if name not in kept or (isinstance(own, LAYERS) and kept[name] is not own):
+        if name not in kept or (isinstance(own, (*LAYERS, nn.BatchNorm2d)) and kept[name] is not own):
             module.add_submodule(name, own)
     return module
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, whose layers are as plain as those of the quantized network."""
+    copied = copy.deepcopy(model).eval()
+    return to_module(copied, trace(copied)) if changed_layers(copied) else copied
 
 
 def calls_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
@@ -107,12 +113,6 @@ def calls_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
         if isinstance(module_of(model, node), LAYERS):
             value = layer_input(node)
             yield str(node.target), module_of(model, value) if isinstance(value, fx.Node) else None
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (*LAYERS, nn.BatchNorm2d)  # subclasses too, whose code outside of torch.nn fx would trace
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _read_changed_values(graph: fx.Graph, root: nn.Module) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import activation_places, calibrate, freeze_ranges, frozen_ranges, layer_quantizers, set_image_range
+from granq.convert import activation_places, calibrate, layer_quantizers, set_image_range
 from granq.errors import UserError
 from granq.fast import channel_var_mean
 from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
-from granq.graph import is_relu, module_of
+from granq.graph import reader
 from granq.hooks import watch
 from granq.losses import layer_loss, soft_label_loss
+from granq.plain import module_of, relu_ceiling
 from granq.qat import CALIBRATION, GDFQ, Game, describe_images
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
@@ -42,6 +43,7 @@ class Match(GDFQ):
     def __init__(self, config: QATConfig) -> None:
         super().__init__(config)
         self.refined: tuple[Tensor, Tensor] | None = None
+        self.ceilings: list[float | None] = []
 
     def student_loss(self, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
         return SOFT_LABELS * soft_label_loss(t, s, SOFT_TEMPERATURE)
@@ -72,7 +74,6 @@ class Match(GDFQ):
             calibrate(student, batches, QUANTILE, full_precision=True)
             if self.config.image_bits and game.pixels:  # with bits to spare nothing needs to be cut off
                 set_image_range(student, *game.pixels)
-        freeze_ranges(student)
         images = torch.cat([self.draw(game)[0] for _ in range(REESTIMATION)])
         reestimate_batchnorm(student, game.teacher, images)
         if scheme.clamp:
@@ -85,7 +86,8 @@ class Match(GDFQ):
                 t = at_least_float32(game.teacher(images))
         with batchnorm_outputs(game.student) as got, game.autocast():
             s = at_least_float32(game.student(images))
-        loss = layer_loss(wanted, got, relu_ceilings(game.student)) + self.student_loss(t, s, labels)
+        self.ceilings = self.ceilings or relu_ceilings(game.student)
+        loss = layer_loss(wanted, got, self.ceilings) + self.student_loss(t, s, labels)
         game.update("student", game.student_params, loss)
         with torch.no_grad():
             return {"student_loss": loss.detach()} | describe_images(images, t, labels, batchnorm_loss(norms))
@@ -201,7 +203,7 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
 
     with watch(teacher, norms, lambda name, x, _: seen[name].append(channel_var_mean(x)), before=True):
         teacher(images)
-    with frozen_ranges(student), watch(student, norms, follow, before=True):
+    with watch(student, norms, follow, before=True):
         student(images)
 
 
@@ -232,11 +234,5 @@ def batchnorm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def relu_ceilings(model: fx.GraphModule) -> list[float | None]:
     """For every call of a BatchNorm2d, in order: where the ReLU that alone reads it ends (infinity, 6), or ``None``."""
-    ceilings: list[float | None] = []
-    for node in model.graph.nodes:
-        if isinstance(module_of(model, node), nn.BatchNorm2d):
-            readers = list(node.users)
-            alone = len(readers) == 1 and is_relu(model, readers[0])
-            six = alone and (readers[0].target is F.relu6 or isinstance(module_of(model, readers[0]), nn.ReLU6))
-            ceilings.append((6.0 if six else math.inf) if alone else None)
-    return ceilings
+    norms = [node for node in model.graph.nodes if isinstance(module_of(model, node), nn.BatchNorm2d)]
+    return [relu_ceiling(model, after) if (after := reader(model, norm)) else None for norm in norms]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from granq.config import QATConfig
-from granq.convert import WeightQuantizer, freeze_ranges, original_weight, weight_quantizer
+from granq.convert import WeightQuantizer, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
 from granq.files import save_atomically
@@ -139,5 +139,4 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
             value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
         weight.original.copy_(value)
         weight[0] = PackedWeight(quantizer, config.scheme, grid, records[n]["sqnr_db"])
-    freeze_ranges(student)
     return SavedRun(student.requires_grad_(False).to(device), config, spec, facts, epoch)

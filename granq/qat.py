@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, quantize_model
+from granq.convert import bypassed, calibrate, quantize_model, tracking
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.graph import plain_copy
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
@@ -113,8 +114,9 @@ class Game:
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)  # whose random state belongs to the run
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
-        self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        self.student = quantized(self.teacher, config).requires_grad_(True)
+        teacher = copy.deepcopy(teacher).to(self.device).eval()
+        self.teacher = plain_copy(teacher).requires_grad_(False)  # recipe match compares both after every BatchNorm
+        self.student = quantized(teacher, config).requires_grad_(True)
         self.classes = self._check_networks()
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
@@ -139,7 +141,7 @@ class Game:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.isfinite().all():
             raise UserError("a teacher gives one tensor of finite logits (N, classes), which this one does not")
         batchnorm_loss(norms)
-        with frozen_ranges(self.student), bypassed(self.student):
+        with bypassed(self.student):
             difference = (self.student(image) - logits).abs().max()
         if difference > 1e-3 * logits.abs().max():
             raise UserError(
@@ -181,7 +183,7 @@ class Game:
             images, labels = synthesize(self.generator, c.batch_size, self.classes, self.device)
             with batchnorm_inputs(self.teacher) as norms:
                 t = self.teacher(images)
-            with torch.set_grad_enabled(train_student or recipe.adversarial):
+            with torch.set_grad_enabled(train_student or recipe.adversarial), tracking(self.student, not train_student):
                 s = self.student(images)
         t, s = at_least_float32(t), at_least_float32(s)
         bn = batchnorm_loss(norms)
@@ -235,17 +237,16 @@ class Game:
                 group["lr"] = lr * decay * group.get("rate", 1)
 
     def _begin_training(self, evaluate: Evaluate | None) -> None:
-        """Prepare the student and measure it: ranges are frozen from here on."""
+        """Prepare the student and measure it: ranges stay from here on."""
         with torch.no_grad():
             self.recipe.prepare(self)
-        freeze_ranges(self.student)
         self.optimize_student()
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Evaluate | None) -> float:
         """Evaluate the student; a DataLoader draws random numbers, which is undone."""
         cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda), frozen_ranges(self.student):
+        with torch.random.fork_rng(cuda):
             return float(evaluate(self.student)) if evaluate else math.nan
 
     def state(self) -> dict[str, Any]:
@@ -271,7 +272,6 @@ class Game:
             torch.cuda.set_rng_state(state["device_rng"].cpu())
         for k in ("epoch", "rows", "ptq_top1", "seconds"):
             setattr(self, k, state[k])
-        freeze_ranges(self.student, self.epoch >= self.config.warmup_epochs)
 
 
 def describe_images(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor) -> dict[str, Tensor]:

@@ -97,12 +97,12 @@ def min_max(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
 
 def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = True) -> QParams:
     """Compute scale and zero point of groups whose range is known: tracked ranges, or those of ``min_max``."""
-    check_bits(bits)
+    bits = check_bits(bits)
     if promote:
         low, high = at_least_float32(low), at_least_float32(high)
     # The epsilon bounds the range from below, it is not added to it. It is a tensor and no float of Python, so that in
-    # float16 it becomes zero just as in the release.
-    span = torch.maximum(high - low, torch.tensor(EPS, dtype=low.dtype, device=low.device))
+    # float16 it becomes zero just as in the release; made on the device, as a copy to a GPU would wait for it.
+    span = torch.maximum(high - low, low.new_full((), EPS))
     scale_inv = (2**bits - 1) / span
     return QParams(scale_inv, torch.round(scale_inv * low) + 2 ** (bits - 1))
 
@@ -176,7 +176,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def float_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
     """Return the codes of ``quantize``, still in floating point."""
-    check_bits(bits)
+    bits = check_bits(bits)
     codes = (x * scale_inv).sub_(zero_point).round_()
     return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if clamp else codes
 

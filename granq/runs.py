@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from granq.config import QATConfig
-from granq.convert import freeze_ranges
 from granq.data import DataSpec
 from granq.devices import resolve_device, versions
 from granq.errors import UserError
@@ -247,7 +246,7 @@ def fingerprint(config: QATConfig, *networks: nn.Module, loss: str = "") -> str:
 class SavedRun(NamedTuple):
     """What ``load_run`` reads: the student, and where it comes from."""
 
-    student: fx.GraphModule  #: in eval mode, its ranges frozen
+    student: fx.GraphModule  #: in eval mode
     config: QATConfig
     spec: DataSpec  #: the data that measured it, and the normalization of its images
     facts: dict[str, Any]  #: ``config.json``: network, data, teacher, its accuracy, versions
@@ -265,7 +264,6 @@ def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
     spec = DataSpec.model_validate(facts["spec"])
     student = quantized(build_network(facts["network"], spec.classes), facts["config"])
     student.load_state_dict(state["student"])
-    freeze_ranges(student)
     return SavedRun(student.to(device), facts["config"], spec, facts, state["epoch"])
 
 

@@ -1,8 +1,9 @@
 """Schemes: what is quantized, and how, as data. Imports no torch, so that the command line answers at once."""
 
-from typing import Literal, get_args
+import operator
+from typing import Any, Literal, SupportsIndex, get_args
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, field_validator, model_validator
 
 from granq.errors import UserError, one_of
 
@@ -20,8 +21,15 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     places: Literal["relu", "inputs"] = "inputs"  #: after every ReLU and ReLU6, or in front of every layer
     clamp: bool = True  #: keep codes within their range
     promote: bool = True  #: compute the ranges of half-precision tensors in float32
-    skip: tuple[str, ...] = ()  #: names of layers that stay in full precision
+    skip: tuple[str, ...] = ()  #: names of layers that stay in full precision, or of modules with all that they hold
     fold: bool = False  #: multiply weights by the steps of their inputs before they are quantized: integer convolutions
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _names(cls, skip: Any) -> Any:
+        if isinstance(skip, str):
+            raise ValueError(f"skip is a tuple of names, such as ({skip!r},)")
+        return skip
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scheme":
@@ -52,8 +60,9 @@ def get_scheme(scheme: str | Scheme) -> Scheme:
     return SCHEMES[scheme]
 
 
-def check_bits(*bits: int) -> None:
-    """Raise UserError unless every width is an integer from 2 to 8."""
-    for width in bits:
-        if not isinstance(width, int) or isinstance(width, bool) or not 2 <= width <= 8:
-            raise UserError(f"bits must be an integer from 2 to 8, got {width!r}")
+def check_bits(bits: SupportsIndex) -> int:
+    """Return a width as Python's int, whose powers do not overflow. Raises UserError unless it is 2 to 8, and whole."""
+    width = operator.index(bits) if hasattr(bits, "__index__") and not isinstance(bits, bool) else 0
+    if not 2 <= width <= 8:
+        raise UserError(f"bits must be an integer from 2 to 8, got {bits!r}")
+    return width

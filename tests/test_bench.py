@@ -1,5 +1,6 @@
 """Timings: what is timed computes the same as the library, rows are complete, counts are right. No clock decides."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,16 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from granq import losses
 from granq.config import QATConfig
+from granq.convert import quantize_model
+from granq.data import DataSpec, batches, describe_data, load_split
+from granq.errors import UserError
 from granq.generator import batchnorm_loss, build_generator, synthesize
 from granq.measure import latency
+from granq.models import load_teacher
 from granq.qat import AdaDFQ, Game
 from granq.quantizer import fake_quantize
 
@@ -111,6 +118,146 @@ def test_step_rows(tiny, monkeypatch, benchmarks, has):
     assert list(frame.method) == ["plain", "granq", *["granq bf16"] * has]
     assert frame.speedup[0] == 1 and (frame.median_ms > 0).all()
     as_committed(frame, "step_latency")
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scheme", ["granq", "layerwise", "foldable"])
+def test_a_forward_needs_nothing_from_python_that_a_gpu_would_wait_for(tiny, scheme):
+    """No tensor is made of a number of Python (its copy waits), and none becomes a number."""
+    student, images = quantize_model(tiny, scheme, 3, 3), torch.randn(2, 3, 8, 8)
+    student(images)  # sets ranges that are tracked
+    with Called() as called:
+        losses.student_loss(tiny(images), student(images), 20.0).backward()
+    assert "convolution" in called.names
+    assert not {"lift_fresh", "_local_scalar_dense"} & {*called.names}
+
+
+def test_quantizers_compared_compute_the_same(benchmarks, capsys):
+    """Where zero is in every range. Not the plain copy, nor one scale a channel for all images."""
+    import quantizers
+
+    x = torch.randn(3, 5, 6, 7).relu().requires_grad_()
+    found = quantizers.methods()
+    assert ("torchao affine" in found) != ("torchao is not installed" in capsys.readouterr().out)
+    expected, other = fake_quantize(x, 3).detach(), fake_quantize(x, 3, "per_channel").detach()
+    for name, method in found.items():
+        if name == "granq, compiled":  # tests/test_quantizer.py; it takes time
+            continue
+        value = method(x, 3)
+        assert torch.equal(torch.autograd.grad(value.sum(), x)[0].round(decimals=5), torch.ones_like(x)), name
+        right = {"copy": x.detach(), "torch observer, per channel": other}.get(name, expected)
+        torch.testing.assert_close(value.detach(), right, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_quantizer_rows(benchmarks, monkeypatch):
+    import quantizers
+
+    few = {name: quantizers.METHODS[name] for name in ("granq", "copy")}
+    monkeypatch.setattr(quantizers, "methods", lambda: few | {"loop for scales": quantizers.loop_for_scales})
+    frame = quantizers.measure_latency_quantizers([(2, 3, 4, 4), (1, 2, 4, 4)], repetitions=2)
+    assert len(frame) == 6 and (frame.median_ms > 0).all()
+    assert (frame.ratio_to_granq_q25 <= frame.ratio_to_granq_q75).all()
+    assert (frame.ratio_to_granq[frame.method == "granq"] == 1).all()
+
+
+def test_time_to_accuracy(benchmarks, tiny, monkeypatch):
+    """The time of a row is the time of training: a slow measurement of the accuracy does not count."""
+    import time_to_accuracy as bench
+
+    tops = iter([40.0, 50.0, 60.0] * 2)
+    monkeypatch.setattr(bench, "top1_on", lambda *_: time.sleep(0.5) or next(tops))
+    config = QATConfig(epochs=3, warmup_epochs=1, iterations=2, batch_size=4, image_size=8, device="cpu")
+    spec = DataSpec(name="folder", classes=3, image_size=8, mean=(0.5,) * 3, std=(0.2,) * 3)
+    settings = {"granq": config, "strict": config.change(scheme="strict", recipe="match", refined_images=8)}
+    start = time.perf_counter()
+    frame = bench.measure_time_to_accuracy(tiny, spec, range(7), 50.0, settings)
+    whole = time.perf_counter() - start
+    assert list(frame.method) == ["granq"] * 3 + ["strict"] * 3 and list(frame.test_top1) == [40, 50, 60] * 2
+    second = frame[frame.epoch == 2].set_index("method").seconds
+    assert frame.reached_seconds.to_list() == [second["granq"]] * 3 + [second["strict"]] * 3
+    assert frame.seconds[frame.epoch == 3].sum() < whole - 6 * 0.5
+    lines = bench.plot_time_to_accuracy(frame).get_lines()
+    assert lines[0].get_ydata().tolist() == [40, 50, 60]
+    assert lines[1].get_xdata() == pytest.approx(frame.seconds[3:] / 60)
+
+
+def test_gpu_parts_run_without_a_gpu(benchmarks, tmp_path, capsys, monkeypatch):
+    """Tiny, on the CPU: their tables and the page that shows them."""
+    import gpu
+
+    few = {name: latency.METHODS[name] for name in ("granq", "copy")}
+    monkeypatch.setattr("quantizers.methods", lambda: few)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(out=tmp_path / "none") == 0 and "nothing was run" in capsys.readouterr().out
+    for part in ("quantizer", "step", "run"):
+        assert gpu.main(part, out=tmp_path, seconds=60, dry=True) == 0
+    run = pd.read_csv(tmp_path / "cuda_run.csv")
+    assert list(run.epoch) == [1, 2, 3] and run.test_top1.between(0, 100).all()
+    assert {"full_precision_top1", "test_images", "torch", "device", "commit", "seed"} <= {*run.columns}
+    page = gpu.page(tmp_path)
+    assert page.count("Nothing was measured.") == 1  # the parts, which main("all") writes
+    for title in gpu.TITLES.values():
+        assert f"## {title}" in page
+    assert f"{run.seconds.iloc[-1]:.3f}".rstrip("0") in page
+
+
+def test_a_part_that_fails_or_hangs_leaves_the_others(benchmarks, tmp_path, monkeypatch):
+    import gpu
+
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\npart = sys.argv[1]\nassert sys.argv[2:4] == ['--out', sys.argv[3]]\n"
+        "time.sleep(60 * (part == 'step'))\nsys.exit(3 * (part == 'quantizer'))\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "LIMITS", {"tests": 30, "quantizer": 30, "step": 1, "run": 30})
+    table = gpu.execute(tmp_path, dry=True, limit=100, parts=list(gpu.LIMITS))
+    assert list(table.result) == ["done", "exit code 3", "stopped after 1 s", "done"]
+    assert (tmp_path / "cuda.md").read_text() == gpu.page(tmp_path)
+    assert list(pd.read_csv(tmp_path / "cuda_parts.csv").part) == list(gpu.LIMITS)
+
+
+def test_a_gpu_run_ends_in_time(benchmarks, tmp_path, capsys):
+    import gpu
+
+    frame = gpu.run("cpu", True, tmp_path, seconds=0.0)
+    assert list(frame.epoch) == [1]  # begun too late: one epoch, measured
+
+
+def test_a_bundle_holds_teacher_and_images(benchmarks, folder, teacher, tmp_path, monkeypatch, capsys):
+    """Also a network of one's own file; the images and the teacher's answers are the same from there."""
+    import gpu
+    import gpu_bundle
+
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from granq.models import build_network\n\n\ndef net(num_classes):\n"
+        "    return build_network('resnet20_cifar10', num_classes)\n"
+    )
+    out = tmp_path / "bundle"
+    gpu_bundle.main(f"{file}:net", teacher, folder, out=out, image_size=32, wheels=False)
+    file.unlink()
+    monkeypatch.setattr(gpu, "BUNDLE", out)
+    model, spec, test = gpu.teacher_and_test(dry=False)
+    expected, described = load_teacher("resnet20_cifar10", describe_data(folder, "resnet20_cifar10"), teacher)
+    images = load_split(described, "test")
+    assert (spec.mean, spec.classes) == (described.mean, 2)
+    for (x, y), (z, w) in zip(batches(test, spec), batches(images, described), strict=True):
+        assert torch.equal(x, z) and torch.equal(y, w) and torch.equal(model(x), expected(z))
+    monkeypatch.setattr(gpu, "BUNDLE", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="make gpu-bundle"):
+        gpu.teacher_and_test(dry=False)
 
 
 def test_analysis_rows(benchmarks):

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -17,13 +18,13 @@ from granq import (
     build_network,
     calibrate,
     fake_quantize,
-    freeze_ranges,
+    layer_quantizers,
     learn_steps,
     pixel_bounds,
     quantize_model,
     set_image_range,
 )
-from granq.convert import bypassed, frozen_ranges
+from granq.convert import bypassed, tracking
 
 
 def resnet20(num_classes):
@@ -33,16 +34,15 @@ def resnet20(num_classes):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_copy_keeps_teacher_and_keys(tiny, scheme):
     before = copy.deepcopy(tiny.state_dict())
-    student = quantize_model(tiny, scheme, 2, 2)
-    assert student(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    student, x = quantize_model(tiny, scheme, 2, 2), torch.randn(2, 3, 8, 8)
+    calibrate(student, [x])
+    assert student(x).shape == (2, 3)
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
     other = TinyNet().state_dict()
     student.load_state_dict(other)
     assert all(torch.equal(student.state_dict()[k], v) for k, v in other.items())
     twin = quantize_model(tiny, scheme, 2, 2)
     twin.load_state_dict(student.state_dict())
-    freeze_ranges(twin), freeze_ranges(student)
-    x = torch.randn(2, 3, 8, 8)
     assert torch.equal(twin(x), student(x))
 
 
@@ -82,30 +82,31 @@ def test_pointwise_kernels_stay_unquantized_under_granq_only(tiny):
     assert not torch.allclose(quantize_model(tiny, "strict", 2, 2).point.weight, tiny.point.weight, rtol=1e-3)
 
 
-def test_ranges_are_tracked_then_frozen(tiny):
-    student = quantize_model(tiny, "layerwise", 4, 4)
-    calibrate(student, [torch.randn(4, 3, 8, 8) for _ in range(3)])
-    ranges = {n: q.running_max.clone() for n, q in activation_places(student).items()}
-    student(100 * torch.randn(4, 3, 8, 8))
-    assert all(torch.equal(q.running_max, ranges[n]) for n, q in activation_places(student).items())
-
-
-def test_within_a_block_ranges_do_not_move(tiny):
-    student, images = quantize_model(tiny, "layerwise", 4, 4), torch.randn(4, 3, 8, 8)
-    student(images)
-    ranges = [place.running_max for place in activation_places(student).values()]
-    with frozen_ranges(student):
+@pytest.mark.parametrize("scheme", ["layerwise", "per_channel", "foldable"])
+def test_ranges_move_in_calibrate_and_in_tracking_only(tiny, scheme):
+    student, images = quantize_model(tiny, scheme, 4, 4), torch.randn(4, 3, 8, 8)
+    for mode in (student.eval, student.train):  # nothing was set: no test image sets it
+        with pytest.raises(UserError, match="never set"):
+            mode()(100 * images)
+    calibrate(student.eval(), [torch.randn(4, 3, 8, 8) for _ in range(3)])
+    twin = quantize_model(tiny, scheme, 4, 4)
+    twin.load_state_dict(student.state_dict())  # calibrated, as its ranges are in the state
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    for model in (student, twin):
+        first = model(images)
+        model.train()(100 * images), model.eval()(100 * images)
+        assert torch.equal(model(images), first) or model.bn1.num_batches_tracked  # BatchNorm follows train(), not us
+        ranges = [key for key in before if "running_m" in key and key.startswith("act_quant")]
+        assert ranges and all(torch.equal(model.state_dict()[key], before[key]) for key in ranges)
+    with tracking(student):
         student(100 * images)
-    assert all(map(torch.equal, ranges, [place.running_max for place in activation_places(student).values()]))
-    student(100 * images)  # still tracks
-    assert not any(map(torch.equal, ranges, [place.running_max for place in activation_places(student).values()]))
+    assert not any(torch.equal(student.state_dict()[key], before[key]) for key in ranges if "max" in key)
 
 
 def test_moving_average_has_momentum_09():
     scheme = Scheme(weights=None, activations="per_tensor", tracked=True)
     student = quantize_model(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten()), scheme, 4, 4)
-    for top in (1.0, 2.0):
-        student(torch.tensor([0, top]).reshape(1, 1, 1, 2))
+    calibrate(student, [torch.tensor([0, top]).reshape(1, 1, 1, 2) for top in (1.0, 2.0)])
     (place,) = activation_places(student).values()
     assert place.running_max.item() == pytest.approx(1.1)
 
@@ -115,6 +116,84 @@ def test_skip_keeps_a_layer_in_full_precision(tiny):
     assert torch.equal(student.conv1.weight, tiny.conv1.weight)
     with pytest.raises(ValueError, match="nothere"):
         quantize_model(tiny, Scheme(weights="per_out_channel", activations=None, skip=("nothere",)), 2, 2)
+
+
+def test_skip_reaches_below_a_name_and_takes_no_text():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1))))
+    net.append(nn.Conv2d(3, 3, 1)), net.extend([nn.Identity()] * 7), net.append(nn.Conv2d(3, 3, 1))
+    scheme = dict(weights="per_tensor", activations=None)
+    layers = layer_quantizers(quantize_model(net, Scheme(**scheme, skip=("1", "2")), 3, 3))
+    assert {n: q.weight is None for n, q in layers.items()} == {"0.0": False, "1.0.0": True, "2": True, "10": False}
+    with pytest.raises(UserError, match="holds no layer of the model: 0.1, 3"):
+        quantize_model(net, Scheme(**scheme, skip=("1", "0.1", "3")), 3, 3)
+    with pytest.raises(ValueError, match=r"skip is a tuple of names, such as \('conv1',\)"):
+        Scheme(**scheme, skip="conv1")
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int8, torch.tensor])
+def test_a_whole_number_of_any_library_is_a_width(tiny, kind):
+    images = torch.randn(2, 3, 8, 8)
+    student, own = (quantize_model(tiny, "foldable", bits, bits, bits) for bits in (8, kind(8)))
+    for model in (student, own):
+        calibrate(model, [images])
+    assert torch.equal(student(images), own(images))
+    assert torch.equal(fake_quantize(images, kind(8)), fake_quantize(images, 8))  # -np.uint8(128) is 128
+    for wrong in (np.True_, True, np.float32(3), 3.0, "3", kind(9)):
+        with pytest.raises(UserError, match="integer from 2 to 8"):
+            fake_quantize(images, wrong)
+
+
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (6,)), (nn.Conv3d, (2, 3, 4)), (nn.ConvTranspose1d, (6,))])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_sample_channel", "per_tensor"])
+def test_channels_of_any_convolution_have_their_ranges(kind, size, granularity):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = kind(3, 5, 1), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.fc((2 * self.conv(x)).relu().flatten(2).mean(2))
+
+    net, x = Net(), torch.randn(4, 3, *size) * torch.tensor([1.0, 9, 40]).view(3, *[1] * len(size))
+    tracked = granularity != "per_sample_channel"
+    student = quantize_model(net, Scheme(weights=None, activations=granularity, tracked=tracked, places="relu"), 3, 3)
+    calibrate(student, [x])
+    y = (2 * net.conv(x)).relu()
+    dims = {"per_channel": (0, 2), "per_sample_channel": (2,), "per_tensor": (0, 1, 2)}[granularity]
+    rows = y.flatten(2)
+    low, high = rows.amin(dims, keepdim=True), rows.amax(dims, keepdim=True)
+    s = 7 / (high - low).clamp_min(1e-8)
+    codes = (s * rows - ((s * low).round() + 4)).round().clamp(-4, 3)
+    expected = net.fc(((codes + (s * low).round() + 4) / s).mean(2))
+    torch.testing.assert_close(student(x), expected)
+
+
+def test_rows_stay_rows():
+    net = nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2), Turned(), nn.Linear(6, 5), nn.ReLU())
+    student, x = quantize_model(net, "per_channel", 3, 3), torch.randn(4, 3, 8, 8)
+    calibrate(student, [x])
+    assert student.get_submodule("act_quant._4").running_max.shape == (1, 5)  # of features, not of the 16 patches
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+def test_an_empty_batch_moves_no_range(tiny, quantile):
+    students, x = [quantize_model(tiny, "foldable", 3, 3) for _ in range(2)], 5 + torch.rand(4, 3, 8, 8)
+    calibrate(students[0], [x, x[:2]], quantile)
+    calibrate(students[1], [x[:0], (x, torch.zeros(4)), x[:0], x[:2]], quantile)
+    assert all(map(torch.equal, students[0].state_dict().values(), students[1].state_dict().values()))
+    with pytest.raises(UserError, match="no images"):
+        calibrate(quantize_model(tiny, "foldable", 3, 3), [x[:0]])
+
+
+def test_a_module_called_act_quant_is_not_overwritten(tiny):
+    tiny.act_quant = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="TinyNet has an act_quant of its own"):
+        quantize_model(tiny, "strict", 3, 3)
 
 
 class Branching(nn.Module):
@@ -130,8 +209,9 @@ def test_bad_input(tiny):
     for bad in [("nope", 3, 3), ("granq", 1, 3), ("granq", 3, 9)]:
         with pytest.raises(ValueError):
             quantize_model(tiny, *bad)
-    with pytest.raises(ValueError, match="no Conv2d or Linear"):
-        quantize_model(nn.ReLU(), "granq", 3, 3)
+    for nothing in (nn.ReLU(), nn.Conv2d(3, 3, 1)):  # a layer is no network
+        with pytest.raises(ValueError, match="no Conv2d or Linear"):
+            quantize_model(nothing, "granq", 3, 3)
     with pytest.raises(ValueError, match="cannot trace Branching"):
         quantize_model(Branching(), "strict", 3, 3)
 
@@ -162,15 +242,12 @@ def test_calibration_without_images_or_with_wrong_ones(tiny):
     with pytest.raises(RuntimeError):
         calibrate(student, [images, images[:, :2]], 0.9, full_precision=True)
     assert all(place.quantile == 1 and not place.bypassed for place in places)
-    fresh = quantize_model(tiny, "foldable", 3, 3)
-    freeze_ranges(fresh)
-    with pytest.raises(UserError, match="never set"):
-        fresh(images)
+    assert not any(place.tracking for place in places)
 
 
 def test_a_bypassed_student_is_the_teacher(tiny):
     student, images = quantize_model(tiny, "layerwise", 2, 2), torch.randn(4, 3, 8, 8)
-    with bypassed(student):
+    with bypassed(student), tracking(student):
         assert torch.equal(student(images), tiny(images))
     assert all(place.seen for place in activation_places(student).values())  # and ranges were tracked
     assert not torch.allclose(student(images), tiny(images), rtol=0.01)
@@ -301,7 +378,8 @@ class ReadsWeight(nn.Module):
 
 def test_a_weight_that_is_read_without_a_call_stays_and_keeps_its_keys():
     net, images = ReadsWeight().eval(), torch.randn(2, 3, 8, 8)
-    student = quantize_model(net, "strict", 3, 3)
+    with pytest.warns(UserWarning, match="in full precision, as they compute something else: head"):
+        student = quantize_model(net, "strict", 3, 3)
     student.load_state_dict(net.state_dict())
     assert student.state_dict().keys() - net.state_dict().keys() == set()
     assert torch.equal(student.head.weight, net.head.weight) and student(images).shape == (2, 5)

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from granq import Scheme, UserError, activation_places, fake_quantize, layer_names, layer_quantizers, quantize_model
 from granq.convert import image_place, original_weight, weight_quantizer
-from granq.graph import layer_input, module_of, norm_after, trace
+from granq.graph import layer_input, norm_after, trace
 from granq.hooks import eval_mode, images_of, watch
+from granq.plain import module_of
 
 
 def test_layers_in_order_of_definition(tiny):

@@ -1,6 +1,7 @@
 import onnx
 import onnxruntime
 import pytest
+import timm.layers
 import torch
 import torchvision
 from conftest import TinyNet
@@ -183,3 +184,69 @@ def test_refusals(tiny):
 
     with pytest.raises(UserError, match="called on two inputs"):
         quantize_model(Twice(), "foldable", 3, 3)
+
+
+class PadAfter(nn.Conv2d):
+    """As TensorFlow pads at stride 2."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+def building_blocks():
+    """Of EfficientNet-Lite and MobileNetV2 with TensorFlow's padding: nothing but subclasses, and a linear end."""
+    act, same = (lambda n, **more: timm.layers.BatchNormAct2d(n, **more)), timm.layers.Conv2dSame
+    return with_statistics(
+        nn.Sequential(
+            PadAfter(3, 6, 3, 2, bias=False), act(6, act_layer=nn.ReLU6),
+            same(6, 6, 5, 2, groups=6, bias=False), act(6), nn.Conv2d(6, 4, 1, bias=False), act(4, apply_act=False),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [3, 7])
+def test_subclasses_are_folded_and_exported(tmp_path, bits):
+    student, x = quantize_model(building_blocks(), "foldable", bits, bits), torch.randn(8, 3, 21, 16)
+    calibrate(student, [x])
+    frame = measure_integer_agreement(student, x).set_index("layer")
+    assert len(frame) == 5 and (frame.beyond_bound == 0).all()
+    twin = integer_model(student)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in twin.modules())  # all are in the rescale
+    torch.testing.assert_close(
+        integer_model(student.double()).double()(x.double()), student(x.double()), rtol=1e-6, atol=1e-6
+    )
+    export_onnx(twin, x[:2], tmp_path / "n.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
+    logits = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(logits), twin(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_of_an_activation_inside_a_batchnorm():
+    norm = timm.layers.BatchNormAct2d(4, act_layer=nn.ReLU)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    student, x = quantize_model(with_statistics(net), "foldable", 7, 7), torch.randn(8, 3, 8, 8)
+    calibrate(student, [x])
+    assert (integer_model(student)(x) - student(x)).abs().max() < 1e-5
+    assert (student(x) - net(x)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("what", ["activation", "norm", "pooling", "rescale", "nan"])
+def test_a_twin_that_computes_something_else_is_found(what):
+    student, x = quantize_model(building_blocks(), "foldable", 3, 3), torch.randn(8, 3, 21, 16)
+    calibrate(student, [x])
+    twin = integer_model(student)
+    layer = twin.get_submodule("4")
+    if what == "activation":
+        (node,) = [node for node in twin.graph.nodes if node.target == "1.act"]
+        node.replace_all_uses_with(node.args[0])
+        twin.graph.erase_node(node)
+        twin.recompile()
+    elif what == "norm":
+        layer.offset.add_(0.1 * layer.offset.abs().max())
+    elif what == "pooling":
+        twin.set_submodule("6", nn.AdaptiveMaxPool2d(1))
+    else:
+        layer.rescale[0] *= torch.nan if what == "nan" else 2
+    frame = measure_integer_agreement(student, x, twin)
+    assert (frame.beyond_bound[:-1] == 0).all() and frame.beyond_bound.iloc[-1] > 0

@@ -115,7 +115,7 @@ def test_every_folder_and_file_is_shipped() -> None:
 def test_every_target_says_what_it_does() -> None:
     command = ["make", "--no-print-directory", "help"]  # as it is inside another make, too
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    wanted = "help demo test lowest lint notebooks figures lab browser docs wheel gpu".split()
+    wanted = "help demo test lowest lint notebooks figures lab browser docs wheel gpu gpu-bundle".split()
     assert [line.split()[0] for line in shown.splitlines()] == wanted
 
 

@@ -308,6 +308,7 @@ def test_a_teacher_who_knows_two_classes_well_is_no_trouble():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc: runs on Linux")
 def test_memory_and_open_files_stay_flat():
     game = begin(network(), TINY.change(scheme="layerwise"))
+    game.play(False)  # sets the ranges
 
     def load() -> tuple[int, int, float]:
         for _ in range(25):

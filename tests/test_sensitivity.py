@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from granq.convert import calibrate, quantize_model
+from granq.convert import activation_places, calibrate, quantize_model
 from granq.errors import UserError
 from granq.measure import sensitivity
 from granq.measure.allocation import allocate_bits
@@ -86,8 +86,8 @@ def test_alone_and_all_but_are_students_that_skip(scheme: str, part: str, sharp:
             full = quantize_model(sharp, SCHEMES[scheme].model_copy(update={"skip": ()}), bits, bits)
             calibrate(full, [labelled()[0][0]])
             student.load_state_dict(full.state_dict(), strict=False)  # the ranges of the whole network
-            for place in (m for m in student.modules() if hasattr(m, "frozen")):
-                place.frozen = place.fold = True
+            for place in activation_places(student).values():
+                place.fold = True
         check(row_of(frame, kind=kind, layer=name, bits=bits), sharp, student)
 
 

@@ -213,8 +213,7 @@ def _grown_table(
     """Return widths, workbench and provenance of a measurement that writes row after row into ``out``."""
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
-    widths = [int(b) if b.isdecimal() else 0 for b in bits.split(",")]
-    check_bits(*widths)
+    widths = [check_bits(int(b) if b.isdecimal() else 0) for b in bits.split(",")]
     if len(set(widths)) < len(widths):
         raise UserError(f"--bits names a width twice: {bits}")
     shared = granq.Workbench("full", runs=[run] if run else [], **source)
@@ -239,14 +238,16 @@ def export(
     runs.RunFolder(out).check_free(resumable=False)
     saved, spec, test, facts = _run_on(run, data, "cpu")
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
+    agreement = granq.measure_integer_agreement(saved.student, images, twin)
+    if (wrong := agreement.layer[agreement.beyond_bound > 0]).any():
+        raise UserError(f"the integer twin computes something else than the student: {', '.join(wrong)}")
     out.mkdir(parents=True, exist_ok=True)
     granq.export_onnx(twin, images[:2], out / "network.onnx")
-    agreement = granq.measure_integer_agreement(saved.student, images)
     files.write_csv(out / "agreement.csv", agreement)
     facts |= {
         "top1_fake_quantized": granq.top1_on(saved.student, test, spec),
         "top1_integer": granq.top1_on(twin, test, spec),
-        "outputs_beyond_bound": int(agreement.beyond_bound.sum()),
+        "outputs_beyond_bound": 0,
         "torch": devices.versions()["torch"],
     }
     granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | facts)

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from granq import convert
 from granq.convert import ActQuantizer, Quantizer, WeightQuantizer
 from granq.errors import UserError
-from granq.graph import LAYERS
 from granq.hooks import eval_mode, watch
 from granq.measure import running
 from granq.packed import PackedWeight
+from granq.plain import LAYERS
 from granq.quantizer import min_max
 
 QUANTIZED_DB = 60.0  #: above this SQNR nothing is quantized: 8 bits give about 50 dB, untouched values 150
@@ -54,7 +54,7 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         raise UserError(f"the audit needs float32, got {weight.dtype}: pass model.float()")
     unset = any(place.tracked and not place.seen for place in convert.activation_places(model).values())
     before = {name: value.clone() for name, value in model.state_dict().items()} if unset else {}
-    with eval_mode(model), convert.frozen_ranges(model):
+    with eval_mode(model):
         try:
             if unset:
                 convert.calibrate(model, [example.to(weight.device)])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from granq.convert import calibrate, frozen_ranges, quantize_model
+from granq.convert import calibrate, quantize_model
 from granq.files import write_csv
 from granq.measure import running
 from granq.schemes import Scheme
@@ -77,7 +77,7 @@ def measure_granularity_factorial(
         student = quantize_model(model, Scheme.model_validate(scheme), cell.bits, cell.bits)
         if cell.ranges == "static":
             calibrate(student, calibration(cell.seed))
-        with frozen_ranges(student), parametrize.cached():
+        with parametrize.cached():
             correct = _correct(student, batches)
         rows.append(cell._asdict() | _interval("top1", correct) | _interval("lost", reference - correct) | known)
         if out:

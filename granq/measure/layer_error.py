@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from granq.convert import calibrate, layer_quantizers, quantize_model
 from granq.errors import one_of
-from granq.graph import layer_names
+from granq.graph import layer_names, plain_copy
 from granq.hooks import Batch, eval_mode, images_of, watch
 from granq.measure import running
 from granq.schemes import Scheme
@@ -45,6 +45,7 @@ def measure_layer_error(
     """
     for mode in modes:
         one_of("mode", mode, MODES)
+    model = plain_copy(model)  # a convolution that pads itself has another input
     layers = running.checked(model, layers or layer_names(model))
     widths = (bits, bits) if isinstance(bits, int) else bits
     device = next(model.parameters()).device

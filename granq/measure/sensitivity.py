@@ -20,10 +20,11 @@ from torch.nn.utils import parametrize
 from granq.convert import ActQuantizer, activation_places, calibrate, quantize_model
 from granq.errors import one_of
 from granq.files import write_csv
-from granq.graph import LAYERS, layer_input, layer_names, module_of
+from granq.graph import layer_input, layer_names
 from granq.hooks import Batch, eval_mode, images_of
 from granq.measure import running
 from granq.measure.audit import audit
+from granq.plain import LAYERS, module_of
 from granq.schemes import Scheme
 
 KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")

@@ -1,0 +1,202 @@
+"""What layers and nodes of a traced graph compute, whatever their classes are called.
+
+A subclass of Conv2d, Linear or BatchNorm2d may do more than torch's own: pad, standardize its weight, apply an
+activation. Where that can be shown it becomes a *plain* layer, and the rest nodes of the graph around it.
+"""
+
+import copy
+import math
+from collections.abc import Collection
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+LAYERS = (nn.Conv2d, nn.Linear)
+_PAIRS = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+#: of a function of torch: its class, the names of its arguments, and what a layer has where they are not given
+_FUNCTIONS: dict[Any, tuple[type[nn.Module], str, dict[str, Any]]] = {
+    F.conv2d: (nn.Conv2d, "input weight bias stride padding dilation groups", _PAIRS | {"padding_mode": "zeros"}),
+    F.linear: (nn.Linear, "input weight bias", {}),
+    F.batch_norm: (nn.BatchNorm2d, "input running_mean running_var weight bias training momentum eps", {"eps": 1e-5}),
+}
+_OWN = ("weight", "bias", "running_mean", "running_var")
+#: values that tell a ReLU from other functions
+_PROBE = torch.tensor([-1e6, -99, -8, -6, -4, -3, -2, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 2, 3, 4, 5.9, 6.1, 8, 99, 1e6])
+#: after these, dimension 1 may be another one
+_MOVES = set("transpose permute view reshape movedim moveaxis swapaxes swapdims unflatten getattr".split())
+
+
+def is_plain(module: nn.Module | None) -> bool:
+    """Say whether ``module`` is a Conv2d, Linear or BatchNorm2d without a forward of its own."""
+    base, kind = _base(module), type(module)
+    names = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+    changed = any(name in vars(module) or getattr(kind, name) is not getattr(base, name) for name in names)
+    return base is not None and not changed
+
+
+def changed_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the Conv2d, Linear and BatchNorm2d that are not plain; a parametrized one keeps its class."""
+    return [m for m in model.modules() if _base(m) and not is_plain(m) and not parametrize.is_parametrized(m)]
+
+
+def trace_plain(model: nn.Module, fixed: dict[str, Any] | None = None) -> fx.Graph:
+    """Trace ``model`` and make its layers plain where they can be; arguments of its forward in ``fixed`` are constants.
+
+    A layer whose forward leads fx to torch's own function on the unchanged parameters becomes the nodes of this
+    forward. Any other is compared on random inputs with a plain layer, and with one after ``same_pad``.
+    """
+    opened = [m for m in changed_layers(model) if _opens(m)]
+    padded = [m for m in changed_layers(model) if m not in opened and _turns_plain(m)]
+    tracer = _Tracer(opened)
+    graph = tracer.trace(model, fixed)
+    for layer in opened:
+        _make_plain(layer, tracer.settings.get(layer, {}))
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+        elif (conv := module_of(model, node)) in padded:
+            with graph.inserting_before(node):
+                node.args = (graph.call_function(same_pad, (node.args[0], *_sizes(conv))),)
+    return graph
+
+
+class _Tracer(fx.Tracer):
+    """Follows the forward of layers that are ``opened``; all others are leaves, subclasses too."""
+
+    def __init__(self, opened: Collection[nn.Module]) -> None:
+        super().__init__()
+        self.opened, self.settings = opened, dict[nn.Module, dict[str, Any]]()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self.opened and (_base(m) is not None or super().is_leaf_module(m, module_qualified_name))
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with patch.object(nn.BatchNorm2d, "_check_input_dim", lambda *_: None):  # its ``if`` would end the trace
+            return super().trace(root, concrete_args)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **more: Any) -> fx.Node:
+        """Record torch's function on the parameters of an opened layer as a call of this layer."""
+        base, arguments, settings = _FUNCTIONS.get(target, (None, "", {}))
+        given = dict(zip(arguments.split(), args, strict=False)) | kwargs
+        own = {key: given.get(key) for key in _OWN if key in arguments.split()}
+        reads = [str(node.target) for node in own.values() if isinstance(node, fx.Node) and node.op == "get_attr"]
+        name = reads[0].rpartition(".")[0] if reads else ""
+        layer = self.root.get_submodule(name)
+        settings = settings | {key: given[key] for key in settings.keys() & given.keys()}
+        settings |= {key: (settings[key],) * 2 for key in _PAIRS if isinstance(settings.get(key), int)}
+        computed: list[fx.Node] = []  # settings, such as a padding for the size of the image
+        paths = [f"{name}.{key}".strip(".") for key in own if getattr(layer, key, None) is not None]
+        of_batch = given.get("training", False) != (getattr(layer, "running_mean", layer) is None)
+        fx.node.map_arg(settings, computed.append)
+        if computed or layer not in self.opened or _base(layer) is not base or reads != paths or of_batch:
+            return super().create_node(kind, target, args, kwargs, *names, **more)
+        assert self.settings.setdefault(layer, settings) == settings, "two calls that differ"
+        return super().create_node("call_module", name, (given["input"],), {}, *names, **more)
+
+
+def _opens(layer: nn.Module) -> bool:
+    """Say whether fx follows the forward to calls of torch's function, all alike, that alone read the parameters."""
+    layer = copy.deepcopy(layer)
+    tracer = _Tracer([layer])
+    try:
+        graph = tracer.trace(nn.Sequential(layer))  # of a root fx would take the forward of its class
+    except Exception:  # tracing runs code that is not ours, which may raise anything
+        return False
+    read = any(node.op == "get_attr" and node.target[2:] in _OWN and node.users for node in graph.nodes)
+    return bool(tracer.settings) and not (read or layer._forward_hooks or layer._forward_pre_hooks)
+
+
+@torch.no_grad()
+def _turns_plain(layer: nn.Module) -> bool:
+    """Make ``layer`` plain if it then gives the same numbers on random inputs; say whether only after ``same_pad``."""
+    for same in (False, True) if isinstance(layer, nn.Conv2d) else (False,):
+        plain = copy.copy(layer)
+        _make_plain(plain, {"padding": (0, 0), "padding_mode": "zeros"} if same else {})
+        try:
+            old = copy.deepcopy(layer)
+            pairs = [(old(x), plain(same_pad(x, *_sizes(layer)) if same else x)) for x in _inputs(layer)]
+            alike = all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs)
+        except Exception:  # likewise
+            continue
+        if alike:
+            _make_plain(layer, vars(plain))
+            return same
+    return False
+
+
+def _base(module: nn.Module | None) -> type[nn.Module] | None:
+    return next((base for base, *_ in _FUNCTIONS.values() if isinstance(module, base)), None)
+
+
+def _make_plain(layer: nn.Module, settings: dict[str, Any]) -> None:
+    layer.__class__ = _base(layer)  # type: ignore[assignment]
+    vars(layer).pop("forward", None)
+    vars(layer).update(settings)
+
+
+def _sizes(conv: Any) -> tuple[tuple[int, ...], ...]:
+    return conv.kernel_size, conv.stride, conv.dilation
+
+
+def _inputs(layer: Any) -> list[Tensor]:
+    """Return inputs of several sizes, which differ in their remainder of a stride, and of several magnitudes."""
+    generator, weight = torch.Generator().manual_seed(0), layer.weight  # the global random state stays
+    shapes: list[tuple[int, ...]] = [(2, weight.shape[1]), (2, 3, weight.shape[1])]
+    if isinstance(layer, nn.Conv2d):
+        reach = max(d * (k - 1) + 1 for k, _, d in zip(*_sizes(layer), strict=True))
+        shapes = [(2, layer.in_channels, reach + i, reach + 6 - i) for i in range(4)]
+    return [(torch.randn(shape, generator=generator) * 10 ** (i - 1)).to(weight) for i, shape in enumerate(shapes)]
+
+
+def same_pad(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """Pad (N, C, H, W) with zeros as TensorFlow's "same": a convolution then has ceil(size / stride) outputs."""
+    if has_torch_function_unary(x):  # fx sees one function, which needs the size
+        return handle_torch_function(same_pad, (x,), x, kernel, stride, dilation)
+    ends: list[int] = []
+    for n, k, s, d in zip(*(reversed(sizes) for sizes in (x.shape[2:], kernel, stride, dilation)), strict=True):
+        missing = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        ends += [missing // 2, missing - missing // 2]
+    return F.pad(x, ends)
+
+
+def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Return the module that ``node`` calls, if it calls one."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
+    """Return ``c`` if ``node`` computes ``clamp(x, 0, c)``, as a ReLU (infinity) and a ReLU6 do, else ``None``.
+
+    It is tried: whatever reads one tensor and has no parameters gets a few values.
+    """
+    module, method = module_of(root, node), node.op == "call_method"
+    if len(node.all_input_nodes) != 1 or node.op == "output" or (module and module.state_dict()):
+        return None
+    x = _PROBE.view(1, 1, -1, 1)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: x.clone())
+    call: Any = getattr(Tensor, str(node.target)) if method else module.forward if module else node.target
+    try:
+        with torch.random.fork_rng([]):  # a function may draw
+            y = call(*args, **kwargs)
+        ceiling = float(y.max())
+        same = ceiling > 0 and torch.equal(y, x.clamp(0, ceiling))
+    except Exception:  # it takes tensors of another shape, or gives something else than one
+        return None
+    return None if not same else math.inf if ceiling == x.max() else ceiling
+
+
+def has_channels(root: nn.Module, node: fx.Node) -> bool:
+    """Say whether channels are dimension 1 of ``node``: it comes from a convolution, without a change of layout."""
+    while node.all_input_nodes and getattr(node.target, "__name__", node.target) not in _MOVES:
+        module = module_of(root, node)
+        if isinstance(module, nn.modules.conv._ConvNd) or node.target in (F.conv1d, F.conv2d, F.conv3d):
+            return True
+        if isinstance(module, nn.Linear) or node.target is F.linear:
+            return False
+        node = node.all_input_nodes[0]
+    return False
