@@ -5,7 +5,7 @@ BOUNDS = grep -oE '"[][A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed
 LOWEST := $(addprefix tests/test_,quantizer.py convert.py scaling.py integer.py qat.py match.py runs.py models.py \
 	cli.py sweep.py)
 
-.PHONY: help demo test lowest lint notebooks figures lab browser docs gpu gpu-bundle
+.PHONY: help demo test lowest lint notebooks figures lab browser docs wheel gpu gpu-bundle
 
 # threads that wait leave their core to others sooner; as granq's own commands do (docs/speed.md)
 export GOMP_SPINCOUNT ?= 3000
@@ -69,6 +69,9 @@ browser: $(STAMP) ## Run notebooks in JupyterLab in a real browser (Debian: inst
 
 docs: $(STAMP) ## Check the pages: their links, their commands, their code
 	$(BIN)/python -m pytest -q tests/test_docs.py
+
+wheel: $(STAMP) ## Build the wheel, install it into a fresh environment and use it from there
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m wheel tests/test_packaging.py
 
 # with this checkout's Python if it has one, else the machine's: it may have torch and no network
 gpu: ## Everything that needs a GPU, at most 8 minutes: tests, timings, a run; writes figures/cuda.md

@@ -48,6 +48,8 @@ from .models import load_teacher as load_teacher
 from .models import save_teacher as save_teacher
 from .models import top1_on as top1_on
 from .models import train_teacher as train_teacher
+from .packed import load_student as load_student
+from .packed import save_packed as save_packed
 from .quantizer import QParams as QParams
 from .quantizer import choose_qparams as choose_qparams
 from .quantizer import dequantize as dequantize

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from granq.convert import ActQuantizer, activation_places, layer_quantizers, original_weight, weight_quantizer
-from granq.errors import UserError
+from granq.errors import UserError, require
 from granq.graph import layer_names, norm_after
 from granq.hooks import eval_mode, watch
 from granq.plain import LAYERS, module_of
@@ -196,6 +196,7 @@ def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:
 
     The float sums of such a runtime are exact below 2^24. Needs the extra ``granq[export]``; 8 bits are a UserError.
     """
+    require("onnxscript", "export")
     import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
 
     portable = copy.deepcopy(model)

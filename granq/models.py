@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from granq.data import DataSpec, ImageData, batches, load_split, normalize
 from granq.devices import expect_bfloat16
-from granq.errors import UserError, one_of
+from granq.errors import UserError, one_of, require
 from granq.hooks import eval_mode
 
 
@@ -47,6 +47,7 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
             model.output = nn.Linear(model.output.in_features, classes)
             return model.eval()
     if source == "timm":
+        require("timm", "timm")
         import timm
 
         return timm.create_model(own, pretrained=pretrained, **head).eval()

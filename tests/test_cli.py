@@ -164,8 +164,8 @@ def test_corrupt_teacher(folder, tmp_path, capsys):
         ("audit --network resnet20_cifar10 --image-size -1", "image_size should be"),
         ("audit --network resnet20_cifar10 --scheme nope", "known: granq"),
         ("factorial --data digits --network resnet20_cifar10 --seeds 0", "seeds should be"),
-        ("figures nothing", "known: "), ("evaluate nowhere --data digits", "holds no run"),
-        ("export nowhere --data digits", "holds no run"),
+        ("figures nothing", "known: "), ("evaluate nowhere --data digits", "unknown student or run"),
+        ("export nowhere --data digits", "unknown student or run"),
     ],
 )  # fmt: skip
 def test_numbers_names_and_devices_are_checked_first(command, message, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,15 @@ ROOT = Path(__file__).parent.parent
 LIMITS = {"README.md": 120, "docs/method.md": 160} | {
     f"docs/{name}.md": 100 for name in ("results", "speed", "reliability", "reproduction", "extending")
 }
-PAGES = [*LIMITS, "CONTRIBUTING.md", "NOTICE.md", "figures/README.md", "notebooks/README.md", "benchmarks/README.md"]
+PAGES = [
+    *LIMITS,
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "NOTICE.md",
+    "figures/README.md",
+    "notebooks/README.md",
+    "benchmarks/README.md",
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -1,16 +1,23 @@
 """pyproject.toml is the only list of dependencies; the other build files point to it."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import granq
+from granq.errors import UserError, require
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -86,7 +93,7 @@ def test_ci_runs_make_test() -> None:
     lines = read(".ci/run").splitlines()
     assert "set -euo pipefail" in lines
     assert [line for line in lines if line.startswith("make ")] == [
-        "make lint", "make test", "make notebooks", "make browser",
+        "make lint", "make test", "make wheel", "make notebooks", "make browser",
     ]  # fmt: skip
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
@@ -108,7 +115,7 @@ def test_every_folder_and_file_is_shipped() -> None:
 def test_every_target_says_what_it_does() -> None:
     command = ["make", "--no-print-directory", "help"]  # as it is inside another make, too
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    wanted = "help demo test lowest lint notebooks figures lab browser docs gpu gpu-bundle".split()
+    wanted = "help demo test lowest lint notebooks figures lab browser docs wheel gpu gpu-bundle".split()
     assert [line.split()[0] for line in shown.splitlines()] == wanted
 
 
@@ -143,3 +150,89 @@ def test_lab_keeps_its_token_whatever_the_user_configured(tmp_path: Path) -> Non
             assert answer == 403
         finally:
             lab.kill()
+
+
+def test_one_version_and_one_paper_everywhere() -> None:
+    version, citation, readme = project()["version"], read("CITATION.cff"), read("README.md")
+    assert (
+        granq.__version__ == version and f"\nversion: {version}\n" in citation and f"version = {{{version}}}" in readme
+    )
+    assert f"({version})" in read("CHANGELOG.md") or f"## {version}" in read("CHANGELOG.md")
+    preferred = citation[citation.index("preferred-citation:") : citation.index("references:")]
+    names = re.findall(r"family-names: (\w+), given-names: (\w+)", preferred)
+    assert names and " and ".join(f"{family}, {given}" for family, given in names) in readme
+    assert "2503.18339" in preferred and "2503.18339" in readme
+
+
+def test_extras_hold_what_not_everybody_needs() -> None:
+    extras = project()["optional-dependencies"]
+    named = {name: {requirement_name(r) for r in requirements} for name, requirements in extras.items()}
+    assert {"jupyterlab", "ipywidgets"} <= named["lab"] and {"onnx", "onnxscript"} <= named["export"]
+    assert f"granq[{','.join(sorted(extras.keys() - {'dev'}))}]" in extras["dev"]
+    needed = {requirement_name(r) for r in project()["dependencies"]}
+    assert not needed & set.union(*named.values())
+
+
+def test_a_missing_extra_is_named_with_its_command() -> None:
+    require("torch", "lab")
+    with pytest.raises(UserError, match=r"^onyx is not installed; this installs it: pip install 'granq\[export\]'$"):
+        require("onyx", "export")
+    text = "".join(path.read_text() for path in (ROOT / "granq").rglob("*.py"))
+    used = re.findall(r'require\("(\w+)", "(\w+)"\)', text)
+    extras = {name: {requirement_name(r) for r in rs} for name, rs in project()["optional-dependencies"].items()}
+    provided = {"distributed": "dask"}
+    assert used and all(provided.get(module, module) in extras[extra] for module, extra in used)
+
+
+def lesson_start(notebook: Path) -> str:
+    """The code cells of a lesson in front of the first one that trains."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    trains = next(i for i, text in enumerate(code) if re.search(r"train\(|zero_shot|quantize\(\)", text))
+    assert trains >= 3, "nothing happens before the first training"
+    return "\n\n".join(re.sub(r"^[%!].*$", "", text, flags=re.MULTILINE) for text in code[:trains])
+
+
+@pytest.mark.wheel
+def test_the_wheel_alone_works(tmp_path: Path) -> None:
+    """Built, installed into a fresh environment that borrows torch and the rest, and used outside of the checkout."""
+    source, dist = tmp_path / "source", tmp_path / "dist"
+    shutil.copytree(ROOT / "granq", source / "granq", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE.md"):
+        shutil.copy(ROOT / name, source)
+
+    def pip(*arguments: object) -> None:
+        command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--quiet"]
+        subprocess.run(command, check=True, timeout=120)
+
+    pip("wheel", source, "--no-build-isolation", "--wheel-dir", dist)
+    (wheel,) = dist.iterdir()
+    assert wheel.stat().st_size < 12e6
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("granq/")}
+    assert held == {str(path.relative_to(source)) for path in (source / "granq").rglob("*") if path.is_file()}
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True, timeout=60)
+    paths = sysconfig.get_paths("posix_prefix", {"base": str(tmp_path / "env"), "platbase": str(tmp_path / "env")})
+    # a path in a .pth file lends its packages, but not what their own .pth files add: not the checkout
+    (Path(paths["purelib"]) / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    pip("--python", tmp_path / "env/bin/python", "install", wheel, "--no-index")
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {"PATH": f"{tmp_path}/env/bin:/usr/bin:/bin", "HOME": str(tmp_path), "MPLBACKEND": "agg"}
+    environment |= {name: os.environ[name] for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT") if name in os.environ}
+
+    def run(*command: str) -> str:
+        options: dict[str, Any] = dict(cwd=empty, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "Quantize the digits" in run("granq", "demo", "--help")
+    audit = json.loads(run("granq", "audit", "--network", "resnet20_cifar10", "--scheme", "strict", "--json"))
+    assert audit["weights_low_bit"] == pytest.approx(100)
+    where = "import granq, sys; print(granq.__file__); assert granq.digits_teacher().is_file()"
+    assert str(tmp_path / "env") in run("python", "-c", where)
+    (empty / "lesson.py").write_text(lesson_start(ROOT / "notebooks/00_start_here.ipynb"))
+    assert "teacher" in run("python", "lesson.py")
+    assert not any(empty.glob("runs")), "a lesson's first cells write nothing"

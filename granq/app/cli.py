@@ -22,6 +22,9 @@ DESCRIPTION = "Zero-shot quantization, measured in the open. Every command takes
 def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     """Return the command that ``argv`` asks for, ready to be called. Shows help and exits where that is asked for."""
     argv = [part for part in argv if part != "--json"]  # which main sees to
+    if argv[:1] == ["sweep"] and "--preset" in argv[:-1]:
+        at = argv.index("--preset") + 1
+        argv[at : at + 1] = commands.PRESETS.get(argv[at], argv[at]).split()
     if argv[:1] == ["quantize"]:
         return jobs.from_arguments(argv[1:]).run
     every = {"quantize": quantize, **commands.COMMANDS}

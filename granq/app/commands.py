@@ -17,6 +17,13 @@ from granq.schemes import check_bits
 Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 Words = tuple[str, ...]
+_PAPER = "paper --schemes granq layerwise per_channel --bits 3,3 4,4 5,5"
+#: What ``granq sweep --preset`` makes of these names: the rows of the paper. Arguments that follow change them.
+PRESETS = {
+    "paper-cifar10": f"{_PAPER} --data cifar10 --network resnet20_cifar10",
+    "paper-cifar100": f"{_PAPER} --data cifar100 --network resnet20_cifar100",
+    "paper-imagenet": f"{_PAPER} --data imagenet --network resnet18 resnet50 mobilenetv2_w1",
+}
 Result = dict[str, Any]
 
 
@@ -86,7 +93,7 @@ def teacher(
 
 
 def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> Result:
-    """Measure the accuracy of a finished run."""
+    """Measure the accuracy of a finished run, or of a packed student by its file or name."""
     from granq import devices
 
     device = devices.resolve_device(device)
@@ -96,7 +103,7 @@ def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> R
 
 def _run_on(run: Path, data: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
-    saved = granq.load_run(run, device)
+    saved = granq.load_student(run, device)
     spec, c = granq.describe_data(data, saved.facts["network"]), saved.config
     if spec.classes != saved.spec.classes:
         raise UserError(f"{data} has {spec.classes} classes, but the run's network has {saved.spec.classes}")
@@ -215,10 +222,19 @@ def _grown_table(
     return widths, shared, facts
 
 
-def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
-    """Write a run of scheme foldable as integers (safetensors) and ONNX, and check both."""
+def export(
+    run: Positional[Path], *, data: Data, out: Path, format: Literal["integers", "packed"] = "integers"
+) -> Result:
+    """Write the student of a run: a foldable one as integers and ONNX, and any as one small file.
+
+    Args:
+        out: folder for integers, which are checked; FILE.safetensors for packed, which granq evaluate opens
+        format: integers (safetensors and ONNX), or packed (the codes of weights at their width)
+    """
     from granq import devices, files, runs
 
+    if format == "packed":
+        return _export_packed(run, data, out)
     runs.RunFolder(out).check_free(resumable=False)
     saved, spec, test, facts = _run_on(run, data, "cpu")
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
@@ -236,6 +252,26 @@ def export(run: Positional[Path], *, data: Data, out: Path) -> Result:
     }
     granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | facts)
     return facts | {"out": str(out)}
+
+
+def _export_packed(run: Path, data: str, out: Path) -> Result:
+    from scipy.stats import binomtest
+
+    from granq import devices
+
+    _check_new(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {out}")
+    saved, spec, test, facts = _run_on(run, data, "cpu")
+    facts["top1"] = top1 = granq.top1_on(saved.student, test, spec)
+    ends = binomtest(round(top1 * len(test) / 100), len(test)).proportion_ci(method="wilson")
+    facts |= {"top1_low": 100 * ends.low, "top1_high": 100 * ends.high}
+    facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
+    facts |= devices.versions() | {"commit": devices.commit(), "teacher": Path(saved.facts.get("teacher", "")).name}
+    facts |= {"run": run.name, "data": data.split(":")[0]}  # where they lay on this machine is nobody's business
+    out.parent.mkdir(parents=True, exist_ok=True)
+    granq.save_packed(out, saved._replace(facts=facts))
+    return facts | {"out": str(out), "bytes": out.stat().st_size}
 
 
 def figures(
@@ -288,6 +324,8 @@ def sweep(
     status: bool = False, options: Suppress[Words] = (),
 ) -> Result:  # fmt: skip
     """Plan many runs of granq quantize, whose other options go here too, and execute what is not done yet.
+
+    --preset paper-cifar10 (or paper-cifar100, paper-imagenet) plans the rows of the paper.
 
     Args:
         out: folder of the sweep; alone, it continues what is planned

@@ -7,19 +7,22 @@ every run has a folder. Nothing else is remembered: a sweep that was stopped any
 from __future__ import annotations
 
 import json
+import math
 import re
 import traceback
 from collections.abc import Iterable, Sequence
 from itertools import product, zip_longest
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from joblib import Parallel, delayed, parallel_config
 
 from granq.app.jobs import Job, from_arguments
-from granq.errors import UserError
+from granq.errors import UserError, require
 from granq.files import save_atomically, write_csv
+from granq.measure.workbench import published_lost
 from granq.runs import RunFolder
 
 
@@ -68,15 +71,18 @@ def status(out: Path) -> pd.DataFrame:
     """Write the rows of finished runs to ``results.csv``, and return how far each run is.
 
     Returns:
-        Columns run, state (waiting, stopped, running, failed, done), epoch, test_top1 after it, and what failed.
+        Columns run, state (waiting, stopped, running, failed, done), epoch, test_top1 after it, and what failed; of
+        finished runs the distance to the teacher in points, lost, and the published one.
     """
     rows, results = [], []
     for job in read_plan(out):
         state, history, result = "waiting", job.out / "history.csv", job.out / "result.json"
+        known: dict[str, Any] = {"lost": math.nan, "published": ""}
         error = Path(f"{job.out}.error")
         if result.is_file():
             state = "done"
-            results.append(json.loads(result.read_text()))
+            results.append(row := json.loads(result.read_text()))
+            known = {"lost": row["teacher_top1"] - row["last_top1"], "published": published_lost(row)}
         elif RunFolder(job.out).in_use():
             state = "running"
         elif history.is_file() or error.is_file():
@@ -85,7 +91,7 @@ def status(out: Path) -> pd.DataFrame:
         if history.is_file():
             last = pd.read_csv(history)[["epoch", "test_top1"]].iloc[-1].to_dict()
         said = error.read_text().splitlines()[-1] if state == "failed" else ""
-        rows.append({"run": job.out.name, "state": state, **last, "said": said})
+        rows.append({"run": job.out.name, "state": state, **last, **known, "said": said})
     if results:
         write_csv(out / "results.csv", pd.DataFrame(results))
     return pd.DataFrame(rows).astype({"epoch": int})
@@ -116,6 +122,7 @@ def run_sweep(out: Path, jobs: int = 1, cluster: str = "") -> pd.DataFrame:
     states = status(out).state
     left = [job for job, state in zip(read_plan(out), states, strict=True) if state not in ("done", "running")]
     if cluster:
+        require("distributed", "cluster")
         from distributed import Client
 
         with Client(cluster) as client:

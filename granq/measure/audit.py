@@ -18,6 +18,7 @@ from granq.convert import ActQuantizer, Quantizer, WeightQuantizer
 from granq.errors import UserError
 from granq.hooks import eval_mode, watch
 from granq.measure import running
+from granq.packed import PackedWeight
 from granq.plain import LAYERS
 from granq.quantizer import min_max
 
@@ -241,6 +242,8 @@ def _of_weight(layer: Any) -> dict[str, Any]:
     row["weight_sqnr_db"] = running.sqnr_db(original.flatten(), weight.flatten(), (0,)).item()
     step = quantizer.input_step(original)
     values, row["levels"], _, row["weight_quantized"] = _measure(quantizer, original * step, weight * step)
+    if isinstance(quantizer, PackedWeight):  # what was quantized is gone: the file says how well
+        row |= {"weight_sqnr_db": quantizer.sqnr_db, "weight_quantized": quantizer.grid is not None}
     bits = quantizer.bits + _SCALE_BITS / values if row["weight_quantized"] else 32.0
     return row | dict(scales=weight.numel() // values, bits_per_weight=bits)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,10 @@ from granq.schemes import SCHEMES
 
 RESULTS = "results_cifar10.csv"
 PUBLISHED = Path(__file__).with_name("published_results.csv")
+PUBLISHED_NAMES = {
+    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet", "resnet20_cifar10": "ResNet-20",
+    "resnet20_cifar100": "ResNet-20", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_w1": "MobileNetV2",
+}  # fmt: skip
 
 
 class Budget(NamedTuple):
@@ -207,11 +211,20 @@ def method_name(row: Mapping[Any, Any]) -> str:
     return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])
 
 
-def published_results(bits: pd.Series) -> pd.DataFrame:
-    """Return published results of ResNet-20 on CIFAR-10 at these widths, in the columns of measured rows."""
+def published_results(bits: Iterable[str], dataset: str = "cifar10", network: str = "resnet20_cifar10") -> pd.DataFrame:
+    """Return published results at these widths, in the columns of measured rows."""
     table, keys = pd.read_csv(PUBLISHED), ["dataset", "network", "source"]
     teachers = table[table.method == "full precision"].set_index(keys).top1_percent.rename("teacher_top1")
-    table = table[(table.dataset == "CIFAR-10") & (table.network == "ResNet-20")].join(teachers, keys)
+    names = PUBLISHED_NAMES.get(dataset), PUBLISHED_NAMES.get(network)
+    table = table[(table.dataset == names[0]) & (table.network == names[1])].join(teachers, keys)
     table["bits"] = [f"W{b}A{b}" for b in table.bits]
     table = table[table.bits.isin(bits)].rename(columns={"method": "scheme", "top1_percent": "last_top1"})
     return table[[*keys, "scheme", "bits", "last_top1", "std", "teacher_top1"]]
+
+
+def published_lost(row: Mapping[str, Any]) -> str:
+    """Return how far below the teacher the method of a finished run of preset paper was published, and its name."""
+    methods = {"GranQ" if row["scheme"] == "granq" else "", {"adadfq": "AdaDFQ", "gdfq": "GDFQ"}.get(row["recipe"])}
+    table = published_results([row["bits"]], row["dataset"], row["network"]).dropna(subset="teacher_top1")
+    known = table[table.scheme.isin(methods) & (row["preset"] == "paper")].itertuples()
+    return ", ".join(f"{result.teacher_top1 - result.last_top1:.2f} ({result.scheme})" for result in known)

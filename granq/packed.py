@@ -1,0 +1,142 @@
+"""Students as files: the codes of weights are packed at their width, so that a file is as large as ``audit`` says.
+
+A file is safetensors. Of a quantized layer it holds ``NAME.weight.codes`` (uint8: code after code, lowest bits first)
+and ``NAME.weight.qparams`` (2, groups: multipliers, then zero points), or its values where these are smaller: 1x1
+kernels with a scale each. Everything else lies under its state-dict key. The header is JSON.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from granq.config import QATConfig
+from granq.convert import WeightQuantizer, original_weight, weight_quantizer
+from granq.data import DataSpec
+from granq.errors import UserError, one_of
+from granq.files import save_atomically
+from granq.models import build_network
+from granq.qat import quantized
+from granq.quantizer import QParams, choose_qparams, dequantize, quantize
+from granq.runs import SavedRun, load_run
+from granq.schemes import get_scheme
+
+STUDENTS = Path(__file__).with_name("students")
+
+
+class PackedWeight(WeightQuantizer):
+    """Parametrization of a weight that came from a file: its values lie on their grid, and pass as they are."""
+
+    grid: Tensor | None
+
+    def __init__(self, before: WeightQuantizer, scheme: Any, grid: Tensor | None, sqnr_db: float) -> None:
+        super().__init__(before.bits, get_scheme(scheme), before.groups, before.source)
+        self.register_buffer("grid", grid, persistent=False)
+        self.sqnr_db = sqnr_db  #: of the weight before it was quantized, which is gone
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def qparams(self, weight: Tensor) -> QParams:
+        return super().qparams(weight) if self.grid is None else QParams(*self.grid)
+
+
+def pack(codes: Tensor, width: int) -> Tensor:
+    """Pack integers from 0 to ``2**width - 1`` without gaps: int64 of any shape -> uint8 (bytes,)."""
+    return torch.from_numpy(np.packbits(codes.reshape(-1, 1).numpy() >> np.arange(width) & 1, bitorder="little"))
+
+
+def unpack(packed: Tensor, width: int, count: int) -> Tensor:
+    """Return the first ``count`` integers that ``pack`` packed: uint8 (bytes,) -> int64 (count,)."""
+    bits = np.unpackbits(packed.numpy(), count=width * count, bitorder="little").reshape(count, width)
+    return torch.from_numpy(bits @ 2 ** np.arange(width))
+
+
+def _layers(student: fx.GraphModule) -> dict[str, Any]:
+    return {n: layer for n, layer in student.named_modules(remove_duplicate=False) if weight_quantizer(layer)}
+
+
+@torch.no_grad()
+def save_packed(path: Path, saved: SavedRun) -> None:
+    """Write a student whose ranges are set. What ``load_student`` reads computes the same, bit for bit.
+
+    ``saved.facts`` are JSON: the network's name, and whatever else a reader should know.
+    """
+    layers, records = _layers(saved.student), dict[str, dict[str, float]]()
+    tensors = {  # without weights and their steps
+        key: value.detach().cpu().contiguous().clone()
+        for key, value in saved.student.state_dict().items()
+        if key.removesuffix(".weight").partition(".parametrizations.")[0] not in layers
+    }
+    for layer, name in {layer: name for name, layer in layers.items()}.items():  # of two names one
+        found, records[name] = _packed_weight(layer)
+        tensors |= {f"{name}.weight{kind}": tensor.cpu().contiguous() for kind, tensor in found.items()}
+    # where a folder lay on this machine is nobody's business
+    spec = saved.spec.model_dump(exclude={"root"}) | {"name": saved.spec.name.split(":")[0]}
+    header = {"config": saved.config.model_dump(), "spec": spec, "facts": saved.facts, "epoch": saved.epoch}
+    text = json.dumps(header | {"layers": records})
+    save_atomically(path, lambda temporary: save_file(tensors, str(temporary), {"granq": text}))
+
+
+def _packed_weight(layer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the tensors of a layer's weight by the end of their name, and what the header says of it."""
+    quantizer, value, original = cast(Any, weight_quantizer(layer)), layer.weight, original_weight(layer)
+    ratio = original.double().square().sum() / (original.double() - value.double()).square().sum()
+    record = {"sqnr_db": quantizer.sqnr_db if isinstance(quantizer, PackedWeight) else 10 * ratio.log10().item()}
+    qparams: QParams = quantizer.qparams(original)
+    if quantizer.learned is None and quantizer.source is None and not isinstance(quantizer, PackedWeight):
+        qparams = choose_qparams(original, quantizer.bits, quantizer.granularity, promote=quantizer.promote)
+    step, clamp = quantizer.input_step(original), quantizer.clamp or quantizer.learned is not None
+    codes = quantize(original * step, *qparams, quantizer.bits, clamp).long()
+    low = int(codes.min())
+    width = (int(codes.max()) - low).bit_length()  # unclamped codes may leave their range
+    smaller = width * codes.numel() + 64 * qparams.scale_inv.numel() < 32 * codes.numel()
+    if not smaller or not torch.equal(dequantize(codes, *qparams) / step, value):
+        return {"": value}, record
+    record |= {"width": width, "low": low}
+    return {".codes": pack((codes - low).cpu(), width), ".qparams": torch.stack(qparams)}, record
+
+
+@torch.no_grad()
+def load_student(name: str | Path, device: str = "cpu", network: str = "") -> SavedRun:
+    """Open a student: the name of one that comes with granq, a file of ``save_packed``, or a run folder.
+
+    From a file it is finished: its weights cannot be trained further. A network ``FILE.py:FUNCTION`` must be named
+    again: a file of others runs no code. Raises UserError if it is not, if there is no such student, or if the file is
+    damaged.
+    """
+    if Path(name).is_dir():
+        return load_run(name, device)
+    known = {file.stem: file for file in sorted(STUDENTS.glob("*.safetensors"))}
+    if not Path(name).is_file():
+        one_of("student or run", str(name), [*known, "FILE.safetensors"])
+    try:
+        with safe_open(str(known.get(str(name), name)), "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            header = json.loads(file.metadata()["granq"])
+        records, facts, epoch = (header[key] for key in ("layers", "facts", "epoch"))
+    except (SafetensorError, KeyError, TypeError) as error:  # TypeError: without a header
+        raise UserError(f"{name} holds no student of granq export --format packed: {str(error)[:200]}") from error
+    config, spec = QATConfig.model_validate_json(json.dumps(header["config"])), DataSpec(**header["spec"])
+    if ".py:" in facts["network"] and not network:
+        raise UserError(f"{name} is of network {facts['network']}; name it with --network (load_student: network=)")
+    student = quantized(build_network(network or facts["network"], spec.classes), config)
+    parts = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
+    try:
+        student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)
+    except RuntimeError as error:
+        raise UserError(f"{name} is not of network {network or facts['network']}: {str(error)[:200]}") from error
+    for n, (value, codes, grid) in parts.items():
+        layer: Any = student.get_submodule(n)
+        weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))
+        if codes is not None:
+            found = unpack(codes, records[n]["width"], weight.original.numel()) + records[n]["low"]
+            value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
+        weight.original.copy_(value)
+        weight[0] = PackedWeight(quantizer, config.scheme, grid, records[n]["sqnr_db"])
+    return SavedRun(student.requires_grad_(False).to(device), config, spec, facts, epoch)

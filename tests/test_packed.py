@@ -1,0 +1,240 @@
+"""Students as files: bit for bit what was saved, and as large as the audit says."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyNet
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import granq
+from granq.app.cli import main
+from granq.convert import activation_places, layer_quantizers, weight_quantizer
+from granq.packed import pack, save_packed, unpack
+from granq.runs import SavedRun
+
+FACTS = {"network": "resnet20_cifar10", "top1": 12.5}
+SPEC = granq.describe_data("digits")
+EVERY = [
+    (scheme, learned) for scheme in granq.SCHEMES for learned in (False, True) if not (scheme == "granq" and learned)
+]
+
+
+def save(path, student, config, facts=FACTS):
+    save_packed(path, SavedRun(student, config, SPEC, facts, 3))
+    return path
+
+
+def images(count=4):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def student_of(scheme, bits=3, learned=False, network="resnet20_cifar10"):
+    torch.manual_seed(0)
+    model = granq.build_network(network, 10)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.2), norm.running_var.uniform_(0.5, 2)
+    config = granq.QATConfig(scheme=scheme, weight_bits=bits, act_bits=bits)
+    student = granq.quantize_model(model, scheme, bits, bits)
+    granq.calibrate(student, [images()])
+    if learned:
+        with torch.no_grad():
+            for step in granq.learn_steps(student):
+                step.add_(torch.randn_like(step) / 5)
+    return student, config
+
+
+@pytest.mark.parametrize("width", range(18))
+def test_codes_take_their_width_and_come_back(width):
+    codes = torch.randint(0, 2**width, (7, 3), generator=torch.Generator().manual_seed(width))
+    codes[0, 0], codes[0, 1] = 0, 2**width - 1  # a layer of zeros has codes of no width
+    packed = pack(codes, width)
+    assert packed.dtype == torch.uint8 and len(packed) == math.ceil(21 * width / 8)
+    # Python's own integers, a digit of 0 and 1 at a time
+    number = sum(int(code) << (width * i) for i, code in enumerate(codes.flatten()))
+    assert bytes(packed.numpy()) == number.to_bytes(len(packed), "little")
+    assert torch.equal(unpack(packed, width, 21).view(7, 3), codes)
+
+
+@pytest.mark.parametrize(("scheme", "learned"), EVERY)
+def test_a_loaded_student_computes_the_same_bits(scheme, learned, tmp_path):
+    student, config = student_of(scheme, learned=learned)
+    save(tmp_path / "s.safetensors", student, config)
+    loaded = granq.load_student(tmp_path / "s.safetensors")
+    assert loaded[1:] == (config, SPEC, FACTS, 3)
+    for name, module in student.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert torch.equal(loaded.student.get_submodule(name).weight, module.weight), name
+    with torch.no_grad():
+        assert torch.equal(loaded.student(images(8)), student(images(8)))
+    assert not any(p.requires_grad for p in loaded.student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [("strict", 3), ("granq", 2), ("granq", 8), ("foldable", 5), ("layerwise", 4)]
+)
+def test_the_file_is_as_large_as_the_audit_says(scheme, bits, tmp_path):
+    student, config = student_of(scheme, bits)
+    path = tmp_path / "s.safetensors"
+    save(path, student, config)
+    frame = granq.audit(student, images())
+    said = float((frame.weights * frame.bits_per_weight).sum()) / 8
+    keys = {f"{layer}.weight{kind}" for layer in frame.layer for kind in ("", ".codes", ".qparams")}
+    tensors = load_file(path)
+    weights = sum(t.numel() * t.element_size() for key, t in tensors.items() if key in keys)
+    assert weights == pytest.approx(said, rel=0.001)
+    rest = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in keys)
+    assert path.stat().st_size - weights - rest < 30_000  # names and settings
+    teacher = sum(t.numel() * 4 for t in granq.build_network("resnet20_cifar10", 10).state_dict().values())
+    assert path.stat().st_size < teacher
+
+
+def test_the_audit_of_a_loaded_student_says_what_it_said_before(tmp_path):
+    for scheme in ("granq", "strict", "foldable"):
+        student, config = student_of(scheme)
+        save(tmp_path / scheme, student, config)
+        before, after = (
+            granq.audit(student, images()),
+            granq.audit(granq.load_student(tmp_path / scheme).student, images()),
+        )
+        sqnr = [frame.pop("weight_sqnr_db") for frame in (before, after)]
+        np.testing.assert_allclose(*sqnr, rtol=1e-4)
+        assert granq.summarize_audit(before.assign(weight_sqnr_db=sqnr[0])) == granq.summarize_audit(
+            after.assign(weight_sqnr_db=sqnr[1])
+        )
+        shown = [
+            "layer",
+            "weights",
+            "macs",
+            "weight_granularity",
+            "scales",
+            "bits_per_weight",
+            "low_bit",
+            "input_quantized",
+        ]
+        assert before[shown].equals(after[shown])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_loaded_foldable_student_has_the_same_integers(learned, tmp_path):
+    student, config = student_of("foldable", learned=learned)
+    save(tmp_path / "s", student, config)
+    before, after = (granq.integer_model(s).state_dict() for s in (student, granq.load_student(tmp_path / "s").student))
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_codes_above_their_range_and_kernels_of_one_value_survive(tmp_path):
+    """A tie gives code 4 at 3 bits; a constant kernel has a scale of 7e8 and a zero point beyond a float's integers."""
+    student, config = student_of("granq")
+    layer = student.get_submodule("features.stage1.unit1.body.conv1.conv")
+    tie = torch.tensor([0.5, 1.5, 4.0, 7.5, 1, 2, 3, 5, 6]).view(3, 3)
+    with torch.no_grad():
+        original = layer.parametrizations.weight.original
+        original[0, 0], original[0, 1], original[0, 2], original[0, 3] = tie, 0.3, 0.0, -1e-30
+        original[1, 0] = 5 + torch.linspace(0, 1e-6, 9).view(3, 3)  # a zero point of millions
+    expected = torch.tensor([0.0, 2, 4, 8, 0, 2, 2, 4, 6]).view(3, 3)
+    save(tmp_path / "s", student, config)
+    loaded = granq.load_student(tmp_path / "s").student.get_submodule("features.stage1.unit1.body.conv1.conv").weight
+    assert torch.equal(loaded, layer.weight) and torch.equal(loaded[0, 0, 0], expected[0])
+
+
+def test_a_layer_under_two_names_is_stored_once(tmp_path, monkeypatch):
+    class Twice(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.conv3 = self.conv2
+
+        def forward(self, x):
+            x = self.relu(self.bn1(self.conv1(x)))
+            return self.fc((self.conv2(x) + self.conv3(x)).relu().mean((2, 3)))
+
+    monkeypatch.setattr("granq.packed.build_network", lambda *_: Twice())
+    student = granq.quantize_model(Twice(), "strict", 3, 3)
+    save(tmp_path / "s", student, granq.QATConfig(scheme="strict"))
+    loaded = granq.load_student(tmp_path / "s").student
+    assert torch.equal(loaded(images()), student(images()))
+    assert sum(key.endswith(".codes") for key in load_file(tmp_path / "s")) == len({*map(id, weights(student))})
+    assert loaded.conv2 is loaded.conv3
+
+
+def weights(student):
+    return [layer for _, layer in student.named_modules() if weight_quantizer(layer)]
+
+
+def test_skipped_layers_and_image_bits(tmp_path):
+    scheme = granq.Scheme(weights="per_out_channel", activations="per_sample_channel", skip=("output",))
+    config = granq.QATConfig(scheme=scheme, image_bits=6)
+    student = granq.quantize_model(granq.build_network("resnet20_cifar10", 10), scheme, 3, 3, 6)
+    save(tmp_path / "s", student, config)
+    loaded = granq.load_student(tmp_path / "s")
+    assert loaded.config == config and torch.equal(loaded.student(images()), student(images()))
+    assert layer_quantizers(loaded.student)["output"].weight is None
+    assert [place.bits for place in activation_places(loaded.student).values()][0] == 6
+
+
+def test_what_is_no_student_is_refused(tmp_path):
+    student, config = student_of("strict")
+    path = tmp_path / "s.safetensors"
+    save(path, student, config, FACTS | {"network": "mine.py:make"})
+    with pytest.raises(granq.UserError, match="mine.py:make; name it with --network"):
+        granq.load_student(path)
+    (tmp_path / "mine.py").write_text(
+        "from granq import build_network\ndef make(): return build_network('resnet20_cifar10', 10)"
+    )
+    again = granq.load_student(path, network=f"{tmp_path / 'mine.py'}:make")
+    assert torch.equal(again.student(images()), student(images()))
+    with pytest.raises(granq.UserError, match="is not of network resnet56_cifar10"):
+        granq.load_student(path, network="resnet56_cifar10")
+    (tmp_path / "torn.safetensors").write_bytes(path.read_bytes()[:5000])
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    shutil.copy(granq.digits_teacher(), tmp_path / "teacher.safetensors")
+    for name in ("torn", "other", "teacher"):
+        with pytest.raises(granq.UserError, match="holds no student of granq export"):
+            granq.load_student(tmp_path / f"{name}.safetensors")
+    with pytest.raises(
+        granq.UserError, match="unknown student or run 'cifar1000-strict-w3a3'; known: .*FILE.safetensors"
+    ):
+        granq.load_student("cifar1000-strict-w3a3")
+
+
+def test_students_that_come_with_granq_open_by_name(tmp_path, monkeypatch):
+    student, config = student_of("strict")
+    save(tmp_path / "digits-strict-w3a3.safetensors", student, config)
+    monkeypatch.setattr("granq.packed.STUDENTS", tmp_path)
+    assert torch.equal(granq.load_student("digits-strict-w3a3").student(images()), student(images()))
+    with pytest.raises(granq.UserError, match="known: digits-strict-w3a3, FILE.safetensors"):
+        granq.load_student("nope")
+
+
+def test_export_and_evaluate(folder, teacher, tmp_path, capsys):
+    run, file = tmp_path / "run", tmp_path / "out/s.safetensors"
+    tiny = "--epochs 2 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu --scheme strict --bits 3,3".split()
+    given = ["--data", folder, "--network", "resnet20_cifar10"]
+    assert main(["quantize", *given, "--teacher", str(teacher), *tiny, "--out", str(run)]) == 0
+    export = ["export", str(run), "--data", folder, "--format", "packed", "--out", str(file), "--json"]
+    capsys.readouterr()
+    assert main(export) == 0
+    said = json.loads(capsys.readouterr().out)
+    with safe_open(str(file), "pt") as opened:
+        header = opened.metadata()["granq"]
+    facts = json.loads(header)["facts"]
+    assert str(tmp_path) not in header  # where things lay is nobody's business
+    assert facts["network"] == "resnet20_cifar10" and facts["teacher"] == teacher.name and facts["data"] == "folder"
+    assert facts["images"] == 6 and facts["top1_low"] <= facts["top1"] <= facts["top1_high"] <= 100 and facts["torch"]
+    assert facts["true_bits_per_weight"] == pytest.approx(3.2, abs=0.1) and said["bytes"] == file.stat().st_size
+    # Wilson's interval of k of n at 95 %, from its formula
+    n, k, z = 6, round(facts["top1"] * 6 / 100), 1.959963984540054
+    middle, half = (k + z**2 / 2) / (n + z**2), z / (n + z**2) * math.sqrt(k * (n - k) / n + z**2 / 4)
+    assert (facts["top1_low"], facts["top1_high"]) == pytest.approx(
+        (100 * (middle - half), 100 * (middle + half)), abs=1e-6
+    )
+    assert main(["evaluate", str(file), "--data", folder, "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == facts["top1"]
+    assert main(export) == 2 and "already exists" in capsys.readouterr().err
+    assert main([*export[:-2], str(tmp_path / "x.bin")]) == 2 and ".safetensors" in capsys.readouterr().err
