@@ -26,7 +26,7 @@ from .match import reestimate_batchnorm as reestimate_batchnorm
 from .match import refine as refine
 from .match import vary as vary
 from .measure.activations import measure_activation_distortion as measure_activation_distortion
-from .measure.activations import measure_channel_histograms as measure_channel_histograms
+from .measure.activations import measure_activation_samples as measure_activation_samples
 from .measure.activations import measure_channel_scales as measure_channel_scales
 from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.audit import audit as audit
@@ -60,13 +60,15 @@ from .runs import train as train
 from .schemes import GRANULARITIES as GRANULARITIES
 from .schemes import SCHEMES as SCHEMES
 from .schemes import Scheme as Scheme
+from .show.explorers.rounding import distortion_microscope as distortion_microscope
+from .show.explorers.rounding import quantizer_playground as quantizer_playground
 from .show.layers import plot_activation_distortion as plot_activation_distortion
 from .show.layers import plot_channel_error as plot_channel_error
-from .show.layers import plot_channel_histogram as plot_channel_histogram
 from .show.layers import plot_channel_scales as plot_channel_scales
 from .show.layers import plot_granularity_maps as plot_granularity_maps
 from .show.layers import plot_layer_error as plot_layer_error
 from .show.layers import plot_synthetic_gap as plot_synthetic_gap
+from .show.monitor import training_monitor as training_monitor
 from .show.registry import FIGURES as FIGURES
 from .show.registry import make_figures as make_figures
 from .show.registry import redraw_figures as redraw_figures

@@ -50,28 +50,6 @@ def plot_activation_distortion(
     return finish(ax, legend, fontsize=6)
 
 
-def plot_channel_histogram(data: DataFrame, *, legend: bool = True, ax: Ax = None, **panel: Any) -> Axes:
-    """Draw ``measure_channel_histograms`` of one channel of one image, up to 5 bits with a tick at every level.
-
-    ``panel`` is one ``layer``, ``bits``, ``granularity``, ``source``, ``image`` and ``rank`` (0: narrowest channel).
-    """
-    ax = ax or plt.gca()
-    rows = select(data, **dict.fromkeys(("layer", "bits", "granularity", "source", "image", "rank")) | panel)
-    first, look = rows.iloc[0], role(rows.granularity.iloc[0])
-    edges = [*rows.bin_left, rows.bin_right.iloc[-1]]
-    ax.stairs(rows["count"], edges, fill=True, color="#c9c9cd", label="full precision")
-    ax.stairs(rows.count_quantized, edges, color=look.color, linewidth=1.5, label="quantized")
-    if first.bits <= 5:
-        levels = first.lowest + first.step * np.arange(2**first.bits)
-        ax.plot(levels, np.full(len(levels), 0.5), "|", color="black", markersize=9, label="levels")
-    ax.set_yscale("symlog", linthresh=1)
-    title = f"{role(first.source).label}, {first.bits} bits: {first.sqnr_db:.1f} dB\none scale {look.label}"
-    margin = 0.03 * (edges[-1] - edges[0])
-    ax.set(xlabel="activation", ylabel="values", title=title, ylim=(0, 12 * rows["count"].max()))
-    ax.set_xlim(edges[0] - margin, edges[-1] + margin)
-    return finish(ax, legend, loc="upper right", ncols=3)
-
-
 def plot_layer_error(
     data: DataFrame, *, metric: str = "sqnr_db", mode: str = "accumulated", legend: bool = True, ax: Ax = None
 ) -> Axes:
