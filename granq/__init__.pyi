@@ -29,6 +29,7 @@ from .measure.activations import measure_activation_distortion as measure_activa
 from .measure.activations import measure_activation_samples as measure_activation_samples
 from .measure.activations import measure_channel_scales as measure_channel_scales
 from .measure.activations import measure_scale_maps as measure_scale_maps
+from .measure.activations import measure_weight_scales as measure_weight_scales
 from .measure.audit import audit as audit
 from .measure.audit import summarize_audit as summarize_audit
 from .measure.factorial import measure_granularity_factorial as measure_granularity_factorial
@@ -60,8 +61,10 @@ from .runs import train as train
 from .schemes import GRANULARITIES as GRANULARITIES
 from .schemes import SCHEMES as SCHEMES
 from .schemes import Scheme as Scheme
+from .show.explorers.layers import layer_explorer as layer_explorer
 from .show.explorers.rounding import distortion_microscope as distortion_microscope
 from .show.explorers.rounding import quantizer_playground as quantizer_playground
+from .show.explorers.scales import scale_explorer as scale_explorer
 from .show.layers import plot_activation_distortion as plot_activation_distortion
 from .show.layers import plot_channel_error as plot_channel_error
 from .show.layers import plot_channel_scales as plot_channel_scales

@@ -110,14 +110,22 @@ def measure_scale_maps(
     frames = []
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
-        for granularity in granularities:
-            scale = _steps(running.by_channel(x), bits, granularity)
-            image, channel = np.indices(tuple(scale.shape)).reshape(2, -1)
-            values = dict(layer=name, bits=bits, granularity=granularity, image=image, channel=channel)
-            frames.append(pd.DataFrame(values | {"scale": scale.flatten().cpu().numpy()}))
+        frames.extend(_scale_map(running.by_channel(x), bits, g, "image").assign(layer=name) for g in granularities)
 
     names = [layers] if isinstance(layers, str) else layers
     running.run(model, [images], "scale maps", running.checked(model, names), visit)
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure_weight_scales(
+    model: nn.Module, layers: Sequence[str], bits: int, granularities: Sequence[str] = ("per_out_channel", "per_kernel")
+) -> pd.DataFrame:
+    """Measure the quantization step of every kernel of the weights of ``layers``, under each granularity.
+
+    Columns: bits, granularity, filter (output channel), channel (input channel), scale (the step), layer.
+    """
+    weights = {name: model.get_submodule(name).weight.detach() for name in running.checked(model, layers)}
+    frames = [_scale_map(w, bits, g, "filter").assign(layer=name) for name, w in weights.items() for g in granularities]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -156,6 +164,14 @@ def measure_channel_scales(
         columns = dict(scale=mean.double(), scale_min=low.double(), scale_max=high.double())
         frames[name] = pd.DataFrame(dict(source=source, granularity=granularity, bits=bits) | columns)
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
+
+
+def _scale_map(x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:
+    """Return the steps of ``_steps`` as rows; ``first`` names the first dimension."""
+    scale = _steps(x, bits, granularity).cpu().numpy()
+    row, channel = np.indices(scale.shape).reshape(2, -1)
+    values = {"bits": bits, "granularity": granularity, first: row, "channel": channel}
+    return pd.DataFrame(values | {"scale": scale.flatten()})
 
 
 def _steps(x: Tensor, bits: int, granularity: str) -> Tensor:

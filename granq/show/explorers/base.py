@@ -41,8 +41,9 @@ def menu(name: str, options: Iterable[Any], label: str = "", value: Any = None, 
 
 def finish(chart: Any, title: str, description: str, *controls: alt.Parameter) -> Any:
     """Return the chart with its title, a description for screen readers, controls and the common look."""
-    actions = {"actions": {"export": True, "source": False, "compiled": False, "editor": False}}
-    chart = chart.properties(title=title, description=description, usermeta={"embedOptions": actions})
+    actions = {"export": True, "source": False, "compiled": False, "editor": False}  # the editor would need a network
+    embed = {"renderer": "svg", "actions": actions}  # SVG takes the text color anew when the page changes its theme
+    chart = chart.properties(title=title, description=description, usermeta={"embedOptions": embed})
     return chart.add_params(*controls).configure(**_LOOK)
 
 
