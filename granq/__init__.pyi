@@ -28,6 +28,7 @@ from .match import vary as vary
 from .measure.activations import measure_activation_distortion as measure_activation_distortion
 from .measure.activations import measure_activation_samples as measure_activation_samples
 from .measure.activations import measure_channel_scales as measure_channel_scales
+from .measure.activations import measure_data_flow as measure_data_flow
 from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.activations import measure_weight_scales as measure_weight_scales
 from .measure.audit import audit as audit
@@ -36,6 +37,7 @@ from .measure.factorial import measure_granularity_factorial as measure_granular
 from .measure.images import decode_pixels as decode_pixels
 from .measure.images import generated_batches as generated_batches
 from .measure.images import measure_generated_images as measure_generated_images
+from .measure.images import measure_images as measure_images
 from .measure.images import measure_synthetic_gap as measure_synthetic_gap
 from .measure.latency import measure_latency_quantizer as measure_latency_quantizer
 from .measure.latency import measure_latency_scaling as measure_latency_scaling
@@ -62,12 +64,16 @@ from .schemes import GRANULARITIES as GRANULARITIES
 from .schemes import SCHEMES as SCHEMES
 from .schemes import Scheme as Scheme
 from .show.explorers.layers import layer_explorer as layer_explorer
+from .show.explorers.method import method_figure as method_figure
 from .show.explorers.rounding import distortion_microscope as distortion_microscope
 from .show.explorers.rounding import quantizer_playground as quantizer_playground
 from .show.explorers.scales import scale_explorer as scale_explorer
+from .show.explorers.speed import speed_lab as speed_lab
+from .show.explorers.synthetic import synthetic_against_real as synthetic_against_real
 from .show.layers import plot_activation_distortion as plot_activation_distortion
 from .show.layers import plot_channel_error as plot_channel_error
 from .show.layers import plot_channel_scales as plot_channel_scales
+from .show.layers import plot_data_flow as plot_data_flow
 from .show.layers import plot_granularity_maps as plot_granularity_maps
 from .show.layers import plot_layer_error as plot_layer_error
 from .show.layers import plot_synthetic_gap as plot_synthetic_gap

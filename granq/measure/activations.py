@@ -12,7 +12,7 @@ from granq.graph import layer_names
 from granq.hooks import Batch
 from granq.measure import running
 from granq.measure.running import ACTIVATION_GRANULARITIES, BINS
-from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
+from granq.quantizer import choose_qparams, fake_quantize, fake_quantize_with, min_max, qparams_from_range, quantize
 
 
 def measure_activation_distortion(
@@ -84,11 +84,10 @@ def measure_activation_samples(
     for name, source in product(layers, images):
         spread = np.ptp(seen[name, [*images][-1]].transpose(0, 1).flatten(1).numpy(), 1)  # (C,), of the last source
         live = spread.argsort()[(spread == 0).sum() :]  # constant channels are left out
-        picked = live[np.linspace(0, len(live) - 1, min(channels, len(live))).round().astype(int)]
+        picked = live[_spread(len(live), channels)]
         x = seen[name, source]
         ordered = x.reshape(*x.shape[:2], -1)[:, picked].sort(2).values.numpy()  # (N, K, H * W)
-        pixels = ordered.shape[2]
-        sample = ordered[:, :, np.linspace(0, pixels - 1, min(values, pixels)).round().astype(int)]
+        sample = ordered[:, :, _spread(ordered.shape[2], values)]
         image, rank, _ = np.indices(sample.shape).reshape(3, -1)
         columns = dict(source=source, layer=name, image=image, channel=picked[rank], rank=rank, x=sample.flatten())
         for granularity, end in product(ACTIVATION_GRANULARITIES, (0, 1)):
@@ -107,7 +106,7 @@ def measure_scale_maps(
     The batch ``images`` (N, 3, H, W) is also the group of ``per_tensor`` and ``per_channel``. Columns: layer, bits,
     granularity, image, channel, scale (the step 1/s, in units of the activation).
     """
-    frames = []
+    frames: list[pd.DataFrame] = []
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
         frames.extend(_scale_map(running.by_channel(x), bits, g, "image").assign(layer=name) for g in granularities)
@@ -124,9 +123,33 @@ def measure_weight_scales(
 
     Columns: bits, granularity, filter (output channel), channel (input channel), scale (the step), layer.
     """
-    weights = {name: model.get_submodule(name).weight.detach() for name in running.checked(model, layers)}
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in running.checked(model, layers)}
     frames = [_scale_map(w, bits, g, "filter").assign(layer=name) for name, w in weights.items() for g in granularities]
     return pd.concat(frames, ignore_index=True)
+
+
+def measure_data_flow(
+    model: nn.Module, images: Tensor, layer: str, bits: int, channels: int = 16, pixels: int = 64
+) -> pd.DataFrame:
+    """Measure how GranQ quantizes what enters ``layer`` for the first of ``images``: a scale for each channel, at once.
+
+    Rows are values, of ``channels`` and ``pixels`` evenly spaced over all. Columns: layer, bits, channel, pixel, x,
+    low, high (of all pixels of the channel), scale_inv, zero_point, code, value.
+    """
+    seen: list[Tensor] = []
+    running.run(
+        model, [images[:1]], "data flow", running.checked(model, [layer]), lambda _, x, __: seen.append(x.cpu())
+    )
+    x = seen[0].flatten(2)[..., None]  # (1, C, H * W, 1)
+    qparams = choose_qparams(x, bits)
+    tensors = [x, *min_max(x, "per_sample_channel"), *qparams, quantize(x, *qparams, bits), fake_quantize(x, bits)]
+    row, place = _spread(x.shape[1], channels), _spread(x.shape[2], pixels)
+    columns = "x low high scale_inv zero_point code value".split()
+    values = {
+        name: t.expand_as(x)[0, row][:, place].flatten().numpy() for name, t in zip(columns, tensors, strict=True)
+    }
+    index = dict(layer=layer, bits=bits, channel=row.repeat(len(place)), pixel=np.tile(place, len(row)))
+    return pd.DataFrame(index | values)
 
 
 def measure_channel_scales(
@@ -164,6 +187,11 @@ def measure_channel_scales(
         columns = dict(scale=mean.double(), scale_min=low.double(), scale_max=high.double())
         frames[name] = pd.DataFrame(dict(source=source, granularity=granularity, bits=bits) | columns)
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """Return ``wanted`` places, or as many as there are, evenly spaced from the first to the last of ``count``."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
 def _scale_map(x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from pandas import DataFrame
 
 from granq.measure.running import DEAD
@@ -110,6 +110,31 @@ def plot_granularity_maps(
     ax.locator_params(integer=True, nbins=4)
     if colorbar:
         plain_log(ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)").ax.yaxis)
+    return ax
+
+
+def plot_data_flow(data: DataFrame, *, ax: Ax = None) -> Axes:
+    """Draw ``measure_data_flow`` as the paper's method figure: rows of x, minima and maxima, s and z, rows of x_q."""
+    ax = ax or plt.gca()
+    vectors = data.groupby("channel", sort=False)[["low", "high", "scale_inv", "zero_point"]].first()
+    rows, norm = len(vectors), Normalize(data.x.min(), data.x.max())
+    for left, column, title in ((0, "x", "$x$"), (74, "value", "$x_q$")):
+        grid = data.pivot(index="channel", columns="pixel", values=column)
+        ax.imshow(grid, extent=(left, left + 28, rows, 0), aspect="auto", interpolation="nearest", norm=norm)
+        ax.text(left + 14, -0.8, f"{title}, {grid.shape[1]} pixels of each channel", ha="center")
+    for left, name, title in zip((34, 40, 61, 67), vectors, ("min", "max", "$s$", "$z$"), strict=True):
+        ax.text(left, -0.8, title, ha="center")
+        for y, value in enumerate(vectors[name]):
+            ax.text(left, y + 0.5, f"{value:.3g}", ha="center", va="center", fontsize=6)
+    box = dict(boxstyle="round", facecolor="none", edgecolor="black")
+    ax.text(50.5, rows / 2, "scale and\nzero-point\ncalibration", ha="center", va="center", rotation=90, bbox=box)
+    for start, end in ((29, 31), (43, 45.5), (55.5, 58), (70.5, 73)):
+        ax.annotate("", (end, rows / 2), (start, rows / 2), arrowprops={"arrowstyle": "->"})
+    ax.set_yticks([0.5 + y for y in range(rows)], [f"$x^{{{c + 1}}}$" for c in vectors.index], fontsize=6)
+    ax.set(xlim=(0, 102), ylim=(rows, -2), xticks=[])
+    ax.set_title(f"{short_layer(data.layer.iloc[0])}, one image, {data.bits.iloc[0]} bits, one scale a channel", pad=2)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return ax
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import altair as alt
 import vl_convert
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from granq.quantizer import EPS
-from granq.show.style import BLACK, GREY, ROLES, role
+from granq.show.style import BLACK, GREY, ROLES, role, short_layer
 
 WIDTH = 540  #: pixels of a panel; with its axis a chart fits 640
 TEXT = "currentColor"  # the color of the text around the chart: dark on a light page, light on a dark one
@@ -59,6 +59,25 @@ def pack(data: DataFrame, by: Sequence[str], lists: Sequence[str]) -> DataFrame:
     """
     how = {name: list if name in lists else "first" for name in data.columns.drop(list(by))}
     return data.groupby(list(by), sort=False, as_index=False).agg(how)
+
+
+def short(data: DataFrame, columns: Sequence[str]) -> DataFrame:
+    """Round columns to four digits, what a picture can show: a chart lives in the notebook, as text."""
+    return data.assign(**{name: data[name].map("{:.4g}".format).astype(float) for name in columns})
+
+
+def pick_layer(layers: Series, value: str) -> alt.Parameter:
+    """Return a parameter that a click on a mark with a ``layer`` sets, and a list of all layers as well."""
+    names = layers.unique().tolist()
+    bind = alt.binding_select(options=names, labels=[short_layer(name) for name in names], name="inside layer ")
+    return alt.selection_point(name="inside", fields=["layer"], bind=bind, on="click", clear=False, value=value)
+
+
+def layer_axis(layers: Series, when: str = "true") -> alt.Axis:
+    """Return an axis that names the layers at 1, 2, 3, ..., or shows the numbers where ``when`` is false."""
+    names = [short_layer(name) for name in layers.unique()]
+    return alt.Axis(labelExpr=f"{when} ? {names}[datum.value - 1] : datum.value", values=[*range(1, len(names) + 1)],
+                    labelAngle=-60, labelOverlap=False, labelFontSize=9, grid=False)  # fmt: skip
 
 
 def half_even(number: str) -> str:

@@ -1,10 +1,12 @@
 """Where scales differ: activations by image and channel, weights by filter and kernel."""
 
+from typing import Any
+
 import altair as alt
 from pandas import DataFrame
 
 from granq.measure.running import DEAD
-from granq.show.explorers.base import TEXT, WIDTH, color, finish, menu, pack, slider
+from granq.show.explorers.base import TEXT, WIDTH, color, finish, menu, pack, short, slider
 from granq.show.style import role, short_layer
 
 
@@ -23,21 +25,26 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
         menu("layer", layers, value=layer, labels=[short_layer(name) for name in layers]),
         slider("row", int(row), 0, int(data[one].max()), label=one),
     ]
-    live = live.assign(scale=live.scale.map("{:.4g}".format).astype(float))  # what a picture can show
-    packed = pack(live.drop(columns=["bits", "granularity"]), ["layer", "shown", one], ["channel", "scale"])
+    packed = pack(
+        short(live, ["scale"]).drop(columns=["bits", "granularity"]), ["layer", "shown", one], ["channel", "scale"]
+    )
     step = f"step at {data.bits.iloc[0]} bits"
     chosen = alt.Chart(packed).transform_filter("datum.layer == layer").transform_flatten(["channel", "scale"])
     hover = ["shown:N", f"{one}:O", "channel:O", alt.Tooltip("scale:Q", title="step", format=".3~g")]
-    colors = alt.Color("scale:Q", title="step", scale=alt.Scale(type="log", scheme="viridis"), legend=alt.Legend(format="~g"))
+    colors = alt.Color(
+        "scale:Q", title="step", scale=alt.Scale(type="log", scheme="viridis"), legend=alt.Legend(format="~g")
+    )
     axis = alt.Axis(labelOverlap=True, labelAngle=0, labelSeparation=8, ticks=False, grid=False)
     across, down = alt.X("channel:O", axis=axis), alt.Y(f"{one}:O", axis=axis)
 
-    def panel(name: str) -> alt.LayerChart:
+    def panel(name: str) -> Any:
         own = chosen.transform_filter(alt.datum.shown == name)
         mark = own.transform_filter(f"datum.{one} == row").transform_aggregate(groupby=[one])
         mark = mark.mark_point(shape="triangle-left", filled=True, size=60, opacity=1, color=TEXT)
         cells = own.mark_rect().encode(across, down, colors, tooltip=hover)
-        return alt.layer(cells, mark.encode(down, x=alt.value(200))).properties(width=192, height=128, title=name)  # whole pixels
+        return alt.layer(cells, mark.encode(down, x=alt.value(200))).properties(
+            width=192, height=128, title=name
+        )  # whole pixels
 
     maps = alt.concat(*map(panel, names.values()), columns=2)
     looks = alt.Scale(domain=list(names.values()), range=[color(name) for name in names])
@@ -49,5 +56,5 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
     fixed = chosen.mark_point(opacity=0).encode(x="channel:Q", y="scale:Q")  # the axes stay when the row changes
     line = alt.layer(fixed, points).properties(width=WIDTH, height=150)
     chart = alt.vconcat(maps, line).resolve_scale(color="independent", shape="independent")
-    told = f"Maps of the quantization step of every {one} and channel, one for each granularity, and the steps of one {one}."
+    told = f"Maps of the quantization step of every {one} and channel for each granularity, and the steps of one {one}."
     return finish(chart, f"Which channels share a step, and which {one} needs its own?", told, *controls)
