@@ -39,6 +39,7 @@ from .measure.images import generated_batches as generated_batches
 from .measure.images import measure_generated_images as measure_generated_images
 from .measure.images import measure_images as measure_images
 from .measure.images import measure_synthetic_gap as measure_synthetic_gap
+from .measure.integers import measure_integer_walk as measure_integer_walk
 from .measure.latency import measure_latency_quantizer as measure_latency_quantizer
 from .measure.latency import measure_latency_scaling as measure_latency_scaling
 from .measure.layer_error import measure_layer_error as measure_layer_error
@@ -63,6 +64,7 @@ from .runs import train as train
 from .schemes import GRANULARITIES as GRANULARITIES
 from .schemes import SCHEMES as SCHEMES
 from .schemes import Scheme as Scheme
+from .show.explorers.integers import integer_walk as integer_walk
 from .show.explorers.layers import layer_explorer as layer_explorer
 from .show.explorers.method import method_figure as method_figure
 from .show.explorers.rounding import distortion_microscope as distortion_microscope

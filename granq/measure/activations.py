@@ -84,10 +84,10 @@ def measure_activation_samples(
     for name, source in product(layers, images):
         spread = np.ptp(seen[name, [*images][-1]].transpose(0, 1).flatten(1).numpy(), 1)  # (C,), of the last source
         live = spread.argsort()[(spread == 0).sum() :]  # constant channels are left out
-        picked = live[_spread(len(live), channels)]
+        picked = live[running.spread(len(live), channels)]
         x = seen[name, source]
         ordered = x.reshape(*x.shape[:2], -1)[:, picked].sort(2).values.numpy()  # (N, K, H * W)
-        sample = ordered[:, :, _spread(ordered.shape[2], values)]
+        sample = ordered[:, :, running.spread(ordered.shape[2], values)]
         image, rank, _ = np.indices(sample.shape).reshape(3, -1)
         columns = dict(source=source, layer=name, image=image, channel=picked[rank], rank=rank, x=sample.flatten())
         for granularity, end in product(ACTIVATION_GRANULARITIES, (0, 1)):
@@ -143,7 +143,7 @@ def measure_data_flow(
     x = seen[0].flatten(2)[..., None]  # (1, C, H * W, 1)
     qparams = choose_qparams(x, bits)
     tensors = [x, *min_max(x, "per_sample_channel"), *qparams, quantize(x, *qparams, bits), fake_quantize(x, bits)]
-    row, place = _spread(x.shape[1], channels), _spread(x.shape[2], pixels)
+    row, place = running.spread(x.shape[1], channels), running.spread(x.shape[2], pixels)
     columns = "x low high scale_inv zero_point code value".split()
     values = {
         name: t.expand_as(x)[0, row][:, place].flatten().numpy() for name, t in zip(columns, tensors, strict=True)
@@ -187,11 +187,6 @@ def measure_channel_scales(
         columns = dict(scale=mean.double(), scale_min=low.double(), scale_max=high.double())
         frames[name] = pd.DataFrame(dict(source=source, granularity=granularity, bits=bits) | columns)
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
-
-
-def _spread(count: int, wanted: int) -> np.ndarray:
-    """Return ``wanted`` places, or as many as there are, evenly spaced from the first to the last of ``count``."""
-    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
 def _scale_map(x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:
