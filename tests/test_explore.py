@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,7 @@ def test_samples_are_activations_with_the_ranges_of_their_groups(tiny: nn.Module
                 assert (part[f"{name}_{end}"] == np.broadcast_to(extreme, x.shape)[image, channel, 0, 0]).all()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
-@pytest.mark.parametrize("granularity", ACTIVATION_GRANULARITIES)
+@pytest.mark.parametrize(("bits", "granularity"), zip((2, 3, 5, 8), ACTIVATION_GRANULARITIES, strict=True))
 def test_the_microscope_rounds_like_the_quantizer(samples: pd.DataFrame, granularity: str, bits: int) -> None:
     state = dict(layer="conv2", rank=1, image=2, source="real")
     part = samples[(samples[list(state)] == pd.Series(state)).all(axis=1)]
@@ -145,22 +145,15 @@ def axes_of(chart: Any, **controls: Any) -> list[str]:
 
 def test_axes_stay_while_bits_and_ranges_change(samples: pd.DataFrame) -> None:
     microscope = granq.distortion_microscope(samples)
-    states = [dict(bits=b, granularity=g) for b, g in itertools.product((2, 4, 8), ACTIVATION_GRANULARITIES)]
+    states = [dict(bits=b, granularity=g) for b, g in itertools.product((2, 8), ("per_tensor", "per_sample_channel"))]
     assert len({tuple(axes_of(microscope, **state)) for state in states}) == 1
     playground = granq.quantizer_playground(pd.DataFrame({"x": np.arange(0, 2.01, 0.1)}))
     assert len({tuple(axes_of(playground, bits=b, outlier=o)) for b in (2, 8) for o in (2.0, 4.0)}) == 1
 
 
-@pytest.fixture
-def charts(tiny: nn.Module, samples: pd.DataFrame) -> dict[str, Any]:
-    return {
-        "microscope": granq.distortion_microscope(samples),
-        "playground": granq.quantizer_playground(pd.DataFrame({"x": np.linspace(0, 1, 30)})),
-    }
-
-
-def test_every_chart_is_told_to_everybody(charts: dict[str, Any], tmp_path: Path) -> None:
+def test_every_chart_is_told_to_everybody(charts: dict[str, Any], monkeypatch) -> None:
     """A title, a description, a control for every choice, colors of the page, and two forms in a notebook."""
+    monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("a chart ran a network"))
     for name, chart in charts.items():
         spec = chart.to_dict()
         assert str(spec["title"]).endswith("?") and len(spec["description"]) > 60, name
@@ -169,7 +162,116 @@ def test_every_chart_is_told_to_everybody(charts: dict[str, Any], tmp_path: Path
         bundle = chart._repr_mimebundle_()
         assert set(bundle) == {"application/vnd.vegalite.v5+json", "image/png", "text/plain"}
         assert "/v5." in bundle["application/vnd.vegalite.v5+json"]["$schema"]
-        assert len(json.dumps(bundle)) < 1_500_000, name  # a megabyte a chart, and its picture
+        assert len(json.dumps(bundle["application/vnd.vegalite.v5+json"])) < 1_000_000, name
+
+
+def test_every_choice_draws(charts: dict[str, Any]) -> None:
+    """Each control at its last value: something is drawn, and something else than before."""
+    same = {("layer_explorer", "pinned")}  # of two schemes: all, or the one and the other
+    same |= {("quantizer_playground", name) for name in ("clamped", "minimum", "outlier")}  # tested above
+    for name, chart in charts.items():
+        first = json.dumps(marks(chart))
+        for param in chart.to_dict()["params"]:
+            bind = param.get("bind", {"input": ""})
+            last = bind["options"][-1] if bind["input"] == "select" else bind.get("max")
+            if "value" in param and not isinstance(param["value"], list) and last != param["value"]:
+                if (name, param["name"]) not in same:
+                    shown = marks(chart, **{param["name"]: last})
+                    assert len(shown) > 10 and json.dumps(shown) != first, (name, param["name"])
+
+
+def test_scales_are_those_of_the_quantizer_and_the_widest_spread_comes_first(tiny: nn.Module) -> None:
+    maps = granq.measure_weight_scales(tiny, ["conv1", "conv2", "fc"], 3)
+    weight = tiny.conv2.weight.detach().numpy()
+    steps = np.ptp(weight, (2, 3)) / 7
+    for name, right in (("per_kernel", steps), ("per_out_channel", np.ptp(weight, (1, 2, 3))[:, None] / 7 + 0 * steps)):
+        rows = maps[(maps.layer == "conv2") & (maps.granularity == name)]
+        np.testing.assert_allclose(rows.pivot(index="filter", columns="channel", values="scale"), right, rtol=1e-6)
+    ratios = {layer: np.ptp(getattr(tiny, layer).weight.detach().numpy(), (2, 3)) for layer in ("conv1", "conv2")}
+    widest = max(ratios, key=lambda layer: (ratios[layer].max(1) / ratios[layer].min(1)).max())
+    chart = granq.scale_explorer(maps)
+    values = {param["name"]: param.get("value") for param in chart.to_dict()["params"]}
+    ratio = ratios[widest].max(1) / ratios[widest].min(1)
+    assert (values["layer"], values["row"]) == (widest, ratio.argmax())
+    cells = [told(item) for kind, item in marks(chart, layer="conv2") if kind == "rect" and "filter" in told(item)]
+    shown = {(cell["filter"], cell["channel"]): cell["step"] for cell in cells[::-1]}
+    assert len(cells) == 2 * 16 and all(np.isclose(step, steps[int(o), int(i)], rtol=1e-3) or
+        np.isclose(step, np.ptp(weight[int(o)]) / 7, rtol=1e-3) for (o, i), step in shown.items())  # fmt: skip
+
+
+def test_layers_are_ranked_by_the_chosen_scheme(tiny: nn.Module) -> None:
+    """The layers' order by rank is the order of the chosen scheme's errors, for every metric; hover names the worst."""
+    frames = [granq.measure_layer_error(tiny, [images()], ["granq", "strict"], 2, per_channel=c) for c in (False, True)]
+    data = pd.concat(frames, ignore_index=True)
+    chart, inside = granq.layer_explorer(data), data[data.channel.notna() & (data["mode"] == "local")]
+    rows = data[data.channel.isna() & (data["mode"] == "local") & (data.scheme == "strict")].set_index("layer")
+    for metric, worst_first in (("mse", False), ("sqnr_db", True)):
+        found = marks(chart, metric=metric, scheme="strict", pinned="strict", order="rank")
+        points = [
+            text for kind, item in found if "worst: " in (text := item.get("description", "")) and kind == "symbol"
+        ]
+        places = {re.search(r"layer: (\w+)", text)[1]: float(re.search(r"place: (\d+)", text)[1]) for text in points}
+        assert sorted(places, key=places.get) == rows[metric].sort_values(ascending=worst_first).index.tolist()
+        for text in points:
+            layer, worst = re.search(r"layer: (\w+)", text)[1], int(re.search(r"worst: (\d+)", text)[1])
+            own = inside[(inside.layer == layer) & (inside.scheme == "strict")].set_index("channel").sqnr_db
+            assert worst == own.idxmin()
+
+
+def test_the_speed_lab_offers_what_was_measured_and_red_is_granq(charts: dict[str, Any]) -> None:
+    times = pd.read_csv(Path(__file__).parents[1] / "figures/scaling_latency.csv")
+    chart = charts["speed_lab"]
+    shapes = next(param["bind"]["options"] for param in chart.to_dict()["params"] if param["name"] == "shape")
+    assert len(shapes) == len(times[["channels", "batch"]].drop_duplicates())
+    red = [item for kind, item in marks(chart) if item.get("fill") == RED or item.get("stroke") == RED]
+    assert red and all("pre-scaled" in item["description"] for item in red)
+    shown = [told(item) for kind, item in marks(chart, shape=shapes[-1]) if item.get("size") == 70]
+    last = times[(times.channels == times.channels.iloc[-1]) & (times.batch == times.batch.iloc[-1])]
+    assert {round(x["median_ms"], 6) for x in shown} == {float(f"{v:.4g}") for v in last.median_ms}
+
+
+def test_the_method_figure_quantizes_like_the_library(tiny: nn.Module, charts: dict[str, Any]) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = tiny.relu(tiny.bn1(tiny.conv1(x))).detach()[:1].double()
+    right = granq.fake_quantize(x, 5).flatten(2)[0]
+    cells = [told(item) for kind, item in marks(charts["method_figure"], bits=5) if kind == "rect"]
+    cells = [cell for cell in cells if "code" in cell]
+    assert len(cells) == 2 * right.numel()
+    for cell in cells:
+        assert np.isclose(cell["value"], right[int(cell["channel"]), int(cell["pixel"])], rtol=1e-6, atol=1e-9)
+
+
+def test_the_integer_walk_adds_up(tiny: nn.Module) -> None:
+    """The products of a window are those of torch's own integer convolution, and the value that of the student."""
+    student = granq.quantize_model(tiny, "foldable", 3, 3)
+    granq.calibrate(student, [images()])
+    data = granq.measure_integer_walk(student, images(), "conv2", channels=4, pixels=64)
+    twin, seen = granq.integer_model(student), []
+    twin.conv2.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    twin(images()[:1])
+    sums = nn.functional.conv2d(seen[0].int(), twin.conv2.weight.int(), padding=1)[0]
+    outputs = data.groupby(["channel", "row", "column"])
+    assert outputs.ngroups == sums.numel()
+    added = ((data.q + data.z) * data.v).groupby([data.channel, data.row, data.column]).sum()
+    assert added.tolist() == sums.flatten().tolist() == outputs["sum"].first().tolist()
+    assert np.allclose(outputs.value.first(), outputs.student.first(), atol=1e-5)
+    chosen = dict(channel=2, pixel="row 3, column 4")
+    texts = [str(item.get("text")) for kind, item in marks(granq.integer_walk(data), **chosen) if kind == "text"]
+    assert any(f"sum of all products: {sums[2, 3, 4]:,} ".replace("-", "\u2212") in text for text in texts)
+    mantissa, shift = re.search(r"times ([\d,]+), shifted right by (\d+)", " ".join(texts)).groups()
+    assert np.isclose(
+        int(mantissa.replace(",", "")) / 2 ** int(shift), data.rescale[data.channel == 2].iloc[0], rtol=1e-8
+    )
+
+
+def test_real_images_are_measured_like_generated_ones(tiny: nn.Module) -> None:
+    spec = granq.DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
+    frame = granq.measure_images(images(), torch.tensor([2, 1, 0]), tiny, spec)
+    right = tiny(images()).softmax(1)
+    assert frame.predicted.tolist() == right.argmax(1).tolist()
+    assert np.allclose(frame.confidence, [right[i, 2 - i].item() for i in range(3)])
+    pixels = ((images() * 0.4 + 0.3).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert (granq.decode_pixels(frame.pixels[1], 8) == pixels[1]).all()
 
 
 def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """What the explorers share: the look, controls, the quantizer's formula in Vega's language, the way into a notebook.
 
 An explorer takes a frame and returns an Altair chart. The chart holds data and formulas; the browser computes while a
-control moves. Controls are HTML inputs: Tab reaches them, arrow keys move them. ``chart.save("x.html", inline=True)``
-writes a page that needs no network.
+control moves. Controls are HTML inputs: Tab reaches them, arrow keys move them; in JupyterLab, where arrow keys choose
+cells, Page Up, Page Down, Home and End do. ``chart.save("x.html", inline=True)`` writes a page that needs no network.
 """
 
 import base64

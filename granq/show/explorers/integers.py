@@ -33,14 +33,15 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
     def panel(field: str, title: str) -> Any:
         limit = float(rows[field].abs().max())
         axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, grid=False)
-        colors = alt.Color(
-            f"{field}:Q", legend=None, scale=alt.Scale(scheme="redblue", reverse=True, domain=[-limit, limit])
-        )
-        base = products.encode(
-            alt.X("input_channel:O", title="input channel" if field == "product" else None, axis=axis),
-            alt.Y("place:O", title=None, axis=alt.Axis(labels=False, ticks=False)), tooltip=[f"{name}:Q" for name in lists])  # fmt: skip
+        scale = alt.Scale(scheme="redblue", reverse=True, domain=[-limit, limit])
+        x = alt.X("input_channel:O", title="input channel" if field == "product" else None, axis=axis)
+        y = alt.Y("place:O", title=None, axis=alt.Axis(labels=False, ticks=False))
+        base = products.encode(x, y, tooltip=[f"{name}:Q" for name in lists])
         numbers = base.mark_text(color="black", fontSize=9).encode(text=f"{field}:Q")
-        layers = [base.mark_rect().encode(colors), *[numbers] * (data.input_channel.nunique() <= 24)]
+        layers = [
+            base.mark_rect().encode(alt.Color(f"{field}:Q", legend=None, scale=scale)),
+            *[numbers] * (data.input_channel.nunique() <= 24),
+        ]
         return alt.layer(*layers).properties(width=WIDTH, height=108, title=alt.Title(title, fontWeight="normal"))
 
     zeros = products.transform_calculate(zero="datum.z * datum.v").transform_joinaggregate(zeros="sum(zero)")

@@ -41,8 +41,9 @@ def layer_explorer(data: DataFrame) -> alt.VConcatChart:
             alt.Shape("scheme:N", title=None, scale=alt.Scale(domain=schemes)),
             tooltip=["layer:N", "scheme:N", hover, "value:Q"],
         )
-        fixed = chart.mark_point(opacity=0).encode(x, y)  # the axes stay when schemes are chosen
-        lines = shown.mark_line(strokeWidth=1).encode(x, y, scheme)
+        fixed = chart.mark_point(opacity=0, aria=False).encode(x, y)  # the axes stay when schemes are chosen
+        wide = alt.condition("datum.scheme == scheme", alt.value(2.5), alt.value(1))
+        lines = shown.mark_line().encode(x, y, scheme, strokeWidth=wide)
         return alt.layer(fixed, lines, *below, dots).properties(width=WIDTH, height=height)
 
     every = _values(alt.Chart(rows.assign(depth=rows.layer.factorize()[0] + 1)))

@@ -53,7 +53,9 @@ def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
     stairs = points.mark_circle(color=RED, size=30, opacity=1).encode(x, alt.Y("value:Q", scale=tight), tooltip=HOVER)
     exact = points.mark_line(color=GREY).encode(x, alt.Y("x:Q", title="after rounding"))
     ends = [f"reach_{end}:Q" for end in ("low", "high")]
-    fixed = [shown.mark_point(opacity=0).encode(x=end, y=end) for end in ends]  # the axes stay when bits change
+    fixed = [
+        shown.mark_point(opacity=0, aria=False).encode(x=end, y=end) for end in ends
+    ]  # the axes stay when bits change
     histogram = alt.layer(bars, landed, ticks).properties(width=WIDTH, height=150)
     staircase = alt.layer(exact, *fixed, stairs).properties(width=WIDTH, height=220)
     chart = alt.vconcat(_quality(points), histogram, staircase, spacing=8).resolve_scale(x="shared")

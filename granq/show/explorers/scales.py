@@ -53,7 +53,9 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
         alt.Y("scale:Q", title=step, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g", tickCount=5)),
         alt.Color("shown:N", title=None, scale=looks, legend=alt.Legend(orient="top", columns=2, labelLimit=250)),
         alt.Shape("shown:N", title=None, scale=alt.Scale(domain=looks.domain)), tooltip=hover)  # fmt: skip
-    fixed = chosen.mark_point(opacity=0).encode(x="channel:Q", y="scale:Q")  # the axes stay when the row changes
+    fixed = chosen.mark_point(opacity=0, aria=False).encode(
+        x="channel:Q", y="scale:Q"
+    )  # the axes stay when the row changes
     line = alt.layer(fixed, points).properties(width=WIDTH, height=150)
     chart = alt.vconcat(maps, line).resolve_scale(color="independent", shape="independent")
     told = f"Maps of the quantization step of every {one} and channel for each granularity, and the steps of one {one}."
