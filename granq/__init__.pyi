@@ -73,7 +73,6 @@ from .show.explorers.scales import scale_explorer as scale_explorer
 from .show.explorers.speed import speed_lab as speed_lab
 from .show.explorers.synthetic import synthetic_against_real as synthetic_against_real
 from .show.layers import plot_activation_distortion as plot_activation_distortion
-from .show.layers import plot_channel_error as plot_channel_error
 from .show.layers import plot_channel_scales as plot_channel_scales
 from .show.layers import plot_data_flow as plot_data_flow
 from .show.layers import plot_granularity_maps as plot_granularity_maps

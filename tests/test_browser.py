@@ -209,8 +209,9 @@ def test_a_saved_notebook_without_a_kernel(lab: str, browser: Any, charts: dict[
         page.evaluate("t => window.jupyterapp.commands.execute('apputils:change-theme', {theme: t})", theme)
         page.wait_for_timeout(1500)
         page.screenshot(path=SHOTS / f"saved_{theme.split()[1].lower()}.png")
-        color, around = page.evaluate("""() => { const svg = document.querySelector('svg.marks');
-            return [getComputedStyle(svg.querySelector('g.role-title text')).fill, getComputedStyle(svg.parentElement).color]; }""")
+        color, around = page.evaluate("""() => {
+            const title = document.querySelector('svg.marks g.role-title text');
+            return [getComputedStyle(title).fill, getComputedStyle(title.closest('svg').parentElement).color]; }""")
         assert color == around
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
     page.close()

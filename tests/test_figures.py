@@ -29,7 +29,6 @@ from granq.show import registry
 from granq.show.layers import (
     GAP_LABELS,
     SQNR_CEILING,
-    plot_channel_error,
     plot_channel_scales,
     plot_granularity_maps,
     plot_layer_error,
@@ -363,9 +362,6 @@ def test_what_no_number_can_show_is_left_out_and_nothing_else() -> None:
     shown = {q: plot_synthetic_gap(gap, quantity=q, ax=plt.figure().gca()) for q in GAP_LABELS}
     points = {q: np.ma.masked_invalid(ax.collections[0].get_offsets())[:, 1].count() for q, ax in shown.items()}
     assert points == {"ks_distance": 2, "mean": 2, "variance": 1}
-    rows = [dict(layer=n, channel=c, scheme="strict", mode="local", sqnr_db=v)
-            for n, vs in dict(conv1=[11.0, 14.0], fc=[np.nan, 23.0]).items() for c, v in enumerate(vs)]  # fmt: skip
-    assert plot_channel_error(pd.DataFrame(rows), ax=plt.figure().gca()).get_title().startswith("conv1")
     folded = pd.DataFrame(
         dict(execution="folded", channels=[8, 16], batch=4, q25_ms=1, q75_ms=2, scale_multiplications=0)
     )

@@ -109,7 +109,7 @@ def measure_scale_maps(
     frames: list[pd.DataFrame] = []
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
-        frames.extend(_scale_map(running.by_channel(x), bits, g, "image").assign(layer=name) for g in granularities)
+        frames.extend(_scale_map(name, running.by_channel(x), bits, g, "image") for g in granularities)
 
     names = [layers] if isinstance(layers, str) else layers
     running.run(model, [images], "scale maps", running.checked(model, names), visit)
@@ -121,10 +121,10 @@ def measure_weight_scales(
 ) -> pd.DataFrame:
     """Measure the quantization step of every kernel of the weights of ``layers``, under each granularity.
 
-    Columns: bits, granularity, filter (output channel), channel (input channel), scale (the step), layer.
+    Columns: layer, bits, granularity, filter (output channel), channel (input channel), scale (the step).
     """
     weights = {name: model.get_parameter(f"{name}.weight").detach() for name in running.checked(model, layers)}
-    frames = [_scale_map(w, bits, g, "filter").assign(layer=name) for name, w in weights.items() for g in granularities]
+    frames = [_scale_map(name, w, bits, g, "filter") for name, w in weights.items() for g in granularities]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -189,11 +189,11 @@ def measure_channel_scales(
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
 
 
-def _scale_map(x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:
+def _scale_map(layer: str, x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:
     """Return the steps of ``_steps`` as rows; ``first`` names the first dimension."""
     scale = _steps(x, bits, granularity).cpu().numpy()
     row, channel = np.indices(scale.shape).reshape(2, -1)
-    values = {"bits": bits, "granularity": granularity, first: row, "channel": channel}
+    values = {"layer": layer, "bits": bits, "granularity": granularity, first: row, "channel": channel}
     return pd.DataFrame(values | {"scale": scale.flatten()})
 
 

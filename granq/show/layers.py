@@ -65,29 +65,6 @@ def plot_layer_error(
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
     ax.set_title(f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}")
     layer_ticks(ax, layers)
-    return _finish(ax, metric, legend)
-
-
-def plot_channel_error(
-    data: DataFrame, *, metric: str = "sqnr_db", layer: str = "", mode: str = "local", legend: bool = True,
-    ax: Ax = None,
-) -> Axes:  # fmt: skip
-    """Draw ``measure_layer_error(per_channel=True)`` of one layer, worst channel first, one line a scheme.
-
-    ``layer`` is by default the one that holds the channel with the lowest SQNR.
-    """
-    ax = ax or plt.gca()
-    rows = select(data[data.channel.notna()], mode=mode)
-    rows = select(rows, layer=layer or rows.sort_values("sqnr_db").layer.iloc[0])
-    rows = rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING))
-    for scheme, part in rows.groupby("scheme", sort=False):
-        values = part[metric].sort_values(ascending=metric != "mse")
-        ax.plot(range(1, len(values) + 1), values, markevery=max(1, len(values) // 12), **role(str(scheme)).line)
-    ax.set(xlabel="output channel, worst first", title=f"{short_layer(rows.layer.iloc[0])}, {mode}, per channel")
-    return _finish(ax, metric, legend)
-
-
-def _finish(ax: Axes, metric: str, legend: bool) -> Axes:
     ax.set(ylabel=METRIC_LABELS[metric], yscale="log" if metric == "mse" else "linear")
     return finish(ax, legend, ncols=2)
 

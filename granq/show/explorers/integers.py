@@ -31,7 +31,7 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
     products = chosen.transform_flatten([*lists])
 
     def panel(field: str, title: str) -> Any:
-        limit = float(rows[field].abs().max())
+        limit = 1.6 * float(rows[field].abs().max())  # no cell so dark that its number drowns
         axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, grid=False)
         scale = alt.Scale(scheme="redblue", reverse=True, domain=[-limit, limit])
         x = alt.X("input_channel:O", title="input channel" if field == "product" else None, axis=axis)
@@ -52,10 +52,7 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
         panel("u", "integers of the input in the window, u = q + z"), panel("v", "integers of the filter, v"),
         panel("product", "products u · v"), alt.layer(*texts).properties(width=WIDTH, height=70), spacing=6,
     ).resolve_scale(color="independent")  # fmt: skip
-    told = (
-        "The integers in the window of one output value, those of the filter, their products, and the sum, which is "
-        "rescaled and compared with the floating-point student. Controls: output channel and pixel."
-    )
+    told = "Integers in the window of one output value, of the filter, their products, the sum and what becomes of it."
     controls = [
         menu("channel", data.channel.unique().tolist(), "output channel"),
         menu("pixel", rows["at"].unique().tolist()),

@@ -34,24 +34,15 @@ def layer_explorer(data: DataFrame) -> alt.VConcatChart:
     def panel(chart: Any, x: alt.X, height: int, hover: str, *below: Any) -> Any:
         y = alt.Y("value:Q", title=None, scale=LOOSE)
         shown = chart.transform_filter("datum.scheme == scheme || pinned == 'all' || datum.scheme == pinned")
-        dots = shown.mark_point(filled=True, size=40, opacity=1, stroke=TEXT, strokeWidth=0.5).encode(
-            x,
-            y,
-            scheme,
-            alt.Shape("scheme:N", title=None, scale=alt.Scale(domain=schemes)),
-            tooltip=["layer:N", "scheme:N", hover, "value:Q"],
-        )
+        shape, told = alt.Shape("scheme:N", title=None, scale=alt.Scale(domain=schemes)), ["layer:N", "scheme:N", hover]
+        dots = shown.mark_point(filled=True, size=40, opacity=1, stroke=TEXT, strokeWidth=0.5)
+        dots = dots.encode(x, y, scheme, shape, tooltip=[*told, "value:Q"])
         fixed = chart.mark_point(opacity=0, aria=False).encode(x, y)  # the axes stay when schemes are chosen
         wide = alt.condition("datum.scheme == scheme", alt.value(2.5), alt.value(1))
         lines = shown.mark_line().encode(x, y, scheme, strokeWidth=wide)
         return alt.layer(fixed, lines, *below, dots).properties(width=WIDTH, height=height)
 
-    every = _values(alt.Chart(rows.assign(depth=rows.layer.factorize()[0] + 1)))
-    # the rank is that within the chosen scheme, and the same for all
-    every = every.transform_calculate(own="datum.scheme == scheme ? datum.bad : null")
-    every = every.transform_joinaggregate(key="max(own)", groupby=["layer"])
-    every = every.transform_window(rank="dense_rank()", sort=[alt.SortField("key"), alt.SortField("depth")])
-    every = every.transform_calculate(place="order == 'depth' ? datum.depth : datum.rank")
+    every = _placed(rows)
     x = alt.X("place:Q", title=None, axis=layer_axis(data.layer, "order == 'depth'"), scale=LOOSE)
     here = every.transform_filter(pick).mark_rule(strokeDash=[3, 3], opacity=0.5).encode(x)
     said = alt.Title(alt.expr(f"{METRIC_LABELS}[metric] + ', ' + mode"), fontWeight="normal")
@@ -60,14 +51,9 @@ def layer_explorer(data: DataFrame) -> alt.VConcatChart:
     own = own.transform_window(rank="row_number()", sort=[alt.SortField("bad")], groupby=["scheme"])
     ranks = alt.X("rank:Q", title="output channels of the chosen layer, worst first", scale=LOOSE,
                   axis=alt.Axis(tickMinStep=1, format="d"))  # fmt: skip
-    above, below = (
-        panel(every, x, 190, "worst:Q", here.add_params(pick)).properties(title=said),
-        panel(own, ranks, 140, "channel:Q"),
-    )
-    told = (
-        "Error of every layer under one scheme, next to others, and below it the channels of one layer, worst first. "
-        "Controls: layer, metric, errors of a layer alone or accumulated, schemes, order."
-    )
+    above = panel(every, x, 190, "worst:Q", here.add_params(pick)).properties(title=said)
+    below = panel(own, ranks, 140, "channel:Q")
+    told = "The error of every layer under several schemes, and below it that of the channels of one layer."
     return finish(alt.vconcat(above, below), "Which layer is guilty?", told, *controls)
 
 
@@ -75,3 +61,12 @@ def _values(chart: alt.Chart) -> alt.Chart:
     """Keep the chosen mode; add the chosen metric as ``value``, and ``bad``, which is lowest for the worst."""
     chart = chart.transform_filter("datum.mode == mode").transform_calculate(value="datum[metric]")
     return chart.transform_calculate(bad="metric == 'mse' ? -datum.value : datum.value")
+
+
+def _placed(rows: DataFrame) -> alt.Chart:
+    """Add the place of every layer: its depth, or its rank within the chosen scheme, for all schemes."""
+    every = _values(alt.Chart(rows.assign(depth=rows.layer.factorize()[0] + 1)))
+    every = every.transform_calculate(own="datum.scheme == scheme ? datum.bad : null")
+    every = every.transform_joinaggregate(key="max(own)", groupby=["layer"])
+    every = every.transform_window(rank="dense_rank()", sort=[alt.SortField("key"), alt.SortField("depth")])
+    return every.transform_calculate(place="order == 'depth' ? datum.depth : datum.rank")

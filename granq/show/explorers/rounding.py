@@ -47,21 +47,16 @@ def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
     levels = levels.transform_calculate(code="sequence(-pow(2, bits - 1), pow(2, bits - 1))")
     levels = levels.transform_flatten(["code"]).transform_calculate(value="(datum.code + datum.z) / datum.s")
     levels = levels.transform_filter("datum.value >= datum.reach_low && datum.value <= datum.reach_high")
-    ticks = levels.mark_tick(color=TEXT, thickness=1, height=8).encode(
-        alt.X("value:Q"), y=alt.value(146), tooltip=HOVER[1:]
-    )
+    ticks = levels.mark_tick(color=TEXT, thickness=1, height=8).encode(x="value:Q", y=alt.value(146), tooltip=HOVER[1:])
     stairs = points.mark_circle(color=RED, size=30, opacity=1).encode(x, alt.Y("value:Q", scale=tight), tooltip=HOVER)
     exact = points.mark_line(color=GREY).encode(x, alt.Y("x:Q", title="after rounding"))
-    ends = [f"reach_{end}:Q" for end in ("low", "high")]
-    fixed = [
-        shown.mark_point(opacity=0, aria=False).encode(x=end, y=end) for end in ends
-    ]  # the axes stay when bits change
+    still = shown.mark_point(opacity=0, aria=False)  # the axes stay when bits change
+    fixed = [still.encode(x=end, y=end) for end in ("reach_low:Q", "reach_high:Q")]
     histogram = alt.layer(bars, landed, ticks).properties(width=WIDTH, height=150)
     staircase = alt.layer(exact, *fixed, stairs).properties(width=WIDTH, height=220)
     chart = alt.vconcat(_quality(points), histogram, staircase, spacing=8).resolve_scale(x="shared")
     told = (
-        "Histogram of sampled activations of one channel with the quantization levels on it, and below it every value "
-        "against its value after rounding. Controls: bits, which values share a scale, layer, channel, image, images."
+        "Histogram of one channel with the quantization levels on it; below it, values before against after rounding."
     )
     return finish(chart, "What do few bits do to one channel?", told, *controls)
 
@@ -111,15 +106,12 @@ def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
     x = alt.X("x:Q", title=None, scale=axis, axis=alt.Axis(labels=False, ticks=False, grid=False))
     line = points.mark_rule(color=GREY, clip=True).encode(x, x2="value:Q", y=alt.value(12), y2=alt.value(70))
     starts = points.mark_tick(color=TEXT, height=10, thickness=1).encode(x, y=alt.value(8), tooltip=HOVER)
-    ends = points.mark_circle(color=RED, size=40, opacity=1, clip=True).encode(
-        alt.X("value:Q", scale=axis), y=alt.value(72), tooltip=HOVER
-    )
-    codes = points.transform_aggregate(groupby=["code", "value"]).mark_text(dy=16).encode(
-        alt.X("value:Q", scale=axis), y=alt.value(72), text=alt.condition("bits < 5", "code:Q", alt.value(""))
-    )  # fmt: skip
-    far_off = alt.Chart(DataFrame({"at": [0]})).transform_calculate(x="outlier").mark_point(
-        shape="diamond", filled=True, size=90, color=TEXT
-    ).encode(x, y=alt.value(8), tooltip=[alt.Tooltip("x:Q", title="outlier")])  # fmt: skip
+    level = {"x": alt.X("value:Q", scale=axis), "y": alt.value(72)}
+    ends = points.mark_circle(color=RED, size=40, opacity=1, clip=True).encode(**level, tooltip=HOVER)
+    text = points.transform_aggregate(groupby=["code", "value"]).mark_text(dy=16)
+    codes = text.encode(**level, text=alt.condition("bits < 5", "code:Q", alt.value("")))
+    far_off = alt.Chart(DataFrame({"at": [0]})).transform_calculate(x="outlier")
+    far_off = far_off.mark_point(shape="diamond", filled=True, size=90, color=TEXT).encode(x, y=alt.value(8))
 
     def panel(field: str, title: str, domain: list[float], last: bool = False) -> Any:
         across = x.axis(alt.Axis()).title("number") if last else x
@@ -138,7 +130,6 @@ def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
         spacing=10,
     )
     told = (
-        "Numbers on a line, joined to the quantization levels they are rounded to, with the codes; below it the value "
-        "after rounding, the error, and the gradient: red is the straight-through estimate, grey the true slope."
+        "Numbers joined to the levels they are rounded to; below it the value after rounding, the error, the gradient."
     )
     return finish(chart, "Which numbers can a few bits tell apart?", told, *controls)

@@ -42,9 +42,6 @@ def speed_lab(data: DataFrame) -> alt.ConcatChart:
         bars = chosen.mark_rule(strokeWidth=2).encode(x="q25_ms:Q", x2="q75_ms:Q")
         return alt.layer(others, *[bars] * (field == "median_ms"), dots).properties(width=200, height=150)
 
-    told = (
-        "Time, multiplications, memory and bytes of every execution of one convolution, for the shapes that were "
-        "measured. Red is pre-scaling, as GranQ does it. Control: the shape."
-    )
+    told = "Time, memory, multiplications and bytes of every execution of a convolution; red is pre-scaling (GranQ)."
     chart = alt.concat(*(panel(field, title) for field, title in PANELS.items()), columns=2)
     return finish(chart, "Does counting predict the time?", told, menu("shape", dict.fromkeys(shapes)))

@@ -41,10 +41,7 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
     equal = own.mark_line(color=TEXT, strokeDash=[3, 3]).encode(real, alt.Y("mean_real:Q", title="compared with"))
     means = own.mark_circle(size=40, opacity=0.8).encode(real, alt.Y("mean_synthetic:Q"), colors, tooltip=hover)
     inside = alt.layer(equal, means).properties(width=WIDTH, height=140)
-    told = (
-        "Generated and real images of each label, and the distance of their activations in every layer, with the "
-        "distance of two real samples for comparison. Controls: layer, quantity."
-    )
+    told = "Generated and real images of each label, and how far apart their activations are in every layer."
     controls = menu("quantity", QUANTITIES, labels=list(QUANTITIES.values()))
     return finish(alt.vconcat(_strip(images), distances, inside), "How far are generated images from real ones?",
                   told, controls)  # fmt: skip
