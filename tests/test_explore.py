@@ -105,7 +105,7 @@ def test_samples_are_activations_with_the_ranges_of_their_groups(tiny: nn.Module
                 assert (part[f"{name}_{end}"] == np.broadcast_to(extreme, x.shape)[image, channel, 0, 0]).all()
 
 
-@pytest.mark.parametrize(("bits", "granularity"), zip((2, 3, 5, 8), ACTIVATION_GRANULARITIES, strict=True))
+@pytest.mark.parametrize(("bits", "granularity"), [*zip((2, 3, 5, 8), ACTIVATION_GRANULARITIES, strict=True)])
 def test_the_microscope_rounds_like_the_quantizer(samples: pd.DataFrame, granularity: str, bits: int) -> None:
     state = dict(layer="conv2", rank=1, image=2, source="real")
     part = samples[(samples[list(state)] == pd.Series(state)).all(axis=1)]
