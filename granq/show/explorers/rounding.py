@@ -114,7 +114,7 @@ def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
     far_off = far_off.mark_point(shape="diamond", filled=True, size=90, color=TEXT).encode(x, y=alt.value(8))
 
     def panel(field: str, title: str, domain: list[float], last: bool = False) -> Any:
-        across = x.axis(alt.Axis()).title("number") if last else x
+        across = x.axis(alt.Axis(tickCount=10)).title("number") if last else x
         y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(domain=domain, nice=False), axis=alt.Axis(tickCount=3))
         dots = points.mark_circle(color=RED, size=25, opacity=1, clip=True).encode(across, y, tooltip=HOVER)
         other = {"value": "x", "error": "zero", "one": "zero"}[field]
