@@ -1,16 +1,20 @@
 """Seeds, threads and figures are the same for every test."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+import granq
 from granq.data import describe_data
 from granq.models import build_network, save_teacher
 
@@ -44,6 +48,35 @@ class TinyNet(nn.Module):
 @pytest.fixture
 def tiny() -> nn.Module:
     return TinyNet().eval()
+
+
+@pytest.fixture(scope="session")
+def charts() -> dict[str, Any]:
+    """Every explorer by name, of a tiny network."""
+    torch.manual_seed(0)
+    tiny = TinyNet().eval()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    both, layers = {"synthetic": images, "real": -images}, ["conv2", "fc"]
+    errors = [granq.measure_layer_error(tiny, [images], ["granq", "strict"], 2, per_channel=c) for c in (False, True)]
+    pairs = {"synthetic against real": images, "real against other real": images[:2]}
+    gap = [granq.measure_synthetic_gap(tiny, [x], [-images]).assign(pair=pair) for pair, x in pairs.items()]
+    spec = granq.DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
+    drawn = [granq.measure_images(x, torch.arange(3), tiny, spec).assign(source=name) for name, x in
+             {"synthetic": images[:3], "real": -images[:3]}.items()]  # fmt: skip
+    student = granq.quantize_model(tiny, "foldable", 3, 3)
+    granq.calibrate(student, [images])
+    times = pd.read_csv(Path(__file__).parents[1] / "figures/scaling_latency.csv")
+    return {
+        "distortion_microscope": granq.distortion_microscope(granq.measure_activation_samples(tiny, both, layers)),
+        "quantizer_playground": granq.quantizer_playground(pd.DataFrame({"x": np.linspace(0, 2, 21)})),
+        "scale_explorer": granq.scale_explorer(granq.measure_scale_maps(tiny, images, layers, 3)),
+        "scale_explorer of weights": granq.scale_explorer(granq.measure_weight_scales(tiny, layers, 3)),
+        "layer_explorer": granq.layer_explorer(pd.concat(errors, ignore_index=True)),
+        "speed_lab": granq.speed_lab(times),
+        "synthetic_against_real": granq.synthetic_against_real(pd.concat(gap), pd.concat(drawn)),
+        "method_figure": granq.method_figure(granq.measure_data_flow(tiny, images, "conv2", 3)),
+        "integer_walk": granq.integer_walk(granq.measure_integer_walk(student, images, "conv2")),
+    }
 
 
 @pytest.fixture

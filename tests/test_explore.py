@@ -1,6 +1,7 @@
-"""Explorers answer every value of every control from a precomputed frame: no network runs, no error shows."""
+"""Explorers: what a chart computes is what the library computes, in every state of its controls."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,116 +10,282 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image as Picture
+import vl_convert
 from torch import nn
 
+import granq
 from granq.config import QATConfig
-from granq.data import DataSpec
-from granq.measure.activations import measure_channel_histograms, measure_scale_maps
-from granq.measure.layer_error import measure_layer_error
-from granq.quantizer import fake_quantize
+from granq.measure.running import ACTIVATION_GRANULARITIES
+from granq.quantizer import fake_quantize_with, qparams_from_range
 from granq.runs import train
-from granq.show import explorers as show
 
-SPEC = DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
+RED = "#e42536"
 
 
 def images(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def latencies() -> pd.DataFrame:
-    """Three sizes, and the executions of a benchmark."""
-    rows = []
-    for (n, c), name in itertools.product([(4, 8), (16, 8), (4, 32)], ("loop", "pre-scaled", "folded")):
-        time, count = n * c * (1 + len(name)), n * c * (name != "folded")
-        values = dict(execution=name, batch=n, channels=c, peak_mb=time, scale_multiplications=count)
-        rows.append(values | dict(median_ms=time, q25_ms=0.9 * time, q75_ms=1.2 * time))
-    return pd.DataFrame(rows)
+def marks(chart: Any, **controls: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The evaluated marks of a chart with these values of its controls: kind and item, with what a hover says."""
+    spec, left = chart.to_dict(), set(controls)
+    for param in spec["params"]:
+        if param["name"] in controls:
+            param["value"] = controls[param["name"]]
+            left.remove(param["name"])
+    assert not left, left
+    spec = json.loads(json.dumps(spec), object_hook=lambda d: {k: v for k, v in d.items() if k != "format"})
+    found, todo = [], [vl_convert.vegalite_to_scenegraph(spec)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            if "marktype" in node and node.get("items"):
+                found += [(node["marktype"], item) for item in node["items"]]
+            todo += node.values()
+        elif isinstance(node, list):
+            todo += node
+    return found
 
 
-def controls_of(explorer: Any) -> dict[str, Any]:
-    """The controls of an explorer by their label."""
-    return {c.description: c for c in explorer.children[0].children if not isinstance(c, show.widgets.Play)}
+def told(item: dict[str, Any]) -> dict[str, Any]:
+    """What the description of a mark says: numbers where they are numbers."""
+    pairs = [part.split(": ", 1) for part in item.get("description", "").replace("\u2212", "-").split("; ")]
+    return {pair[0]: float(pair[1].replace(",", "")) for pair in pairs if len(pair) == 2 and _number(pair[1])}
 
 
-def values_of(control: Any) -> list:
-    return [value for _, value in control.options]
+def _number(text: str) -> bool:
+    try:
+        return bool(text) and float(text.replace(",", "")) is not None
+    except ValueError:
+        return False
+
+
+def rounded_in(found: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
+    """The points of the staircase, ordered by x."""
+    rows = [told(item) for kind, item in found if kind == "symbol" and item.get("fill") == RED]
+    points = pd.DataFrame([row for row in rows if "activation" in row or "after rounding" in row])
+    return points[["x", "code", "value"]].sort_values("x")
+
+
+def reference(x: np.ndarray, low: Any, high: Any, bits: int, clamp: bool = True) -> pd.DataFrame:
+    x = torch.from_numpy(np.sort(x).astype(np.float64))
+    qparams = qparams_from_range(torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64), bits)
+    codes = granq.quantize(x, *qparams, bits, clamp)
+    return pd.DataFrame({"x": x, "code": codes.double(), "value": fake_quantize_with(x, qparams, bits, clamp)})
+
+
+def same(chart: pd.DataFrame, torch_says: pd.DataFrame) -> None:
+    assert len(chart) == len(torch_says)
+    np.testing.assert_array_equal(chart.code.to_numpy(), torch_says.code.to_numpy())
+    np.testing.assert_allclose(chart.to_numpy(), torch_says.to_numpy(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture
-def explorers(tiny: nn.Module) -> dict[str, Any]:
+def samples(tiny: nn.Module) -> pd.DataFrame:
     both = {"synthetic": images(), "real": -images()}
-    errors = [measure_layer_error(tiny, [images()], ["granq", "strict"], 2, per_channel=c) for c in (False, True)]
-    return {
-        "distortion": show.distortion_microscope(measure_channel_histograms(tiny, both, ["conv2"], (2, 3))),
-        "scales": show.scale_explorer(measure_scale_maps(tiny, images(), ["conv1", "conv2"], 3)),
-        "errors": show.layer_error_explorer(pd.concat(errors, ignore_index=True)),
-        "speed": show.speed_lab(latencies()),
+    return granq.measure_activation_samples(tiny, both, ["conv2", "fc"], channels=2, values=16)
+
+
+def test_samples_are_activations_with_the_ranges_of_their_groups(tiny: nn.Module, samples: pd.DataFrame) -> None:
+    x = tiny.relu(tiny.bn1(tiny.conv1(-images()))).detach().numpy()
+    rows = samples[(samples.layer == "conv2") & (samples.source == "real")]
+    spread = np.ptp(x, (0, 2, 3))
+    assert rows.groupby("rank").channel.first().tolist() == [spread.argmin(), spread.argmax()]
+    groups = {
+        "per_tensor": (0, 1, 2, 3),
+        "per_channel": (0, 2, 3),
+        "per_sample": (1, 2, 3),
+        "per_sample_channel": (2, 3),
     }
+    for (image, channel), part in rows.groupby(["image", "channel"]):
+        assert len(part) == 16 and np.isin(part.x.to_numpy(), x[image, channel]).all()
+        assert (part.x.min(), part.x.max()) == (x[image, channel].min(), x[image, channel].max())
+        for name, dims in groups.items():
+            for end, extreme in (("low", x.min(dims, keepdims=True)), ("high", x.max(dims, keepdims=True))):
+                assert (part[f"{name}_{end}"] == np.broadcast_to(extreme, x.shape)[image, channel, 0, 0]).all()
 
 
-@pytest.mark.parametrize("name", ("distortion", "scales", "errors", "speed"))
-def test_every_value_draws_without_a_network(name: str, explorers: dict, tmp_path: Path, monkeypatch) -> None:
-    explorer = explorers[name]
-    _, picture, numbers, errors = explorer.children
-    monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("a callback ran a network"))
-    seen = {(picture.value, numbers.value)}
-    for label, control in controls_of(explorer).items():
-        assert label and not getattr(control, "continuous_update", False)
-        for value in values_of(control):
-            control.value = value
-            assert not errors.outputs, errors.outputs
-            assert numbers.value.startswith("<table") and "NaN" not in numbers.value
-            seen.add((picture.value, numbers.value))
-        (tmp_path / "picture.png").write_bytes(picture.value)
-        with Picture.open(tmp_path / "picture.png") as drawn:  # the page does not jump
-            assert tuple(f"{side}px" for side in drawn.size) == (picture.layout.width, picture.layout.height)
-    assert len(seen) >= len(controls_of(explorer))  # controls change what is shown
+@pytest.mark.parametrize(("bits", "granularity"), [*zip((2, 3, 5, 8), ACTIVATION_GRANULARITIES, strict=True)])
+def test_the_microscope_rounds_like_the_quantizer(samples: pd.DataFrame, granularity: str, bits: int) -> None:
+    state = dict(layer="conv2", rank=1, image=2, source="real")
+    part = samples[(samples[list(state)] == pd.Series(state)).all(axis=1)]
+    shown = marks(granq.distortion_microscope(samples), bits=bits, granularity=granularity, **state)
+    low, high = (part[f"{granularity}_{end}"].iloc[0] for end in ("low", "high"))
+    right = reference(part.x.to_numpy(), low, high, bits)
+    same(rounded_in(shown), right)
+    sqnr = 10 * np.log10((right.x**2).sum() / ((right.x - right.value) ** 2).sum())
+    line = next(item["text"] for kind, item in shown if kind == "text" and str(item.get("text")).startswith("SQNR"))
+    assert line.startswith(f"SQNR {sqnr:.1f} dB, {right.code.nunique()} of {2**bits} levels in use")
 
 
-def test_numbers_under_the_pictures_are_true(tiny: nn.Module) -> None:
-    """Levels in use are counted on the values, not on the bins; the widest channels of an image come first."""
-    frame = measure_channel_histograms(tiny, {"real": images()}, ["conv2"], (8,), channels=1)
-    explorer = show.distortion_microscope(frame)
-    controls_of(explorer)["granularity"].value = "per_sample_channel"
-    x = tiny.relu(tiny.bn1(tiny.conv1(images()))).detach()
-    levels = fake_quantize(x, 8)[0, frame.channel.iloc[0]].unique().numel()
-    assert levels > 32 and f"<td>{levels}</td>" in explorer.children[2].value
-    maps = measure_scale_maps(tiny, images(), "conv2", 3)
-    explorer = show.scale_explorer(maps)
-    controls_of(explorer)["granularity"].value = "per_sample_channel"
-    controls_of(explorer)["image"].value = 1
-    rows = maps[(maps.granularity == "per_sample_channel") & (maps.image == 1)]
-    worst = rows.loc[rows.scale.idxmax()]
-    first = re.findall("<td>(.*?)</td>", explorer.children[2].value)[:3]
-    assert first == ["1", str(worst.channel), f"{worst.scale:.4g}"]
+def test_ties_go_to_even_as_in_torch() -> None:
+    x = np.array([0.5, 1.5, 4.0, 7.5])  # method.md, section 8: codes -4 -2 0 and 4, above the range without a clamp
+    data = pd.DataFrame(dict(x=x, source="real", layer="a", rank=0, image=0, channel=0))
+    ends = {f"{g}_{end}": v for g in ACTIVATION_GRANULARITIES for end, v in (("low", 0.5), ("high", 7.5))}
+    shown = rounded_in(marks(granq.distortion_microscope(data.assign(**ends)), bits=3))
+    assert shown.code.tolist() == [-4, -2, 0, 3]
+    same(shown, reference(x, 0.5, 7.5, 3))
+    x = np.arange(-8, 8.5, 0.5)  # halves of both signs: with 16 steps of one every second value is a tie
+    for clamped in (True, False):
+        state = dict(bits=4, minimum=-8.0, maximum=7.0, outlier=7.0, clamped=clamped)
+        shown = rounded_in(marks(granq.quantizer_playground(pd.DataFrame({"x": x})), **state))
+        same(shown, reference(x, -8.0, 7.0, 4, clamped))
 
 
-def test_histograms_of_channels(tiny: nn.Module) -> None:
-    frame = measure_channel_histograms(tiny, {"real": images()}, ["conv2"], (3,), channels=2)
-    keys = ["layer", "image", "rank", "granularity", "bits", "source"]
-    groups = frame.groupby(keys)
-    assert (groups["count"].sum() == 64).all() and (groups.count_quantized.sum() == 64).all()  # 8 x 8 pixels
-    assert frame[frame.count_quantized > 0].groupby(keys).size().max() <= 8  # at most 2^3 levels
-    fine = frame[frame.granularity == "per_sample_channel"]
-    reached = fine.groupby(keys).lowest.first() + 7 * fine.groupby(keys).step.first()
-    tops = fine[fine["count"] > 0].groupby(keys).bin_right.max()
-    assert np.allclose(reached, tops, atol=0.1 * tops.max())  # its own range spans all levels
+def test_an_outlier_widens_the_range_of_the_playground() -> None:
+    x = np.arange(0, 2.01, 0.1)
+    state = dict(bits=3, minimum=0.0, maximum=2.0, outlier=4.0, clamped=True)
+    same(rounded_in(marks(granq.quantizer_playground(pd.DataFrame({"x": x})), **state)), reference(x, 0.0, 4.0, 3))
+
+
+def axes_of(chart: Any, **controls: Any) -> list[str]:
+    """Every text of an axis."""
+    return [str(item.get("text")) for kind, item in marks(chart, **controls) if kind == "text" and "limit" in item]
+
+
+def test_axes_stay_while_bits_and_ranges_change(samples: pd.DataFrame) -> None:
+    microscope = granq.distortion_microscope(samples)
+    states = [dict(bits=b, granularity=g) for b, g in itertools.product((2, 8), ("per_tensor", "per_sample_channel"))]
+    assert len({tuple(axes_of(microscope, **state)) for state in states}) == 1
+    playground = granq.quantizer_playground(pd.DataFrame({"x": np.arange(0, 2.01, 0.1)}))
+    assert len({tuple(axes_of(playground, bits=b, outlier=o)) for b in (2, 8) for o in (2.0, 4.0)}) == 1
+
+
+def test_every_chart_is_told_to_everybody(charts: dict[str, Any], monkeypatch) -> None:
+    """A title, a description, a control for every choice, colors of the page, and two forms in a notebook."""
+    monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("a chart ran a network"))
+    for name, chart in charts.items():
+        spec = chart.to_dict()
+        assert str(spec["title"]).endswith("?") and len(spec["description"]) > 60, name
+        assert spec["config"]["background"] == "transparent" and spec["config"]["axis"]["labelColor"] == "currentColor"
+        assert any("bind" in param for param in spec["params"]), name
+        bundle = chart._repr_mimebundle_()
+        assert set(bundle) == {"application/vnd.vegalite.v5+json", "image/png", "text/plain"}
+        assert "/v5." in bundle["application/vnd.vegalite.v5+json"]["$schema"]
+        assert len(json.dumps(bundle["application/vnd.vegalite.v5+json"])) < 1_000_000, name
+
+
+def test_every_choice_draws(charts: dict[str, Any]) -> None:
+    """Each control at its last value: something is drawn, and something else than before."""
+    same = {("layer_explorer", "pinned")}  # of two schemes: all, or the one and the other
+    same |= {("quantizer_playground", name) for name in ("clamped", "minimum", "outlier")}  # tested above
+    for name, chart in charts.items():
+        first = json.dumps(marks(chart))
+        for param in chart.to_dict()["params"]:
+            bind = param.get("bind", {"input": ""})
+            last = bind["options"][-1] if bind["input"] == "select" else bind.get("max")
+            if "value" in param and not isinstance(param["value"], list) and last != param["value"]:
+                if (name, param["name"]) not in same:
+                    shown = marks(chart, **{param["name"]: last})
+                    assert len(shown) > 10 and json.dumps(shown) != first, (name, param["name"])
+
+
+def test_scales_are_those_of_the_quantizer_and_the_widest_spread_comes_first(tiny: nn.Module) -> None:
+    maps = granq.measure_weight_scales(tiny, ["conv1", "conv2", "fc"], 3)
+    weight = tiny.conv2.weight.detach().numpy()
+    steps = np.ptp(weight, (2, 3)) / 7
+    for name, right in (("per_kernel", steps), ("per_out_channel", np.ptp(weight, (1, 2, 3))[:, None] / 7 + 0 * steps)):
+        rows = maps[(maps.layer == "conv2") & (maps.granularity == name)]
+        np.testing.assert_allclose(rows.pivot(index="filter", columns="channel", values="scale"), right, rtol=1e-6)
+    ratios = {layer: np.ptp(getattr(tiny, layer).weight.detach().numpy(), (2, 3)) for layer in ("conv1", "conv2")}
+    widest = max(ratios, key=lambda layer: (ratios[layer].max(1) / ratios[layer].min(1)).max())
+    chart = granq.scale_explorer(maps)
+    values = {param["name"]: param.get("value") for param in chart.to_dict()["params"]}
+    ratio = ratios[widest].max(1) / ratios[widest].min(1)
+    assert (values["layer"], values["row"]) == (widest, ratio.argmax())
+    cells = [told(item) for kind, item in marks(chart, layer="conv2") if kind == "rect" and "filter" in told(item)]
+    shown = {(cell["filter"], cell["channel"]): cell["step"] for cell in cells[::-1]}
+    assert len(cells) == 2 * 16 and all(np.isclose(step, steps[int(o), int(i)], rtol=1e-3) or
+        np.isclose(step, np.ptp(weight[int(o)]) / 7, rtol=1e-3) for (o, i), step in shown.items())  # fmt: skip
+
+
+def test_layers_are_ranked_by_the_chosen_scheme(tiny: nn.Module) -> None:
+    """The layers' order by rank is the order of the chosen scheme's errors, for every metric; hover names the worst."""
+    frames = [granq.measure_layer_error(tiny, [images()], ["granq", "strict"], 2, per_channel=c) for c in (False, True)]
+    data = pd.concat(frames, ignore_index=True)
+    chart, inside = granq.layer_explorer(data), data[data.channel.notna() & (data["mode"] == "local")]
+    rows = data[data.channel.isna() & (data["mode"] == "local") & (data.scheme == "strict")].set_index("layer")
+    for metric, worst_first in (("mse", False), ("sqnr_db", True)):
+        found = marks(chart, metric=metric, scheme="strict", pinned="strict", order="rank")
+        points = [
+            text for kind, item in found if "worst: " in (text := item.get("description", "")) and kind == "symbol"
+        ]
+        places = {re.search(r"layer: (\w+)", text)[1]: float(re.search(r"place: (\d+)", text)[1]) for text in points}
+        assert sorted(places, key=places.get) == rows[metric].sort_values(ascending=worst_first).index.tolist()
+        for text in points:
+            layer, worst = re.search(r"layer: (\w+)", text)[1], int(re.search(r"worst: (\d+)", text)[1])
+            own = inside[(inside.layer == layer) & (inside.scheme == "strict")].set_index("channel").sqnr_db
+            assert worst == own.idxmin()
+
+
+def test_the_speed_lab_offers_what_was_measured_and_red_is_granq(charts: dict[str, Any]) -> None:
+    times = pd.read_csv(Path(__file__).parents[1] / "figures/scaling_latency.csv")
+    chart = charts["speed_lab"]
+    shapes = next(param["bind"]["options"] for param in chart.to_dict()["params"] if param["name"] == "shape")
+    assert len(shapes) == len(times[["channels", "batch"]].drop_duplicates())
+    red = [item for kind, item in marks(chart) if item.get("fill") == RED or item.get("stroke") == RED]
+    assert red and all("pre-scaled" in item["description"] for item in red)
+    shown = [told(item) for kind, item in marks(chart, shape=shapes[-1]) if item.get("size") == 70]
+    last = times[(times.channels == times.channels.iloc[-1]) & (times.batch == times.batch.iloc[-1])]
+    assert {round(x["median_ms"], 6) for x in shown} == {float(f"{v:.4g}") for v in last.median_ms}
+
+
+def test_the_method_figure_quantizes_like_the_library(tiny: nn.Module, charts: dict[str, Any]) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = tiny.relu(tiny.bn1(tiny.conv1(x))).detach()[:1].double()
+    right = granq.fake_quantize(x, 5).flatten(2)[0]
+    cells = [told(item) for kind, item in marks(charts["method_figure"], bits=5) if kind == "rect"]
+    cells = [cell for cell in cells if "code" in cell]
+    assert len(cells) == 2 * right.numel()
+    for cell in cells:
+        assert np.isclose(cell["value"], right[int(cell["channel"]), int(cell["pixel"])], rtol=1e-6, atol=1e-9)
+
+
+def test_the_integer_walk_adds_up(tiny: nn.Module) -> None:
+    """The products of a window are those of torch's own integer convolution, and the value that of the student."""
+    student = granq.quantize_model(tiny, "foldable", 3, 3)
+    granq.calibrate(student, [images()])
+    data = granq.measure_integer_walk(student, images(), "conv2", channels=4, pixels=64)
+    twin, seen = granq.integer_model(student), []
+    twin.conv2.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    twin(images()[:1])
+    sums = nn.functional.conv2d(seen[0].int(), twin.conv2.weight.int(), padding=1)[0]
+    outputs = data.groupby(["channel", "row", "column"])
+    assert outputs.ngroups == sums.numel()
+    added = ((data.q + data.z) * data.v).groupby([data.channel, data.row, data.column]).sum()
+    assert added.tolist() == sums.flatten().tolist() == outputs["sum"].first().tolist()
+    assert np.allclose(outputs.value.first(), outputs.student.first(), atol=1e-5)
+    chosen = dict(channel=2, pixel="row 3, column 4")
+    texts = [str(item.get("text")) for kind, item in marks(granq.integer_walk(data), **chosen) if kind == "text"]
+    assert any(f"sum of all products: {sums[2, 3, 4]:,} ".replace("-", "\u2212") in text for text in texts)
+    mantissa, shift = re.search(r"times ([\d,]+), shifted right by (\d+)", " ".join(texts)).groups()
+    assert np.isclose(
+        int(mantissa.replace(",", "")) / 2 ** int(shift), data.rescale[data.channel == 2].iloc[0], rtol=1e-8
+    )
+
+
+def test_real_images_are_measured_like_generated_ones(tiny: nn.Module) -> None:
+    spec = granq.DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
+    frame = granq.measure_images(images(), torch.tensor([2, 1, 0]), tiny, spec)
+    right = tiny(images()).softmax(1)
+    assert frame.predicted.tolist() == right.argmax(1).tolist()
+    assert np.allclose(frame.confidence, [right[i, 2 - i].item() for i in range(3)])
+    pixels = ((images() * 0.4 + 0.3).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert (granq.decode_pixels(frame.pixels[1], 8) == pixels[1]).all()
 
 
 def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
-    monitor = show.training_monitor(tmp_path / "run")
+    monitor = granq.training_monitor(tmp_path / "run")
     controls, picture, numbers, errors = monitor.children
-    play = next(control for control in controls.children if isinstance(control, show.widgets.Play))
+    quantity, play = controls.children
     assert "no epoch is finished yet" in numbers.value
     before = picture.value
     config = QATConfig(epochs=2, iterations=2, batch_size=4, warmup_epochs=1, image_size=12)  # not that of the data
     train(tiny, config, evaluate=lambda _: 50.0, out=tmp_path / "run")
-    controls_of(monitor)["quantity"].value = "test_top1"
+    quantity.value = "test_top1"
     play.value = 1  # as the browser does every two seconds
     after = picture.value
     assert after != before and not errors.outputs
     assert "<td>2</td>" in numbers.value and "<td>50</td>" in numbers.value
-    controls_of(monitor)["quantity"].value = "bn_loss"
+    quantity.value = "bn_loss"
     assert picture.value != after and not errors.outputs

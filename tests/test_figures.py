@@ -15,7 +15,12 @@ from torch import nn
 from granq.data import DataSpec
 from granq.errors import UserError
 from granq.generator import Generator
-from granq.measure.activations import measure_activation_distortion, measure_channel_scales, measure_scale_maps
+from granq.measure.activations import (
+    measure_activation_distortion,
+    measure_channel_scales,
+    measure_data_flow,
+    measure_scale_maps,
+)
 from granq.measure.factorial import factorial_cells, measure_granularity_factorial
 from granq.measure.images import measure_generated_images, measure_synthetic_gap
 from granq.measure.layer_error import measure_layer_error
@@ -25,7 +30,6 @@ from granq.show import registry
 from granq.show.layers import (
     GAP_LABELS,
     SQNR_CEILING,
-    plot_channel_error,
     plot_channel_scales,
     plot_granularity_maps,
     plot_layer_error,
@@ -82,6 +86,7 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
     drawn = measure_generated_images(Generator(3, 8), tiny, SPEC)
     scales = [measure_channel_scales(tiny, batches(), source=s) for s in ("synthetic", "real")]
     made = {
+        "method": measure_data_flow(tiny, batches()[0], "conv2", 3),
         "granularity_maps": measure_scale_maps(tiny, batches()[0], "conv2", 3),
         "activation_distortion": measure_activation_distortion(tiny, batches(), ["conv2", "fc"], [3, 4]),
         "channel_scales": pd.concat(scales, ignore_index=True),
@@ -96,7 +101,7 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
     return {name: f.assign(**{k: v for k, v in FACTS.items() if k not in f}) for name, f in made.items()}
 
 
-MEASURED_HERE = ("granularity_maps", "activation_distortion", "channel_scales", "layer_error", "sensitivity",
+MEASURED_HERE = ("method", "granularity_maps", "activation_distortion", "channel_scales", "layer_error", "sensitivity",
                  "accuracy_bits", "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
 
 
@@ -123,7 +128,7 @@ def test_current_axes_is_the_default() -> None:
 
 # one of each kind: map with color bar, rasterized points, curves in panels, images, a table with its text files
 @pytest.mark.parametrize(
-    "name", ["granularity_maps", "channel_scales", "training_curves", "synthetic_images", "results_table"]
+    "name", ["method", "granularity_maps", "channel_scales", "training_curves", "synthetic_images", "results_table"]
 )
 def test_redraw_gives_the_same_bytes(name: str, frames: dict[str, pd.DataFrame], tmp_path) -> None:
     frames[name].to_csv(tmp_path / f"{name}.csv", index=False, float_format="%.6g")
@@ -249,7 +254,7 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
     before = sorted(p.name for p in tmp_path.iterdir())
     full = Workbench("full", device="cpu", out=tmp_path)
     for call, sentence in (
-        (lambda: make_figures(["nonsense"], full), "unknown figure 'nonsense'; known: granularity_maps"),
+        (lambda: make_figures(["nonsense"], full), "unknown figure 'nonsense'; known: method"),
         (lambda: redraw_figures(["layer_error"], tmp_path), "layer_error.csv does not exist"),
         (lambda: redraw_figures([], tmp_path / "nowhere"), "holds no CSV of a figure"),
         (lambda: make_figures(["training_curves"], full), "measured with another budget"),
@@ -358,9 +363,6 @@ def test_what_no_number_can_show_is_left_out_and_nothing_else() -> None:
     shown = {q: plot_synthetic_gap(gap, quantity=q, ax=plt.figure().gca()) for q in GAP_LABELS}
     points = {q: np.ma.masked_invalid(ax.collections[0].get_offsets())[:, 1].count() for q, ax in shown.items()}
     assert points == {"ks_distance": 2, "mean": 2, "variance": 1}
-    rows = [dict(layer=n, channel=c, scheme="strict", mode="local", sqnr_db=v)
-            for n, vs in dict(conv1=[11.0, 14.0], fc=[np.nan, 23.0]).items() for c, v in enumerate(vs)]  # fmt: skip
-    assert plot_channel_error(pd.DataFrame(rows), ax=plt.figure().gca()).get_title().startswith("conv1")
     folded = pd.DataFrame(
         dict(execution="folded", channels=[8, 16], batch=4, q25_ms=1, q75_ms=2, scale_multiplications=0)
     )

@@ -12,7 +12,7 @@ from granq.graph import layer_names
 from granq.hooks import Batch
 from granq.measure import running
 from granq.measure.running import ACTIVATION_GRANULARITIES, BINS
-from granq.quantizer import choose_qparams, fake_quantize_with, min_max, qparams_from_range
+from granq.quantizer import choose_qparams, fake_quantize, fake_quantize_with, min_max, qparams_from_range, quantize
 
 
 def measure_activation_distortion(
@@ -59,55 +59,41 @@ def measure_activation_distortion(
     return pd.concat(frames, ignore_index=True)
 
 
-def measure_channel_histograms(
-    model: nn.Module, images: Mapping[str, Tensor], layers: Sequence[str], bits: Sequence[int] = (2, 3, 4, 5),
-    granularities: Sequence[str] = ACTIVATION_GRANULARITIES, channels: int = 6,
-) -> pd.DataFrame:  # fmt: skip
-    """Measure histograms of single channels of single images in front of ``layers``, quantized and not.
+def measure_activation_samples(
+    model: nn.Module, images: Mapping[str, Tensor], layers: Sequence[str], channels: int = 6, values: int = 64
+) -> pd.DataFrame:
+    """Sample activations in front of ``layers``, with the range of the group they belong to under each granularity.
 
     Args:
         images: by source ("synthetic", "real") one batch (N, 3, H, W), also the group of ranges that span images.
         channels: how many of each layer, evenly spaced from the narrowest to the widest range in the last source.
+        values: how many of each channel of each image, evenly spaced from the smallest to the largest.
 
     Returns:
-        One row for each of the 32 bins that span a channel in all images of a source: image, channel, rank (0:
-        narrowest), bin_left, bin_right, count, count_quantized, step and lowest (levels are lowest + step * 0 .. 2^bits
-        - 1, in units of the activation), levels_in_use, sqnr_db (of the channel in this image), source, layer, bits,
-        granularity.
+        One row per value: source, layer, image, channel, rank (0: narrowest), x, and for every granularity of
+        activations the ends of its range, such as per_tensor_low and per_tensor_high.
     """
     seen: dict[tuple[str, str], Tensor] = {}
     for source, batch in images.items():
 
         def keep(name: str, x: Tensor, _: Tensor, source: str = source) -> None:
-            seen[name, source] = x.to("cpu", copy=True)  # a later layer may change it in place
+            seen[name, source] = running.by_channel(x).to("cpu", copy=True)  # a later layer may change it in place
 
-        running.run(model, [batch], f"channel histograms, {source}", running.checked(model, layers), keep)
+        running.run(model, [batch], f"activations, {source}", running.checked(model, layers), keep)
     frames = []
-    for name in layers:
-        spread = np.ptp(seen[name, source].numpy(), (0, 2, 3))  # (C,), of the last source
+    for name, source in product(layers, images):
+        spread = np.ptp(seen[name, [*images][-1]].transpose(0, 1).flatten(1).numpy(), 1)  # (C,), of the last source
         live = spread.argsort()[(spread == 0).sum() :]  # constant channels are left out
-        picked = live[np.linspace(0, len(live) - 1, min(channels, len(live))).round().astype(int)]
-        for source, k, granularity in product(images, bits, granularities):
-            frame = _histograms(seen[name, source], picked, k, granularity)
-            frames.append(frame.assign(source=source, layer=name, bits=k, granularity=granularity))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _histograms(x: Tensor, channels: np.ndarray, bits: int, granularity: str) -> pd.DataFrame:
-    qparams = choose_qparams(x, bits, granularity)
-    both = torch.stack([x, fake_quantize_with(x, qparams, bits)])[:, :, channels].flatten(3)  # (2, N, K, H * W)
-    step, zero = (v.expand(*x.shape[:2], 1, 1)[:, channels, 0, 0] for v in (qparams.scale, qparams.zero_point))
-    lowest, quality = (zero - 2 ** (bits - 1)) * step, running.sqnr_db(both[0], both[1], (2,))  # (N, K)
-    frames = []
-    for rank, channel in enumerate(channels):
-        low, high = both[:, :, rank].min().item(), both[:, :, rank].max().item()
-        edges = np.linspace(low, max(high, low + 1e-6), 33)
-        for image in range(len(x)):
-            count, count_quantized = (np.histogram(v, edges)[0] for v in both[:, image, rank])
-            values = dict(image=image, channel=channel, rank=rank, bin_left=edges[:-1], bin_right=edges[1:])
-            values |= dict(count=count, count_quantized=count_quantized, step=step[image, rank].item())
-            values |= dict(lowest=lowest[image, rank].item(), levels_in_use=both[1, image, rank].unique().numel())
-            frames.append(pd.DataFrame(values | {"sqnr_db": quality[image, rank].item()}))
+        picked = live[running.spread(len(live), channels)]
+        x = seen[name, source]
+        ordered = x.reshape(*x.shape[:2], -1)[:, picked].sort(2).values.numpy()  # (N, K, H * W)
+        sample = ordered[:, :, running.spread(ordered.shape[2], values)]
+        image, rank, _ = np.indices(sample.shape).reshape(3, -1)
+        columns = dict(source=source, layer=name, image=image, channel=picked[rank], rank=rank, x=sample.flatten())
+        for granularity, end in product(ACTIVATION_GRANULARITIES, (0, 1)):
+            ends = min_max(x, granularity)[end].flatten(1).expand(x.shape[:2])[:, picked]
+            columns[f"{granularity}_{('low', 'high')[end]}"] = ends[image, rank].numpy()
+        frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -120,18 +106,50 @@ def measure_scale_maps(
     The batch ``images`` (N, 3, H, W) is also the group of ``per_tensor`` and ``per_channel``. Columns: layer, bits,
     granularity, image, channel, scale (the step 1/s, in units of the activation).
     """
-    frames = []
+    frames: list[pd.DataFrame] = []
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
-        for granularity in granularities:
-            scale = _steps(running.by_channel(x), bits, granularity)
-            image, channel = np.indices(tuple(scale.shape)).reshape(2, -1)
-            values = dict(layer=name, bits=bits, granularity=granularity, image=image, channel=channel)
-            frames.append(pd.DataFrame(values | {"scale": scale.flatten().cpu().numpy()}))
+        frames.extend(_scale_map(name, running.by_channel(x), bits, g, "image") for g in granularities)
 
     names = [layers] if isinstance(layers, str) else layers
     running.run(model, [images], "scale maps", running.checked(model, names), visit)
     return pd.concat(frames, ignore_index=True)
+
+
+def measure_weight_scales(
+    model: nn.Module, layers: Sequence[str], bits: int, granularities: Sequence[str] = ("per_out_channel", "per_kernel")
+) -> pd.DataFrame:
+    """Measure the quantization step of every kernel of the weights of ``layers``, under each granularity.
+
+    Columns: layer, bits, granularity, filter (output channel), channel (input channel), scale (the step).
+    """
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in running.checked(model, layers)}
+    frames = [_scale_map(name, w, bits, g, "filter") for name, w in weights.items() for g in granularities]
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure_data_flow(
+    model: nn.Module, images: Tensor, layer: str, bits: int, channels: int = 16, pixels: int = 64
+) -> pd.DataFrame:
+    """Measure how GranQ quantizes what enters ``layer`` for the first of ``images``: a scale for each channel, at once.
+
+    Rows are values, of ``channels`` and ``pixels`` evenly spaced over all. Columns: layer, bits, channel, pixel, x,
+    low, high (of all pixels of the channel), scale_inv, zero_point, code, value.
+    """
+    seen: list[Tensor] = []
+    running.run(
+        model, [images[:1]], "data flow", running.checked(model, [layer]), lambda _, x, __: seen.append(x.cpu())
+    )
+    x = seen[0].flatten(2)[..., None]  # (1, C, H * W, 1)
+    qparams = choose_qparams(x, bits)
+    tensors = [x, *min_max(x, "per_sample_channel"), *qparams, quantize(x, *qparams, bits), fake_quantize(x, bits)]
+    row, place = running.spread(x.shape[1], channels), running.spread(x.shape[2], pixels)
+    columns = "x low high scale_inv zero_point code value".split()
+    values = {
+        name: t.expand_as(x)[0, row][:, place].flatten().numpy() for name, t in zip(columns, tensors, strict=True)
+    }
+    index = dict(layer=layer, bits=bits, channel=row.repeat(len(place)), pixel=np.tile(place, len(row)))
+    return pd.DataFrame(index | values)
 
 
 def measure_channel_scales(
@@ -169,6 +187,14 @@ def measure_channel_scales(
         columns = dict(scale=mean.double(), scale_min=low.double(), scale_max=high.double())
         frames[name] = pd.DataFrame(dict(source=source, granularity=granularity, bits=bits) | columns)
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
+
+
+def _scale_map(layer: str, x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:
+    """Return the steps of ``_steps`` as rows; ``first`` names the first dimension."""
+    scale = _steps(x, bits, granularity).cpu().numpy()
+    row, channel = np.indices(scale.shape).reshape(2, -1)
+    values = {"layer": layer, "bits": bits, "granularity": granularity, first: row, "channel": channel}
+    return pd.DataFrame(values | {"scale": scale.flatten()})
 
 
 def _steps(x: Tensor, bits: int, granularity: str) -> Tensor:

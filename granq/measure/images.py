@@ -83,12 +83,20 @@ def measure_generated_images(
     device = next(teacher.parameters()).device
     labels = torch.arange(spec.classes).repeat_interleave(per_class)
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
+    images = copy.deepcopy(generator)(noise.to(device), labels.to(device))  # running statistics of a copy move
+    frame = measure_images(images, labels, teacher, spec)
+    frame.insert(1, "sample", list(range(per_class)) * spec.classes)
+    return frame
+
+
+@torch.no_grad()
+def measure_images(images: Tensor, labels: Tensor, teacher: nn.Module, spec: DataSpec) -> pd.DataFrame:
+    """Measure what the teacher thinks of images, as ``measure_generated_images`` does."""
     with eval_mode(teacher):
-        images = copy.deepcopy(generator)(noise.to(device), labels.to(device))  # running statistics of a copy move
-        probability = teacher(images).softmax(1).cpu()
+        probability = teacher(images.to(next(teacher.parameters()).device)).softmax(1).cpu()
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
     pixels = ((images.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    columns = {"label": labels, "sample": list(range(per_class)) * spec.classes, "predicted": probability.argmax(1)}
+    columns = {"label": labels, "predicted": probability.argmax(1)}
     columns |= {"confidence": probability[range(len(labels)), labels].tolist(), "size": pixels.shape[1]}
     return pd.DataFrame(columns | {"pixels": [image.contiguous().numpy().tobytes().hex() for image in pixels]})
 

@@ -71,6 +71,11 @@ def merge(kept: dict[Any, Tensor], key: Any, new: Tensor, how: Callable[..., Ten
     kept[key] = how(kept[key], new.cpu()) if key in kept else new.cpu()
 
 
+def spread(count: int, wanted: int) -> np.ndarray:
+    """Return ``wanted`` places, or as many as there are, evenly spaced from the first to the last of ``count``."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+
+
 def where_float64_is(x: Tensor) -> Tensor:
     """Return ``x``, on the CPU if its device, Apple's MPS, has no float64."""
     return x.cpu() if x.device.type == "mps" else x

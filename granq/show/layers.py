@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from pandas import DataFrame
 
 from granq.measure.running import DEAD
@@ -51,28 +51,6 @@ def plot_activation_distortion(
     return finish(ax, legend, fontsize=6)
 
 
-def plot_channel_histogram(data: DataFrame, *, legend: bool = True, ax: Ax = None, **panel: Any) -> Axes:
-    """Draw ``measure_channel_histograms`` of one channel of one image, up to 5 bits with a tick at every level.
-
-    ``panel`` is one ``layer``, ``bits``, ``granularity``, ``source``, ``image`` and ``rank`` (0: narrowest channel).
-    """
-    ax = ax or plt.gca()
-    rows = select(data, **dict.fromkeys(("layer", "bits", "granularity", "source", "image", "rank")) | panel)
-    first, look = rows.iloc[0], role(rows.granularity.iloc[0])
-    edges = [*rows.bin_left, rows.bin_right.iloc[-1]]
-    ax.stairs(rows["count"], edges, fill=True, color="#c9c9cd", label="full precision")
-    ax.stairs(rows.count_quantized, edges, color=look.color, linewidth=1.5, label="quantized")
-    if first.bits <= 5:
-        levels = first.lowest + first.step * np.arange(2**first.bits)
-        ax.plot(levels, np.full(len(levels), 0.5), "|", color="black", markersize=9, label="levels")
-    ax.set_yscale("symlog", linthresh=1)
-    title = f"{role(first.source).label}, {first.bits} bits: {first.sqnr_db:.1f} dB\none scale {look.label}"
-    margin = 0.03 * (edges[-1] - edges[0])
-    ax.set(xlabel="activation", ylabel="values", title=title, ylim=(0, 12 * rows["count"].max()))
-    ax.set_xlim(edges[0] - margin, edges[-1] + margin)
-    return finish(ax, legend, loc="upper right", ncols=3)
-
-
 def plot_layer_error(
     data: DataFrame, *, metric: str = "sqnr_db", mode: str = "accumulated", legend: bool = True, ax: Ax = None
 ) -> Axes:
@@ -88,29 +66,6 @@ def plot_layer_error(
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
     ax.set_title(f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}")
     layer_ticks(ax, layers)
-    return _finish(ax, metric, legend)
-
-
-def plot_channel_error(
-    data: DataFrame, *, metric: str = "sqnr_db", layer: str = "", mode: str = "local", legend: bool = True,
-    ax: Ax = None,
-) -> Axes:  # fmt: skip
-    """Draw ``measure_layer_error(per_channel=True)`` of one layer, worst channel first, one line a scheme.
-
-    ``layer`` is by default the one that holds the channel with the lowest SQNR.
-    """
-    ax = ax or plt.gca()
-    rows = select(data[data.channel.notna()], mode=mode)
-    rows = select(rows, layer=layer or rows.sort_values("sqnr_db").layer.iloc[0])
-    rows = rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING))
-    for scheme, part in rows.groupby("scheme", sort=False):
-        values = part[metric].sort_values(ascending=metric != "mse")
-        ax.plot(range(1, len(values) + 1), values, markevery=max(1, len(values) // 12), **role(str(scheme)).line)
-    ax.set(xlabel="output channel, worst first", title=f"{short_layer(rows.layer.iloc[0])}, {mode}, per channel")
-    return _finish(ax, metric, legend)
-
-
-def _finish(ax: Axes, metric: str, legend: bool) -> Axes:
     ax.set(ylabel=METRIC_LABELS[metric], yscale="log" if metric == "mse" else "linear")
     return finish(ax, legend, ncols=2)
 
@@ -155,6 +110,31 @@ def plot_granularity_maps(
     ax.locator_params(integer=True, nbins=4)
     if colorbar:
         plain_log(ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)").ax.yaxis)
+    return ax
+
+
+def plot_data_flow(data: DataFrame, *, ax: Ax = None) -> Axes:
+    """Draw ``measure_data_flow`` as the paper's method figure: rows of x, minima and maxima, s and z, rows of x_q."""
+    ax = ax or plt.gca()
+    vectors = data.groupby("channel", sort=False)[["low", "high", "scale_inv", "zero_point"]].first()
+    rows, norm = len(vectors), Normalize(data.x.min(), data.x.max())
+    for left, column, title in ((0, "x", "$x$"), (74, "value", "$x_q$")):
+        grid = data.pivot(index="channel", columns="pixel", values=column)
+        ax.imshow(grid, extent=(left, left + 28, rows, 0), aspect="auto", interpolation="nearest", norm=norm)
+        ax.text(left + 14, -0.8, f"{title}, {grid.shape[1]} pixels of each channel", ha="center")
+    for left, name, title in zip((34, 40, 61, 67), vectors, ("min", "max", "$s$", "$z$"), strict=True):
+        ax.text(left, -0.8, title, ha="center")
+        for y, value in enumerate(vectors[name]):
+            ax.text(left, y + 0.5, f"{value:.3g}", ha="center", va="center", fontsize=6)
+    box = dict(boxstyle="round", facecolor="none", edgecolor="black")
+    ax.text(50.5, rows / 2, "scale and\nzero-point\ncalibration", ha="center", va="center", rotation=90, bbox=box)
+    for start, end in ((29, 31), (43, 45.5), (55.5, 58), (70.5, 73)):
+        ax.annotate("", (end, rows / 2), (start, rows / 2), arrowprops={"arrowstyle": "->"})
+    ax.set_yticks([0.5 + y for y in range(rows)], [f"$x^{{{c + 1}}}$" for c in vectors.index], fontsize=6)
+    ax.set(xlim=(0, 102), ylim=(rows, -2), xticks=[])
+    ax.set_title(f"{short_layer(data.layer.iloc[0])}, one image, {data.bits.iloc[0]} bits, one scale a channel", pad=2)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return ax
 
 

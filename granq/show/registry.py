@@ -113,6 +113,10 @@ def _results_table(w: Workbench) -> pd.DataFrame:
 
 
 FIGURES: dict[str, Figure] = {
+    "method": Figure(
+        "How does GranQ quantize all channels at once?",
+        lambda w: activations.measure_data_flow(w.teacher, next(w.real()), w.layers(2)[-1], w.budget.bits),
+        layers.plot_data_flow, (6.8, 2.9)),
     "granularity_maps": Figure(
         "What do the scales look like?",
         lambda w: activations.measure_scale_maps(w.teacher, next(w.real(batch_size=16)), w.layers(1)[0], w.budget.bits),

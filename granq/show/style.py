@@ -55,6 +55,8 @@ ROLES |= {  # granularities of activations look like the schemes that are built 
     "per_tensor": ROLES["layerwise"]._replace(label="per tensor (layer-wise)"),
     "per_sample": ROLES["strict"]._replace(label="per image"),
     "per_sample_channel": ROLES["granq"]._replace(label="per image and channel (GranQ)"),
+    "per_out_channel": ROLES["per_channel"]._replace(label="per filter"),
+    "per_kernel": ROLES["granq"]._replace(label="per kernel (GranQ)"),
 }
 ROLES |= {  # what is quantized
     "weights": ROLES["layerwise"]._replace(label="weights"),

@@ -1,0 +1,72 @@
+"""Which layer is guilty: the error of every layer under every scheme, and of the channels inside one."""
+
+from typing import Any
+
+import altair as alt
+from pandas import DataFrame
+
+from granq.show.explorers.base import TEXT, WIDTH, color, finish, layer_axis, menu, pack, pick_layer, short
+from granq.show.layers import METRIC_LABELS, SQNR_CEILING
+
+KEYS, METRICS, LOOSE = ["layer", "scheme", "mode"], [*METRIC_LABELS], alt.Scale(nice=False, zero=False, padding=8)
+
+
+def layer_explorer(data: DataFrame) -> alt.VConcatChart:
+    """Explore ``measure_layer_error``, rows of layers and of channels in one frame: all layers, and inside one.
+
+    A click chooses a layer, so does the list. One scheme is compared with another or with all.
+    """
+    data, schemes = data.assign(sqnr_db=data.sqnr_db.clip(upper=SQNR_CEILING)), data.scheme.unique().tolist()
+    controls = [
+        menu("metric", METRICS, value="sqnr_db", labels=list(METRIC_LABELS.values())),
+        menu("mode", data["mode"].unique().tolist(), "errors"),
+        menu("scheme", schemes, value="granq" if "granq" in schemes else schemes[0]),
+        menu("pinned", ["all", *schemes], "compare with"),
+        menu("order", ["depth", "rank"], "layers by", labels=["depth", "error, worst first"]),
+    ]
+    inside = data[data.channel.notna()].dropna(subset="sqnr_db").sort_values("sqnr_db")
+    worst = inside.drop_duplicates(KEYS)[[*KEYS, "channel"]].rename(columns={"channel": "worst"})
+    rows = data.loc[data.channel.isna(), KEYS + METRICS].merge(worst, how="left")
+    pick = pick_layer(data.layer, rows.sort_values("sqnr_db").layer.iloc[0])
+    looks = alt.Scale(domain=schemes, range=[color(name) for name in schemes])
+    scheme = alt.Color("scheme:N", title=None, scale=looks, legend=alt.Legend(orient="top"))
+
+    def panel(chart: Any, x: alt.X, height: int, hover: str, *below: Any) -> Any:
+        y = alt.Y("value:Q", title=None, scale=LOOSE)
+        shown = chart.transform_filter("datum.scheme == scheme || pinned == 'all' || datum.scheme == pinned")
+        shape, told = alt.Shape("scheme:N", title=None, scale=alt.Scale(domain=schemes)), ["layer:N", "scheme:N", hover]
+        dots = shown.mark_point(filled=True, size=40, opacity=1, stroke=TEXT, strokeWidth=0.5)
+        dots = dots.encode(x, y, scheme, shape, tooltip=[*told, "value:Q"])
+        fixed = chart.mark_point(opacity=0, aria=False).encode(x, y)  # the axes stay when schemes are chosen
+        wide = alt.condition("datum.scheme == scheme", alt.value(2.5), alt.value(1))
+        lines = shown.mark_line().encode(x, y, scheme, strokeWidth=wide)
+        return alt.layer(fixed, lines, *below, dots).properties(width=WIDTH, height=height)
+
+    every = _placed(rows)
+    x = alt.X("place:Q", title=None, axis=layer_axis(data.layer, "order == 'depth'"), scale=LOOSE)
+    here = every.transform_filter(pick).mark_rule(strokeDash=[3, 3], opacity=0.5).encode(x)
+    said = alt.Title(alt.expr(f"{METRIC_LABELS}[metric] + ', ' + mode"), fontWeight="normal")
+    packed = pack(short(inside[[*KEYS, "channel", *METRICS]], METRICS), KEYS, ["channel", *METRICS])
+    own = _values(alt.Chart(packed).transform_filter(pick).transform_flatten(["channel", *METRICS]))
+    own = own.transform_window(rank="row_number()", sort=[alt.SortField("bad")], groupby=["scheme"])
+    ranks = alt.X("rank:Q", title="output channels of the chosen layer, worst first", scale=LOOSE,
+                  axis=alt.Axis(tickMinStep=1, format="d"))  # fmt: skip
+    above = panel(every, x, 190, "worst:Q", here.add_params(pick)).properties(title=said)
+    below = panel(own, ranks, 140, "channel:Q")
+    told = "The error of every layer under several schemes, and below it that of the channels of one layer."
+    return finish(alt.vconcat(above, below), "Which layer is guilty?", told, *controls)
+
+
+def _values(chart: alt.Chart) -> alt.Chart:
+    """Keep the chosen mode; add the chosen metric as ``value``, and ``bad``, which is lowest for the worst."""
+    chart = chart.transform_filter("datum.mode == mode").transform_calculate(value="datum[metric]")
+    return chart.transform_calculate(bad="metric == 'mse' ? -datum.value : datum.value")
+
+
+def _placed(rows: DataFrame) -> alt.Chart:
+    """Add the place of every layer: its depth, or its rank within the chosen scheme, for all schemes."""
+    every = _values(alt.Chart(rows.assign(depth=rows.layer.factorize()[0] + 1)))
+    every = every.transform_calculate(own="datum.scheme == scheme ? datum.bad : null")
+    every = every.transform_joinaggregate(key="max(own)", groupby=["layer"])
+    every = every.transform_window(rank="dense_rank()", sort=[alt.SortField("key"), alt.SortField("depth")])
+    return every.transform_calculate(place="order == 'depth' ? datum.depth : datum.rank")

@@ -1,0 +1,135 @@
+"""What rounding does: to sampled activations of a network, and to numbers on a line."""
+
+from itertools import product
+from typing import Any
+
+import altair as alt
+import numpy as np
+import torch
+from pandas import DataFrame, Series
+
+from granq.measure.running import ACTIVATION_GRANULARITIES
+from granq.quantizer import fake_quantize_with, qparams_from_range
+from granq.show.explorers.base import RED, TEXT, WIDTH, finish, menu, pack, quantized, slider
+from granq.show.style import GREY, role, short_layer
+
+HOVER = [alt.Tooltip("x:Q", format=".4f"), alt.Tooltip("code:Q"), alt.Tooltip("value:Q", format=".4f")]
+
+
+def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
+    """Explore ``measure_activation_samples``: one channel of one image under every number of bits and every range."""
+    rows = pack(data.assign(**_reach(data)), ["source", "layer", "rank", "image"], ["x"])
+    layers, groups = data.layer.unique().tolist(), list(ACTIVATION_GRANULARITIES)
+    labels = [role(name).label for name in groups]
+    controls = [
+        slider("bits", 3, 2, 8),
+        menu("granularity", groups, "one scale", labels=labels),
+        menu("layer", layers, labels=[short_layer(name) for name in layers]),
+        slider("rank", 0, 0, int(data["rank"].max()), label="channel, narrowest first"),
+        slider("image", 0, 0, int(data.image.max())),
+        menu("source", data.source.unique().tolist(), "images"),
+    ]
+    shown = alt.Chart(rows).transform_filter(
+        "datum.layer == layer && datum.rank == rank && datum.image == image && datum.source == source"
+    )
+    low, high = (f"datum[granularity + '_{end}']" for end in ("low", "high"))
+    points = quantized(shown.transform_flatten(["x"]), low, high)
+    tight, most = alt.Scale(nice=False, zero=False), int(rows.x.map(len).max())
+    x = alt.X("x:Q", title="activation", scale=tight)
+    count = alt.Y("count()", title="values", scale=alt.Scale(type="symlog", domain=[0, most]))
+    bins = points.transform_calculate(bin="(datum.reach_high - datum.reach_low) / 40")
+    bins = bins.transform_calculate(left="datum.reach_low + datum.bin * floor((datum.x - datum.reach_low) / datum.bin)")
+    bins = bins.transform_calculate(right="datum.left + datum.bin")
+    bars = bins.mark_bar(color=GREY).encode(alt.X("left:Q", title=None), count, x2="right:Q", tooltip=["count()"])
+    landed = points.mark_rule(color=RED, strokeWidth=2).encode(alt.X("value:Q"), count, tooltip=[*HOVER[1:], "count()"])
+    # every level there is, also those that no value reaches
+    levels = quantized(shown.transform_calculate(x="0"), low, high)
+    levels = levels.transform_calculate(code="sequence(-pow(2, bits - 1), pow(2, bits - 1))")
+    levels = levels.transform_flatten(["code"]).transform_calculate(value="(datum.code + datum.z) / datum.s")
+    levels = levels.transform_filter("datum.value >= datum.reach_low && datum.value <= datum.reach_high")
+    ticks = levels.mark_tick(color=TEXT, thickness=1, height=8).encode(x="value:Q", y=alt.value(146), tooltip=HOVER[1:])
+    stairs = points.mark_circle(color=RED, size=30, opacity=1).encode(x, alt.Y("value:Q", scale=tight), tooltip=HOVER)
+    exact = points.mark_line(color=GREY).encode(x, alt.Y("x:Q", title="after rounding"))
+    still = shown.mark_point(opacity=0, aria=False)  # the axes stay when bits change
+    fixed = [still.encode(x=end, y=end) for end in ("reach_low:Q", "reach_high:Q")]
+    histogram = alt.layer(bars, landed, ticks).properties(width=WIDTH, height=150)
+    staircase = alt.layer(exact, *fixed, stairs).properties(width=WIDTH, height=220)
+    chart = alt.vconcat(_quality(points), histogram, staircase, spacing=8).resolve_scale(x="shared")
+    told = (
+        "Histogram of one channel with the quantization levels on it; below it, values before against after rounding."
+    )
+    return finish(chart, "What do few bits do to one channel?", told, *controls)
+
+
+def _reach(data: DataFrame) -> dict[str, Any]:
+    """Return the ends that values of a channel have before and after every rounding, so that axes do not move."""
+    columns = {name: torch.from_numpy(data[name].to_numpy(copy=True)) for name in data.filter(regex="^x$|_(low|high)$")}
+    values = [x := columns["x"]]
+    for name, bits in product(ACTIVATION_GRANULARITIES, range(2, 9)):
+        qparams = qparams_from_range(columns[f"{name}_low"], columns[f"{name}_high"], bits)
+        values.append(fake_quantize_with(x, qparams, bits))
+    every, keys = torch.stack(values).numpy(), [data[key] for key in ("source", "layer", "rank")]
+    lowest, highest = (Series(ends, data.index).groupby(keys) for ends in (every.min(0), every.max(0)))
+    return {"reach_low": lowest.transform("min"), "reach_high": highest.transform("max")}
+
+
+def _quality(points: Any) -> Any:
+    """Return a line of text: SQNR, levels in use and step of what is shown."""
+    said = (
+        "'SQNR ' + (datum.noise > 0 ? format(10 * log(datum.signal / datum.noise) / LN10, '.1f') + ' dB' : 'infinite')"
+        " + ', ' + datum.used + ' of ' + pow(2, bits) + ' levels in use, step ' + format(1 / datum.s, '.3~g')"
+    )
+    points = points.transform_calculate(noise="pow(datum.x - datum.value, 2)", signal="pow(datum.x, 2)")
+    sums = dict(noise="sum(noise)", signal="sum(signal)", used="distinct(code)", s="max(s)")
+    text = points.transform_aggregate(**sums).transform_calculate(text=said).mark_text(align="left", fontSize=13)
+    return text.encode(text="text:N", x=alt.value(0), y=alt.value(6)).properties(width=WIDTH, height=12)
+
+
+def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
+    """Explore rounding on a number line: the numbers in column ``x``, and a range, an outlier and bits to drag.
+
+    The range reaches from minimum to maximum, and to the outlier if that lies outside.
+    """
+    least, most = np.floor(data.x.min()), np.ceil(data.x.max())
+    width, far = most - least, most + (most - least)
+    controls = [
+        slider("bits", 3, 2, 8),
+        slider("minimum", least, least, least + width / 2, width / 64),
+        slider("maximum", most, most - width / 2 + width / 64, most, width / 64),
+        slider("outlier", most, least, far, width / 64),
+        alt.param("clamped", value=True, bind=alt.binding_checkbox(name="clamp ")),
+    ]
+    low, high = "min(minimum, outlier)", "max(maximum, outlier)"
+    points = quantized(alt.Chart(data[["x"]]), low, high, "clamped")
+    points = points.transform_calculate(error="datum.value - datum.x", one="1", zero="0")
+    axis = alt.Scale(domain=[float(least - width / 8), float(far)], nice=False)
+    x = alt.X("x:Q", title=None, scale=axis, axis=alt.Axis(labels=False, ticks=False, grid=False))
+    line = points.mark_rule(color=GREY, clip=True).encode(x, x2="value:Q", y=alt.value(12), y2=alt.value(70))
+    starts = points.mark_tick(color=TEXT, height=10, thickness=1).encode(x, y=alt.value(8), tooltip=HOVER)
+    level = {"x": alt.X("value:Q", scale=axis), "y": alt.value(72)}
+    ends = points.mark_circle(color=RED, size=40, opacity=1, clip=True).encode(**level, tooltip=HOVER)
+    text = points.transform_aggregate(groupby=["code", "value"]).mark_text(dy=16)
+    codes = text.encode(**level, text=alt.condition("bits < 5", "code:Q", alt.value("")))
+    far_off = alt.Chart(DataFrame({"at": [0]})).transform_calculate(x="outlier")
+    far_off = far_off.mark_point(shape="diamond", filled=True, size=90, color=TEXT).encode(x, y=alt.value(8))
+
+    def panel(field: str, title: str, domain: list[float], last: bool = False) -> Any:
+        across = x.axis(alt.Axis(tickCount=10)).title("number") if last else x
+        y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(domain=domain, nice=False), axis=alt.Axis(tickCount=3))
+        dots = points.mark_circle(color=RED, size=25, opacity=1, clip=True).encode(across, y, tooltip=HOVER)
+        other = {"value": "x", "error": "zero", "one": "zero"}[field]
+        grey = points.mark_line(color=GREY, clip=True).encode(across, alt.Y(f"{other}:Q"))
+        return alt.layer(grey, dots).properties(width=WIDTH, height=110 if field == "value" else 60)
+
+    margin = float(width / 4)
+    chart = alt.vconcat(
+        alt.layer(line, starts, ends, codes, far_off).properties(width=WIDTH, height=95),
+        panel("value", "after rounding", [float(least) - margin, float(most) + margin]),
+        panel("error", "error", [-margin, margin]),
+        panel("one", "gradient", [-0.2, 1.2], last=True),
+        spacing=10,
+    )
+    told = (
+        "Numbers joined to the levels they are rounded to; below it the value after rounding, the error, the gradient."
+    )
+    return finish(chart, "Which numbers can a few bits tell apart?", told, *controls)
