@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from granq.errors import UserError
 from granq.graph import LAYERS, calls_of_layers, find_places, insert_call, layer_input, module_of, to_module, trace
-from granq.hooks import Batch, images_of, temporarily
+from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.quantizer import QParams, at_least_float32, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 from granq.ranges import LearnedSteps, fake_quantize_learned, quantile_range
 from granq.schemes import Scheme, check_bits, get_scheme
@@ -320,7 +320,7 @@ def calibrate(
     if any(place.learned for place in places):
         raise UserError("the steps of this model are learned: they no longer follow ranges")
     freeze_ranges(model, False)
-    with temporarily(places, quantile=quantile), bypassed(model, full_precision):
+    with eval_mode(model), temporarily(places, quantile=quantile), bypassed(model, full_precision):
         for place in places if quantile < 1 else ():  # ranges tracked before were extremes
             place.running_min = place.running_max = torch.empty(0)
         for batch in batches:

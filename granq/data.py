@@ -1,12 +1,14 @@
 """Datasets by name: digits (embedded), cifar10, cifar100, imagenet, and ``folder:PATH`` with train/ and test/ or val/.
 
 Images leave this module normalized, float32, (N, 3, size, size). Up to 64 pixels they are kept in memory as uint8.
+A class is a folder; what is hidden (``.ipynb_checkpoints``) is none. A train split may be absent.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -20,6 +22,9 @@ _IMAGENET: dict[str, Any] = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "
 _CIFAR: dict[str, Any] = {"image_size": 32, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _DIGITS: dict[str, Any] = {"image_size": 32, "mean": (0.3053,) * 3, "std": (0.3760,) * 3}  # of the 8x8 originals
 _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _CIFAR), "imagenet": (1000, _IMAGENET)}
+NORMALIZED = ("digits", "cifar10", "cifar100")  #: whose mean and deviation are known
+Share = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class ImageData(Protocol):
@@ -30,14 +35,15 @@ class ImageData(Protocol):
 
 
 class DataSpec(BaseModel, frozen=True, extra="forbid"):
-    """What must be known about a dataset before a single image is read."""
+    """What must be known about a dataset before its images are read. Pixels go from 0 to 1."""
 
     name: str
-    classes: int = Field(ge=1)
+    classes: int = Field(ge=2)
     image_size: int = Field(ge=4, multiple_of=4)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Share, Share, Share]
+    std: tuple[Deviation, Deviation, Deviation]
     root: str = ""
+    given: bool = False  #: mean and std are the user's own: no teacher file changes them
 
 
 def data_root() -> Path:
@@ -45,22 +51,61 @@ def data_root() -> Path:
     return Path(os.environ.get("GRANQ_DATA", "~/.cache/granq")).expanduser()
 
 
-def describe_data(name: str, network: str = "", image_size: int | None = None) -> DataSpec:
-    """Describe a dataset without reading any image. Raises UserError for an unknown name or a folder without a test.
+def describe_data(
+    name: str, network: str = "", image_size: int | None = None, *, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> DataSpec:  # fmt: skip
+    """Describe a dataset. Raises UserError for an unknown name, or a folder without a test split.
 
-    A folder has no known normalization: for a ``network`` named like CIFAR's or SVHN's it is CIFAR's at 32 pixels, else
-    ImageNet's at 224. A teacher file brings its own (``models.load_teacher``).
+    ``mean`` and ``std`` of the three channels, from 0 to 1, are those that the teacher was trained with. Without them a
+    teacher file or timm's ``pretrained_cfg`` brings its own (``models.load_teacher``); else those of the data are
+    taken. A folder has none: for a ``network`` named like CIFAR's or SVHN's they are CIFAR's at 32 pixels, else
+    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the images, if the first test images of
+    20 classes are squares of one size up to 224; else 224.
     """
+    if (mean is None) != (std is None):
+        raise UserError("mean and std go together: give both or none of them")
     if name.startswith("folder:"):
         root = str(Path(name.removeprefix("folder:")).expanduser())
         classes = len(class_names(split_folder(root, "test")))
-        facts = _CIFAR if "cifar" in network or "svhn" in network else _IMAGENET
+        function = network.rpartition(":")[2]  # what the path of a file contains says nothing of its images
+        facts = _CIFAR if "cifar" in function or "svhn" in function else _IMAGENET
+        if ".py:" in network and image_size is None:
+            image_size = _size_of_images(split_folder(root, "test"))
     else:
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))
         classes, facts = _KNOWN[name]
-    size = facts["image_size"] if image_size is None else image_size
-    return DataSpec(**facts | {"name": name, "classes": classes, "root": root, "image_size": size})
+    facts = facts | {"name": name, "classes": classes, "root": root}
+    facts |= {} if image_size is None else {"image_size": image_size}
+    return DataSpec(**facts | ({} if mean is None else {"mean": mean, "std": std, "given": True}))
+
+
+def imagenet_ids() -> list[str]:
+    """Return the WordNet ids of ImageNet's 1,000 classes, in the order of their labels."""
+    return Path(__file__).with_name("imagenet_ids.txt").read_text().split()
+
+
+def is_part_of_imagenet(spec: DataSpec) -> bool:
+    """Say whether the data are a folder whose classes are all named as ImageNet's."""
+    return spec.name.startswith("folder:") and {*class_names(split_folder(spec.root, "test"))} <= {*imagenet_ids()}
+
+
+def fit_classes(spec: DataSpec, classes: int) -> DataSpec:
+    """Return ``spec`` for a network of so many classes: for 1,000 a part of ImageNet has the labels of the whole.
+
+    Raises UserError if the data have another number of classes.
+    """
+    if classes != spec.classes and not (classes == len(imagenet_ids()) and is_part_of_imagenet(spec)):
+        raise UserError(f"the network tells {classes} classes apart, but {spec.name} has {spec.classes}")
+    return spec.model_copy(update={"classes": classes})
+
+
+def label_names(spec: DataSpec) -> list[str]:
+    """Return the names of the class folders by label: of a part of ImageNet those of all 1,000."""
+    ids = imagenet_ids()
+    whole = spec.name == "imagenet" or (spec.classes == len(ids) and is_part_of_imagenet(spec))
+    return ids if whole else class_names(split_folder(spec.root, "test"))
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -74,7 +119,24 @@ def split_folder(root: str | Path, split: str) -> Path:
 
 def class_names(folder: Path) -> list[str]:
     """Return the names of the class folders, in the order of their labels."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _is_image(path: str | Path, folder: Path) -> bool:
+    """Say whether this is an image and neither hidden nor in a hidden folder below ``folder``."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # takes a second
+
+    parts = Path(path).relative_to(folder).parts
+    return parts[-1].lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in parts)
+
+
+def _size_of_images(folder: Path) -> int:
+    """Return the side of the images, as ``describe_data`` says."""
+    files = (sorted((folder / name).rglob("*")) for name in class_names(folder)[:20])
+    first = [next((path for path in paths if _is_image(path, folder)), None) for paths in files]
+    sizes = {_open_image(str(path)).size for path in first if path}
+    width, height = sizes.pop() if len(sizes) == 1 else (0, 0)
+    return width - width % 4 if 4 <= width == height <= 224 else 224
 
 
 def load_split(spec: DataSpec, split: str) -> ImageData:
@@ -92,10 +154,18 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         cifar = getattr(datasets, spec.name.upper())
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
     else:
-        folder, test = split_folder(spec.root, split), split_folder(spec.root, "test")
-        if (names := class_names(folder)) != class_names(test) or len(names) != spec.classes:  # labels are numbers
-            raise UserError(f"{folder} must hold {spec.classes} class folders, those of {test}; it holds {len(names)}")
-        data = datasets.ImageFolder(str(folder), transform=transform, loader=_open_image)
+        folder, names = split_folder(spec.root, split), label_names(spec)
+        found = class_names(folder)
+        if len(names) != spec.classes or not {*found} <= {*names}:  # labels are places among the names
+            whose = "WordNet ids" if spec.name == "imagenet" else f"those of {split_folder(spec.root, 'test')}"
+            raise UserError(f"{folder} must hold {spec.classes} class folders, {whose}; it holds {len(found)}")
+
+        class Folder(datasets.ImageFolder):
+            def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+                return names, {name: names.index(name) for name in found}
+
+        shown = partial(_is_image, folder=folder)
+        data = Folder(str(folder), transform=transform, loader=_open_image, is_valid_file=shown)
     if not small:
         return data
     images, labels = zip(*DataLoader(data, batch_size=500), strict=True)

@@ -6,7 +6,6 @@ A BatchNorm after the layer is part of the rescale. ReLU, sums and pooling stay 
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from granq.convert import ActQuantizer, frozen_ranges, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError
+from granq.files import to_json
 from granq.graph import LAYERS, layer_names, module_of, norm_after
 from granq.hooks import eval_mode, watch
 from granq.quantizer import quantize
@@ -139,7 +139,7 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
 
 def save_integers(model: fx.GraphModule, path: Path, facts: dict[str, Any]) -> None:
     """Write the state of ``integer_model`` as safetensors, and ``facts`` (network, data, bits, ...) in the header."""
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(path), {"granq": json.dumps(facts)})
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(path), {"granq": to_json(facts)})
 
 
 class _Portable(nn.Module):

@@ -20,6 +20,7 @@ from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, qua
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.hooks import undisturbed
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
@@ -137,6 +138,8 @@ class Game:
             raise UserError(f"the teacher cannot take images of {shape}: {str(error).splitlines()[0]}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.isfinite().all():
             raise UserError("a teacher gives one tensor of finite logits (N, classes), which this one does not")
+        if logits.shape[1] < 2:
+            raise UserError("a teacher with one logit tells no classes apart, so that there is nothing to teach")
         batchnorm_loss(norms)
         with frozen_ranges(self.student), bypassed(self.student):
             difference = (self.student(image) - logits).abs().max()
@@ -204,6 +207,8 @@ class Game:
         c, start = self.config, time.perf_counter()
         training = self.epoch >= c.warmup_epochs
         self.generator.train()
+        for network in (self.teacher, self.student):  # whoever looked at them in between
+            network.eval()
         if not c.warmup_epochs and self.epoch == 0:
             self._begin_training(evaluate)
         sums: dict[str, Tensor] = {}
@@ -251,9 +256,9 @@ class Game:
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Evaluate | None) -> float:
-        """Evaluate the student; a DataLoader draws random numbers, which is undone."""
+        """Evaluate the student. What that moves is undone: random numbers of a DataLoader, modes, statistics."""
         cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda), frozen_ranges(self.student):
+        with torch.random.fork_rng(cuda), frozen_ranges(self.student), undisturbed(self.student):
             return float(evaluate(self.student)) if evaluate else math.nan
 
     def state(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from granq.convert import freeze_ranges
 from granq.data import DataSpec
 from granq.devices import resolve_device, versions
 from granq.errors import UserError
-from granq.files import hold, in_use, read_checkpoint, save_atomically, write_checkpoint, write_csv
+from granq.files import hold, in_use, read_checkpoint, save_atomically, to_json, write_checkpoint, write_csv
 from granq.generator import Generator, build_generator
 from granq.match import Match, preparations
 from granq.models import build_network
@@ -211,7 +211,7 @@ class RunFolder:
 
     def write_config(self, config: QATConfig, facts: dict[str, Any]) -> None:
         """Write settings and facts of the run as ``config.json``."""
-        text = json.dumps({"config": config.model_dump(mode="json")} | facts, indent=2)
+        text = to_json({"config": config.model_dump(mode="json")} | facts, indent=2)
         save_atomically(self.config, lambda path: path.write_text(text))
 
     def read_config(self) -> dict[str, Any]:
@@ -255,16 +255,21 @@ class SavedRun(NamedTuple):
     epoch: int  #: finished epochs
 
 
-def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
+def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRun:
     """Load the student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
 
-    Raises UserError if it has no finished epoch or a damaged file, or is of ``train`` alone, which knows no network.
+    A network ``FILE.py:FUNCTION`` must be named again: a folder of others runs no code. Raises UserError if it is not,
+    if the folder has no finished epoch or a damaged file, or is of ``train`` alone, which knows no network.
     """
     state, facts = _read_run(run)
     if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
         raise UserError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
     spec = DataSpec.model_validate(facts["spec"])
-    student = quantized(build_network(facts["network"], spec.classes), facts["config"])
+    own, named = facts["network"], network or facts["network"]
+    moved = ".py:" in own and ".py:" in network and own.rpartition(":")[2] == network.rpartition(":")[2]
+    if not moved and (named != own or ".py:" in own):
+        raise UserError(f"{run} is of network {own}; name it with --network (load_run: network=)")
+    student = quantized(build_network(named, spec.classes), facts["config"])
     student.load_state_dict(state["student"])
     freeze_ranges(student)
     return SavedRun(student.to(device), facts["config"], spec, facts, state["epoch"])

@@ -42,7 +42,16 @@ def combine(
         argv = ["--network", network, "--recipe", recipe, "--scheme", scheme, "--bits", width, "--seed", str(seed)]
         argv += ["--out", str(out / name), *(["--teacher", str(teacher)] if teacher else [])]
         jobs.append(from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)]))
-    return jobs
+    return [_absolute(job) for job in jobs]
+
+
+def _absolute(job: Job) -> Job:
+    """Return the run with absolute paths: a plan may be continued from another folder."""
+    changes: dict = {name: path.resolve() for name in ("teacher", "generator") if (path := getattr(job, name))}
+    for name, pattern in (("data", "(folder:)(.*)()"), ("network", r"()(.*\.py)(:.*)")):
+        if found := re.fullmatch(pattern, getattr(job, name)):
+            changes[name] = f"{found[1]}{Path(found[2]).expanduser().resolve()}{found[3]}"
+    return job.model_copy(update=changes)
 
 
 def write_plan(out: Path, jobs: Iterable[Job]) -> None:
@@ -102,7 +111,7 @@ def execute(job: Job) -> None:
         error.write_text(traceback.format_exc())
 
 
-def run_sweep(out: Path, jobs: int = 1, cluster: str = "") -> pd.DataFrame:
+def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[str] = ()) -> pd.DataFrame:
     """Execute what the plan lacks, and return the status.
 
     Args:

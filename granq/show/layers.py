@@ -91,7 +91,7 @@ def plot_layer_error(
 
 
 def plot_channel_error(
-    data: DataFrame, *, metric: str = "sqnr_db", layer: str = "", mode: str = "local", legend: bool = True,
+    data: DataFrame, *, metric: str = "sqnr_db", layer: str | None = None, mode: str = "local", legend: bool = True,
     ax: Ax = None,
 ) -> Axes:  # fmt: skip
     """Draw ``measure_layer_error(per_channel=True)`` of one layer, worst channel first, one line a scheme.
@@ -100,7 +100,7 @@ def plot_channel_error(
     """
     ax = ax or plt.gca()
     rows = select(data[data.channel.notna()], mode=mode)
-    rows = select(rows, layer=layer or rows.sort_values("sqnr_db").layer.iloc[0])
+    rows = select(rows, layer=rows.sort_values("sqnr_db").layer.iloc[0] if layer is None else layer)
     rows = rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING))
     for scheme, part in rows.groupby("scheme", sort=False):
         values = part[metric].sort_values(ascending=metric != "mse")
