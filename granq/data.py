@@ -97,7 +97,7 @@ def fit_classes(spec: DataSpec, classes: int) -> DataSpec:
     Raises UserError if the data have another number of classes.
     """
     if classes != spec.classes and not (classes == len(imagenet_ids()) and is_part_of_imagenet(spec)):
-        raise UserError(f"the network tells {classes} classes apart, but {spec.name} has {spec.classes}")
+        raise UserError(f"the network's weights tell {classes} classes apart, but {spec.name} has {spec.classes}")
     return spec.model_copy(update={"classes": classes})
 
 

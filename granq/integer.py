@@ -88,10 +88,11 @@ class IntegerLayer(nn.Module):
 
 def integer_model(student: fx.GraphModule) -> fx.GraphModule:
     """Return the integer twin of a calibrated student. Raises UserError if its scheme does not fold all layers."""
+    student = copy.deepcopy(student)  # what the two would share, such as pooling, would follow either's mode
     layers = layer_quantizers(student)
     if not all(layer.weight and layer.weight.source for layer in layers.values() if layer.inputs):
         raise UserError("only a student of a foldable scheme that skips no layer runs in integers")
-    twin = fx.GraphModule(student, copy.deepcopy(student.graph))
+    twin = fx.GraphModule(student, student.graph)
     for node in list(twin.graph.nodes):
         name, module = str(node.target), module_of(student, node)
         if isinstance(module, ActQuantizer):

@@ -185,8 +185,10 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
     Quantized weights and inputs shift the mean and scale the variance of every channel. In one forward, layer after
     layer, a BatchNorm gets the teacher's running mean plus the difference, and its running variance times the ratio,
     of what student and teacher see on the same images: what sets these apart from real images cancels. The ratio is
-    kept between 1/4 and 4; it is 1 where one of the two is constant, and so has no contrast to compare. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2). A
-    BatchNorm that is called several times stays as it is: it would need statistics for each call.
+    kept between 1/4 and 4. It is 1 where a channel is constant in student or teacher: there is no contrast to compare,
+    and with the teacher's variance the means agree after the BatchNorm, too. The mean is the empirical bias correction
+    of Nagel et al. (ICCV 2019, section 4.2). A BatchNorm that is called several times stays as it is: it would need
+    statistics for each call. Modes of both networks, and the teacher's statistics, stay.
 
     ``student`` is a quantized copy of ``teacher``; ``images`` (N, 3, H, W) are a few hundred, such as generated ones.
     """

@@ -100,36 +100,29 @@ def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top
 def load_teacher(
     network: str, spec: DataSpec, path: str | Path | None = None, device: str = "cpu"
 ) -> tuple[nn.Module, DataSpec]:
-    """Return a teacher in eval mode, and ``spec`` with image size, normalization and classes that belong to it.
+    """Return a teacher in eval mode, and ``spec`` with the image size, normalization and classes that belong to it.
 
     ``path`` is a safetensors file or ``torch.save`` of a state dict, alone or under one of ``WRAPPERS``; ``None``
-    downloads pretrained weights. Mean and deviation are those that the user gave, else those in the file, else (for
-    data without their own) those of timm's ``pretrained_cfg``. Raises UserError if the file is missing or damaged, holds
+    downloads pretrained weights. Mean and deviation are the user's own, if given; else those in the file; else, where
+    the data have none, those of timm's ``pretrained_cfg``. Raises UserError if the file is missing or damaged, holds
     more than weights, or is of another network or number of classes.
     """
     if path is None and ".py:" in network:
         raise UserError(f"{network} names no pretrained weights: pass a teacher file")
-
-    def useless(error: Exception) -> UserError:
-        reason = _save_again(Path(str(path)), error) or " ".join(str(error).split())[:250]
-        return UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}")
-
-    try:
-        state, header = _read_teacher(Path(path)) if path is not None else ({}, {})
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise useless(error) from error
+    state, known = ({}, {}) if path is None else _read_teacher(Path(path))
     if is_part_of_imagenet(spec) and any(isinstance(v, Tensor) and v.shape[:1] == (1000,) for v in state.values()):
         spec = fit_classes(spec, 1000)
     model = build_network(network, spec.classes, pretrained=path is None)
+    own = model.state_dict()
     try:
-        if path is not None:
-            own = model.state_dict()
-            model.load_state_dict({_own_name(key, own): value for key, value in state.items()})
+        model.load_state_dict({_own_name(name, own): value for name, value in state.items()} or own)
     except RuntimeError as error:
-        raise useless(error) from error
-    known = header or (getattr(model, "pretrained_cfg", {}) if path is None or spec.name not in NORMALIZED else {})
-    if path is not None and ".py:" in network and not (known or spec.given or spec.name in NORMALIZED):
-        warnings.warn(f"nothing says how images of {network} are normalized; without mean and std as ImageNet's")
+        reason = " ".join(str(error).split())[:250]
+        raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
+    if path is None or spec.name not in NORMALIZED:
+        known = known or getattr(model, "pretrained_cfg", {})
+    if ".py:" in network and spec.name.startswith("folder:") and not (known or spec.given):
+        warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
     facts = ("image_size",) if spec.given else ("image_size", "mean", "std")
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
     with torch.no_grad():
@@ -139,34 +132,36 @@ def load_teacher(
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Return the weights in a file, and what ``save_teacher`` wrote of them."""
-    if path.suffix == ".safetensors":
-        with safe_open(str(path), "pt") as file:
-            header = json.loads((file.metadata() or {}).get("granq", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, header
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get("granq", "{}"))
+                return {key: file.get_tensor(key) for key in file.keys()}, header
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = _save_again(path, refused[1]) if refused else " ".join(str(error).split())[:250]
+        raise UserError(f"{path} holds no weights: {reason}") from error
     while isinstance(state, dict) and (inner := [state[k] for k in WRAPPERS if isinstance(state.get(k), dict)]):
         state = inner[0]
     if not isinstance(state, dict):
-        raise RuntimeError(f"it is a {type(state).__name__}, not a state dict")
+        raise UserError(f"{path} holds no weights: it is a {type(state).__name__}, not a state dict")
     return state, {}
 
 
 def _own_name(name: Any, own: Container[str]) -> str:
-    """Return a name without what DataParallel, torch.compile and training scripts put in front, unless it is ``own``."""
+    """Return a name without what DataParallel, torch.compile and others put in front, unless it is one of ``own``."""
     rest = re.sub(r"^(module|model|net)\.|_orig_mod\.", "", str(name), count=1)
     return name if name in own or rest == name else _own_name(rest, own)
 
 
-def _save_again(path: Path, error: Exception) -> str:
-    """Return, for a file that holds more than tensors and numbers, what and how its weights are saved alone."""
-    found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if not found:
-        return ""
+def _save_again(path: Path, kind: str) -> str:
+    """Return how the weights of a file that holds a ``kind``, too, which only code can read, are saved alone."""
     old, new, wrappers = map(json.dumps, (str(path), str(path.with_suffix(".weights.pt")), WRAPPERS))
     program = f'import torch; c = torch.load({old}, "cpu", weights_only=False); '
     program += 'c = getattr(c, "state_dict", lambda: c)(); '
     program += f"torch.save(next((c[k] for k in {wrappers} if k in c), c), {new})"
-    return f"it holds {found[1]} too; if you trust its author, save the weights alone: python -c {shlex.quote(program)}"
+    return f"only code can read its {kind}; if you trust the author, save them alone: python -c {shlex.quote(program)}"
 
 
 @torch.inference_mode()

@@ -25,7 +25,8 @@ def test_descriptions(folder, monkeypatch):
     monkeypatch.setenv("GRANQ_DATA", "/somewhere")
     assert describe_data("digits").root == ""
     assert describe_data("cifar100").model_dump() | {"mean": 0, "std": 0} == {
-        "name": "cifar100", "classes": 100, "image_size": 32, "mean": 0, "std": 0, "root": "/somewhere"
+        "name": "cifar100", "classes": 100, "image_size": 32, "mean": 0, "std": 0, "root": "/somewhere",
+        "given": False,
     }  # fmt: skip
     assert describe_data("imagenet").root == "/somewhere/imagenet"
     small, large = describe_data(folder, "resnet20_cifar10"), describe_data(folder, "resnet18", 64)

@@ -139,7 +139,7 @@ def test_a_pickled_program_is_not_run(tmp_path):
     (tmp_path / "c.pt").write_bytes(b"garbage")
     (tmp_path / "d.safetensors").write_bytes(b"garbage")
     for name in ("a.pt", "b.pkl", "c.pt", "d.safetensors", "nothing.pt", "nothing.safetensors"):
-        with pytest.raises(UserError, match=f"{name} holds no weights of resnet20_cifar10 .*: .") as error:
+        with pytest.raises(UserError, match=f"{name} holds no weights: .") as error:
             load_teacher("resnet20_cifar10", describe_data("digits"), tmp_path / name)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "proof").exists()
@@ -200,15 +200,6 @@ def learn(monkeypatch):
 def test_a_diverged_teacher_is_told(learn):
     with pytest.raises(FloatingPointError, match=r"the learning rate 1e\+30 is too high"):
         learn(lr=1e30)
-
-
-def test_training_starts_from_a_teacher_file(learn, tmp_path):
-    spec = describe_data("digits")
-    first = build_network("resnet20_cifar10", 10)
-    save_teacher(tmp_path / "t.safetensors", first, "resnet20_cifar10", spec, 0.0)
-    trained, _ = learn(init=tmp_path / "t.safetensors", lr=1e-12, epochs=1)
-    for a, b in zip(first.parameters(), trained.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_four_steps_of_a_teacher(learn):

@@ -37,7 +37,7 @@ def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys):
     options = ["--generator", "runs/warm_{seed}", "--reestimate-batchnorm", "--out", str(tmp_path / "sweep")]
     assert main([*command.split(), *options]) == 0
     plan = sweep.read_plan(tmp_path / "sweep")
-    assert [run.generator for run in plan] == [Path("runs/warm_0"), Path("runs/warm_7")]
+    assert [run.generator for run in plan] == [Path("runs/warm_0").resolve(), Path("runs/warm_7").resolve()]
     assert all(run.reestimate_batchnorm and run.warmup_epochs == 0 for run in plan)
 
 

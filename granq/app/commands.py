@@ -58,7 +58,8 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 
 
 def teacher(
-    *, data: Data, network: Network, out: Path, pretrained: bool = False, epochs: Count = 30, lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
+    *, data: Data, network: Network, out: Path, pretrained: bool = False, epochs: Count = 30,
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
     image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Train a full-precision teacher, or fetch a pretrained one.
@@ -237,7 +238,8 @@ def figures(
         drawn = granq.redraw_figures(names, folder)
     else:
         options: dict[str, Any] = dict(data=data, network=network, teacher=teacher, device=device, seed=seed)
-        drawn = granq.make_figures(names, granq.Workbench(budget, runs=run, out=folder, **options | channels(mean, std)))
+        options |= channels(mean, std)
+        drawn = granq.make_figures(names, granq.Workbench(budget, runs=run, out=folder, **options))
     return {"out": str(folder), "figures": ", ".join(drawn)}
 
 

@@ -41,17 +41,18 @@ def combine(
         name = re.sub(r"[^\w.-]+", "_", f"{network} {recipe} {scheme} w{width.replace(',', 'a')} s{seed}")
         argv = ["--network", network, "--recipe", recipe, "--scheme", scheme, "--bits", width, "--seed", str(seed)]
         argv += ["--out", str(out / name), *(["--teacher", str(teacher)] if teacher else [])]
-        jobs.append(from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)]))
-    return [_absolute(job) for job in jobs]
+        job = from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)])
+        # whole paths: the plan may be continued from another folder
+        files = {key: path.resolve() for key in ("teacher", "generator") if (path := getattr(job, key))}
+        jobs.append(job.model_copy(update=files | {k: absolute(getattr(job, k)) for k in ("data", "network")}))
+    return jobs
 
 
-def _absolute(job: Job) -> Job:
-    """Return the run with absolute paths: a plan may be continued from another folder."""
-    changes: dict = {name: path.resolve() for name in ("teacher", "generator") if (path := getattr(job, name))}
-    for name, pattern in (("data", "(folder:)(.*)()"), ("network", r"()(.*\.py)(:.*)")):
-        if found := re.fullmatch(pattern, getattr(job, name)):
-            changes[name] = f"{found[1]}{Path(found[2]).expanduser().resolve()}{found[3]}"
-    return job.model_copy(update=changes)
+def absolute(text: str) -> str:
+    """Return ``folder:PATH`` and ``FILE.py:FUNCTION`` with whole paths, and anything else as it is."""
+    found = re.fullmatch(r"(folder:)(.*)()|()(.*\.py)(:.*)", text)
+    before, path, after = [part for part in found.groups() if part is not None] if found else (text, "", "")
+    return f"{before}{Path(path).expanduser().resolve()}{after}" if found else text
 
 
 def write_plan(out: Path, jobs: Iterable[Job]) -> None:
@@ -118,12 +119,15 @@ def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[st
         out: folder of ``write_plan``; workers on other machines must see it too.
         jobs: runs at once on this machine, each in a process with one thread.
         cluster: address of the scheduler of a ``dask.distributed`` cluster, whose workers execute the runs instead.
+        networks: those of the plan that are code, ``FILE.py:FUNCTION``: only what is named here is executed.
 
     Raises:
         UserError: no plan in ``out``, or workers with several threads, which would share torch's random numbers.
     """
     states = status(out).state
     left = [job for job, state in zip(read_plan(out), states, strict=True) if state not in ("done", "running")]
+    if code := {job.network for job in left if ".py:" in job.network} - {absolute(name) for name in networks}:
+        raise UserError(f"the plan in {out} runs the code {min(code)}: give the command that planned it again")
     if cluster:
         from distributed import Client
 

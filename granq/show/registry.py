@@ -49,8 +49,8 @@ class Figure(NamedTuple):
 
     def draw(self, name: str, folder: Path) -> None:
         """Draw ``folder/name.csv`` as SVG and PNG without dates: every panel that has rows, and one legend above."""
-        text = dict.fromkeys(("pixels", "layer", "name"), str)  # a layer "0", a class "null", an image all black
-        data = pd.read_csv(folder / f"{name}.csv", converters=text)
+        # a black image, a layer "0" and a class "null" are text
+        data = pd.read_csv(folder / f"{name}.csv", converters=dict.fromkeys(("pixels", "layer", "name"), str))
         if data.empty:
             raise UserError(f"{folder / name}.csv has no rows")
         rows, columns = self.grid(data)
