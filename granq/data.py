@@ -6,7 +6,6 @@ A class is a folder; what is hidden (``.ipynb_checkpoints``) is none. A train sp
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast
 
@@ -22,7 +21,8 @@ _IMAGENET: dict[str, Any] = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "
 _CIFAR: dict[str, Any] = {"image_size": 32, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _DIGITS: dict[str, Any] = {"image_size": 32, "mean": (0.3053,) * 3, "std": (0.3760,) * 3}  # of the 8x8 originals
 _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _CIFAR), "imagenet": (1000, _IMAGENET)}
-NORMALIZED = ("digits", "cifar10", "cifar100")  #: whose mean and deviation are known
+#: WordNet ids of ImageNet's classes, which name their folders, in the order of their labels
+IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt").read_text().split()
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
 
@@ -45,6 +45,24 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     root: str = ""
     given: bool = False  #: mean and std are the user's own: no teacher file changes them
 
+    def fit_classes(self, classes: int) -> "DataSpec":
+        """Return what a network of so many classes sees. Raises UserError if the data have another number.
+
+        For 1,000 a folder with a part of ImageNet has the labels of the whole.
+        """
+        if classes != self.classes and not (classes == len(IMAGENET_IDS) and self.has_imagenet_ids()):
+            raise UserError(f"the network's weights tell {classes} classes apart, but {self.name} has {self.classes}")
+        return self.model_copy(update={"classes": classes})
+
+    def has_imagenet_ids(self) -> bool:
+        """Say whether these are class folders that are all named as ImageNet's."""
+        return self.name.startswith("folder:") and {*class_names(split_folder(self.root, "test"))} <= {*IMAGENET_IDS}
+
+    def label_names(self) -> list[str]:
+        """Return the names of the class folders by label: of a part of ImageNet those of all 1,000."""
+        whole = self.name == "imagenet" or (self.classes == len(IMAGENET_IDS) and self.has_imagenet_ids())
+        return IMAGENET_IDS if whole else class_names(split_folder(self.root, "test"))
+
 
 def data_root() -> Path:
     """Return the folder of downloads: ``$GRANQ_DATA`` or ``~/.cache/granq``."""
@@ -60,18 +78,21 @@ def describe_data(
     ``mean`` and ``std`` of the three channels, from 0 to 1, are those that the teacher was trained with. Without them a
     teacher file or timm's ``pretrained_cfg`` brings its own (``models.load_teacher``); else those of the data are
     taken. A folder has none: for a ``network`` named like CIFAR's or SVHN's they are CIFAR's at 32 pixels, else
-    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the images, if the first test images of
-    20 classes are squares of one size up to 224; else 224.
+    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the images, if 20 of the test images are
+    squares of one size up to 64, else 224.
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both or none of them")
     if name.startswith("folder:"):
         root = str(Path(name.removeprefix("folder:")).expanduser())
-        classes = len(class_names(split_folder(root, "test")))
-        function = network.rpartition(":")[2]  # what the path of a file contains says nothing of its images
-        facts = _CIFAR if "cifar" in function or "svhn" in function else _IMAGENET
+        names = class_names(test := split_folder(root, "test"))
+        function = network.rpartition(":")[2]  # a file's path says nothing of images
+        classes, facts = len(names), _CIFAR if "cifar" in function or "svhn" in function else _IMAGENET
         if ".py:" in network and image_size is None:
-            image_size = _size_of_images(split_folder(root, "test"))
+            paths = [path for path, _ in _read_folder(test, names).samples]
+            sizes = {_open_image(path).size for path in paths[:: -(-len(paths) // 20)]}
+            width, height = sizes.pop() if len(sizes) == 1 else (0, 0)
+            image_size = width - width % 4 if 4 <= width == height <= 64 else 224
     else:
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))
@@ -79,33 +100,6 @@ def describe_data(
     facts = facts | {"name": name, "classes": classes, "root": root}
     facts |= {} if image_size is None else {"image_size": image_size}
     return DataSpec(**facts | ({} if mean is None else {"mean": mean, "std": std, "given": True}))
-
-
-def imagenet_ids() -> list[str]:
-    """Return the WordNet ids of ImageNet's 1,000 classes, in the order of their labels."""
-    return Path(__file__).with_name("imagenet_ids.txt").read_text().split()
-
-
-def is_part_of_imagenet(spec: DataSpec) -> bool:
-    """Say whether the data are a folder whose classes are all named as ImageNet's."""
-    return spec.name.startswith("folder:") and {*class_names(split_folder(spec.root, "test"))} <= {*imagenet_ids()}
-
-
-def fit_classes(spec: DataSpec, classes: int) -> DataSpec:
-    """Return ``spec`` for a network of so many classes: for 1,000 a part of ImageNet has the labels of the whole.
-
-    Raises UserError if the data have another number of classes.
-    """
-    if classes != spec.classes and not (classes == len(imagenet_ids()) and is_part_of_imagenet(spec)):
-        raise UserError(f"the network's weights tell {classes} classes apart, but {spec.name} has {spec.classes}")
-    return spec.model_copy(update={"classes": classes})
-
-
-def label_names(spec: DataSpec) -> list[str]:
-    """Return the names of the class folders by label: of a part of ImageNet those of all 1,000."""
-    ids = imagenet_ids()
-    whole = spec.name == "imagenet" or (spec.classes == len(ids) and is_part_of_imagenet(spec))
-    return ids if whole else class_names(split_folder(spec.root, "test"))
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -122,21 +116,19 @@ def class_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _is_image(path: str | Path, folder: Path) -> bool:
-    """Say whether this is an image and neither hidden nor in a hidden folder below ``folder``."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS  # takes a second
+def _read_folder(folder: Path, names: list[str], transform: Any = None) -> Any:
+    """Return the images of class folders, labelled by their places in ``names``; nothing that is hidden."""
+    from torchvision.datasets import ImageFolder  # takes a second
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    parts = Path(path).relative_to(folder).parts
-    return parts[-1].lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in parts)
+    class Folder(ImageFolder):
+        def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+            return names, {name: names.index(name) for name in class_names(folder)}
 
+    def shown(path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path.removeprefix(str(folder))
 
-def _size_of_images(folder: Path) -> int:
-    """Return the side of the images, as ``describe_data`` says."""
-    files = (sorted((folder / name).rglob("*")) for name in class_names(folder)[:20])
-    first = [next((path for path in paths if _is_image(path, folder)), None) for paths in files]
-    sizes = {_open_image(str(path)).size for path in first if path}
-    width, height = sizes.pop() if len(sizes) == 1 else (0, 0)
-    return width - width % 4 if 4 <= width == height <= 224 else 224
+    return Folder(str(folder), transform, loader=_open_image, is_valid_file=shown)
 
 
 def load_split(spec: DataSpec, split: str) -> ImageData:
@@ -154,18 +146,12 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         cifar = getattr(datasets, spec.name.upper())
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
     else:
-        folder, names = split_folder(spec.root, split), label_names(spec)
+        folder, names = split_folder(spec.root, split), spec.label_names()
         found = class_names(folder)
-        if len(names) != spec.classes or not {*found} <= {*names}:  # labels are places among the names
+        if len(names) != spec.classes or not {*found} <= {*names}:
             whose = "WordNet ids" if spec.name == "imagenet" else f"those of {split_folder(spec.root, 'test')}"
             raise UserError(f"{folder} must hold {spec.classes} class folders, {whose}; it holds {len(found)}")
-
-        class Folder(datasets.ImageFolder):
-            def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
-                return names, {name: names.index(name) for name in found}
-
-        shown = partial(_is_image, folder=folder)
-        data = Folder(str(folder), transform=transform, loader=_open_image, is_valid_file=shown)
+        data = _read_folder(folder, names, transform)
     if not small:
         return data
     images, labels = zip(*DataLoader(data, batch_size=500), strict=True)

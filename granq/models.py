@@ -22,18 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.data import (
-    NORMALIZED,
-    DataSpec,
-    ImageData,
-    batches,
-    data_root,
-    describe_data,
-    fit_classes,
-    is_part_of_imagenet,
-    load_split,
-    normalize,
-)
+from granq.data import DataSpec, ImageData, batches, data_root, describe_data, load_split, normalize
 from granq.devices import expect_bfloat16
 from granq.errors import UserError, one_of
 from granq.files import save_atomically, to_json
@@ -110,8 +99,8 @@ def load_teacher(
     if path is None and ".py:" in network:
         raise UserError(f"{network} names no pretrained weights: pass a teacher file")
     state, known = ({}, {}) if path is None else _read_teacher(Path(path))
-    if is_part_of_imagenet(spec) and any(isinstance(v, Tensor) and v.shape[:1] == (1000,) for v in state.values()):
-        spec = fit_classes(spec, 1000)
+    if spec.has_imagenet_ids() and any(isinstance(v, Tensor) and v.shape[:1] == (1000,) for v in state.values()):
+        spec = spec.fit_classes(1000)
     model = build_network(network, spec.classes, pretrained=path is None)
     own = model.state_dict()
     try:
@@ -119,7 +108,7 @@ def load_teacher(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:250]
         raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
-    if path is None or spec.name not in NORMALIZED:
+    if path is None or spec.name.startswith(("folder:", "imagenet")):  # of the others mean and deviation are known
         known = known or getattr(model, "pretrained_cfg", {})
     if ".py:" in network and spec.name.startswith("folder:") and not (known or spec.given):
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
@@ -127,7 +116,7 @@ def load_teacher(
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
     with torch.no_grad():
         classes = model(torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[1]
-    return model.to(device), fit_classes(spec, classes)
+    return model.to(device), spec.fit_classes(classes)
 
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
@@ -209,29 +198,37 @@ def train_teacher(
     if bf16:
         expect_bfloat16(device)
     torch.manual_seed(seed)
-    model = build_network(network, spec.classes)
+    model = build_network(network, spec.classes).to(device)
     train = load_split(spec, "train")
     loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
-    parts = _training(model.to(device), lr, epochs * len(loader))
+    model = model.to(memory_format=torch.channels_last).train()
+    averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
+    optimizer, schedule = _optimizer(model, lr, epochs * len(loader))
     for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch"):
         for images, labels in loader:
-            _step(parts, images.to(device), labels.to(device), spec, bf16)
-        if not all(value.isfinite().all() for value in parts["averaged"].state_dict().values()):
+            images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                logits = model(images.to(memory_format=torch.channels_last))
+            logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
+            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            averaged.update_parameters(model)
+        if not all(value.isfinite().all() for value in averaged.state_dict().values()):
             raise FloatingPointError(f"a weight is not finite: the learning rate {lr} is too high")
-    teacher = parts["averaged"].module.eval()
+    teacher = averaged.module.eval()
     return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
 
 
-def _training(model: nn.Module, lr: float, steps: int) -> dict[str, Any]:
-    """Return what changes while a teacher is trained."""
-    model = model.to(memory_format=torch.channels_last).train()
+def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Return the optimizer of a teacher, and the schedule of its learning rate."""
     decay, plain = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
     groups = [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
-    averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
-    return {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
 
 
 def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:

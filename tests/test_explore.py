@@ -122,3 +122,17 @@ def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
     assert "<td>2</td>" in numbers.value and "<td>50</td>" in numbers.value
     controls_of(monitor)["quantity"].value = "bn_loss"
     assert picture.value != after and not errors.outputs
+
+
+def test_explorers_of_layers_that_are_called_by_numbers():
+    """A CSV gives back 0 for the layer "0"."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 3)).eval()
+    error = pd.concat([
+        measure_layer_error(model, [images()], ["granq"], 3, per_channel=by_channel) for by_channel in (False, True)
+    ]).astype({"layer": int})  # fmt: skip
+    maps = measure_scale_maps(model, images(), ["0", "2"], 3).astype({"layer": int})
+    for explorer in (show.layer_error_explorer(error), show.scale_explorer(maps)):
+        for control in controls_of(explorer).values():
+            for _, value in control.options:
+                control.value = value
+                assert not explorer.children[-1].outputs and "nothing to show" not in explorer.children[2].value

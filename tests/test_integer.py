@@ -183,3 +183,12 @@ def test_refusals(tiny):
 
     with pytest.raises(UserError, match="called on two inputs"):
         quantize_model(Twice(), "foldable", 3, 3)
+
+
+def test_student_and_twin_do_not_move_each_other(tiny):
+    student = quantize_model(tiny, "foldable", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    modes = [m.training for m in student.train().modules()]
+    twin = integer_model(student)
+    assert [m.training for m in student.modules()] == modes and not any(m.training for m in twin.modules())
+    assert not {*student.modules()} & {*twin.modules()}

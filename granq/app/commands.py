@@ -58,15 +58,14 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 
 
 def teacher(
-    *, data: Data, network: Network, out: Path, pretrained: bool = False, epochs: Count = 30,
+    *, data: Data, network: Network, out: Path, epochs: Count = 30,
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
     image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
-    """Train a full-precision teacher, or fetch a pretrained one.
+    """Train a full-precision teacher.
 
     Args:
         out: file to write, FILE.safetensors
-        pretrained: download the weights instead of training
         lr: peak learning rate
         bf16: train under bfloat16 autocast (faster on AVX512 and GPUs)
     """
@@ -77,12 +76,8 @@ def teacher(
     spec = granq.describe_data(data, network, image_size, **channels(mean, std))
     device = devices.resolve_device(device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if pretrained:
-        model, spec = granq.load_teacher(network, spec, None, device)
-        top1 = granq.top1_on(model, granq.load_split(spec, "test"), spec, device)
-    else:
-        options: dict[str, Any] = dict(epochs=epochs, lr=lr, seed=seed, bf16=bf16, device=device)
-        model, top1 = granq.train_teacher(network, spec, **options)
+    options: dict[str, Any] = dict(epochs=epochs, lr=lr, seed=seed, bf16=bf16, device=device)
+    model, top1 = granq.train_teacher(network, spec, **options)
     files.save_atomically(out, lambda path: granq.save_teacher(path, model, network, spec, top1))
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | devices.versions(device)
 
@@ -103,12 +98,10 @@ def _run_on(
     run: Path, data: str, network: str, device: str, **given: Any
 ) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
-    from granq.data import fit_classes
-
     saved = granq.load_run(run, device, network)
     c, mean, std = saved.config, saved.spec.mean, saved.spec.std
     spec = granq.describe_data(data, network, c.image_size, **given or {"mean": mean, "std": std})
-    spec = fit_classes(spec, saved.spec.classes)
+    spec = spec.fit_classes(saved.spec.classes)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     facts |= {"run": str(run), "data": data, "bits": f"W{c.weight_bits}A{c.act_bits}"}

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from granq import models
 from granq.config import QATConfig
-from granq.data import DataSpec, batches, describe_data, label_names, load_split
+from granq.data import DataSpec, batches, describe_data, load_split
 from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError, one_of
 from granq.graph import layer_names
@@ -95,7 +95,7 @@ class Workbench:
     def class_names(self) -> list[str]:
         """Names of the labels, where the data have them, else their numbers."""
         if self.spec.name.startswith(("folder:", "imagenet")):  # small images are kept without their class names
-            return label_names(self.spec)
+            return self.spec.label_names()
         return [str(name) for name in getattr(self.test, "classes", range(self.spec.classes))]
 
     @property

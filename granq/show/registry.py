@@ -49,8 +49,8 @@ class Figure(NamedTuple):
 
     def draw(self, name: str, folder: Path) -> None:
         """Draw ``folder/name.csv`` as SVG and PNG without dates: every panel that has rows, and one legend above."""
-        # a black image, a layer "0" and a class "null" are text
-        data = pd.read_csv(folder / f"{name}.csv", converters=dict.fromkeys(("pixels", "layer", "name"), str))
+        texts = dict.fromkeys(("pixels", "layer", "name"), str)  # a black image, layer "0", class "null"
+        data = pd.read_csv(folder / f"{name}.csv", dtype=texts, keep_default_na=False, na_values=[""])
         if data.empty:
             raise UserError(f"{folder / name}.csv has no rows")
         rows, columns = self.grid(data)
