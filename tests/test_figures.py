@@ -415,9 +415,15 @@ def test_layers_that_are_called_by_numbers(tmp_path):
         assert redraw_figures([name], tmp_path) == [name]
     read = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in frames}  # as a reader would: numbers
     assert read["layer_error"].layer.dtype.kind == "i"
-    for ax in (plot_layer_error(read["layer_error"]), plot_channel_scales(read["channel_scales"], ax=plt.figure().gca())):
+    for ax in (
+        plot_layer_error(read["layer_error"]),
+        plot_channel_scales(read["channel_scales"], ax=plt.figure().gca()),
+    ):
         assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "2", "4"]
-    assert "s" not in short_layer(0) and plot_granularity_maps(read["granularity_maps"], layer="2")
+    assert short_layer(0) == "0"
+    maps = plot_granularity_maps(read["granularity_maps"], layer="2", ax=plt.figure().gca())
+    wanted = frames["granularity_maps"].query("layer == '2' and granularity == 'per_sample_channel'").scale
+    assert np.allclose(np.sort(maps.images[0].get_array(), None), np.sort(wanted))
     channels = measure_layer_error(numbered(), batches(), ["granq"], 3, per_channel=True)
     channels["layer"] = channels.layer.astype(int)
     for layer in (0, "0"):  # 0 is a name, not the absence of one

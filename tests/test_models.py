@@ -157,7 +157,9 @@ def own(tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", [(), *((key,) for key in models.WRAPPERS), ("state_dict", "model"), ("ema",)])
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "net.", "module._orig_mod.", "_orig_mod.model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "model.", "_orig_mod.", "net.", "module._orig_mod.", "_orig_mod.model."]
+)
 def test_checkpoints_as_they_are_found(own, tmp_path, wrapper, prefix):
     name, spec, network = own
     state = {f"{prefix}{key}": value for key, value in network.state_dict().items()}

@@ -453,20 +453,16 @@ OWN_SCHEME = Scheme(weights="per_out_channel", activations="per_channel", tracke
     ],
     ids=["own scheme", "image bits", "learned steps"],
 )
-def test_a_saved_run_is_read_again(tmp_path, config):
-    source = tmp_path / "own.py"
-    source.write_text(
-        f"from torch import nn\n\n\nimport pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n\n\ndef make(num_classes):\n    return nn.Sequential("
-        "nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
-        "nn.Linear(4, num_classes))\n"
-    )
+def test_a_saved_run_is_read_again(own, tmp_path, config):
+    source, proof = tmp_path / "net.py", tmp_path / "executed"
+    source.write_text(f"{source.read_text()}\n\nopen({str(proof)!r}, 'a').close()\n")
     spec = describe_data("digits").model_copy(update={"classes": 3, "image_size": 8})
-    facts = {"network": f"{source}:make", "spec": spec.model_dump(), "data": "digits", "teacher_top1": 50.0}
+    facts = {"network": own, "spec": spec.model_dump(), "data": "digits", "teacher_top1": 50.0}
     result = train(network(), config, out=tmp_path / "run", facts=facts)
     for given in ("", "resnet20_cifar10", f"{source}:other"):
-        with pytest.raises(UserError, match="own.py:make; name it with --network"):
+        with pytest.raises(UserError, match="net.py:make; name it with --network"):
             load_run(tmp_path / "run", network=given)
-    assert not (tmp_path / "ran").exists()  # code that only a run folder names is not executed
+    assert not proof.exists()  # code that only a run folder names is not executed
     moved = source.rename(tmp_path / "moved.py")
     saved = load_run(tmp_path / "run", network=f"{moved}:make")
     assert same_bits(saved.student.state_dict(), result.student.state_dict())
