@@ -33,16 +33,6 @@ def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into eval mode within a block; afterwards all modes and buffers are those of before."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with eval_mode(model):
-        yield
-    for buffer, value in before:
-        buffer.copy_(value)
-
-
-@contextmanager
 def watch(
     model: nn.Module, names: Iterable[str], visit: Callable[[str, Tensor, Any], None], *, before: bool = False
 ) -> Iterator[None]:

@@ -20,7 +20,6 @@ from granq.convert import bypassed, calibrate, freeze_ranges, frozen_ranges, qua
 from granq.devices import expect_bfloat16, resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
-from granq.hooks import undisturbed
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
@@ -256,10 +255,10 @@ class Game:
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Evaluate | None) -> float:
-        """Evaluate the student. What that moves is undone: random numbers of a DataLoader, modes, statistics."""
+        """Evaluate a copy of the student: modes, statistics and ranges stay, and the random numbers of a run, too."""
         cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda), frozen_ranges(self.student), undisturbed(self.student):
-            return float(evaluate(self.student)) if evaluate else math.nan
+        with torch.random.fork_rng(cuda), frozen_ranges(self.student):
+            return float(evaluate(copy.deepcopy(self.student))) if evaluate else math.nan
 
     def state(self) -> dict[str, Any]:
         """Return everything needed to continue, as tensors and plain values."""

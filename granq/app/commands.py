@@ -129,12 +129,15 @@ def audit(
     likely = "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
     widths, spec = parse_bits(bits), granq.describe_data(data or likely, network, image_size)
     torch.manual_seed(0)
-    model = granq.load_teacher(network, spec, teacher)[0] if teacher else granq.build_network(network, spec.classes)
+    model, spec = granq.load_teacher(network, spec, teacher) if teacher else (
+        granq.build_network(network, spec.classes), spec
+    )  # fmt: skip
     torch.manual_seed(0)
-    images = torch.randn(2, 3, spec.image_size, spec.image_size)
+    size = image_size or spec.image_size
+    images = torch.randn(2, 3, size, size)
     frame = granq.audit(granq.quantize_model(model, scheme, **widths), images)
     result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
-    result |= {"weights": str(teacher or "random, seed 0"), "image_size": spec.image_size}
+    result |= {"weights": str(teacher or "random, seed 0"), "image_size": size}
     result |= granq.summarize_audit(frame)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
