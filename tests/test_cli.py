@@ -440,12 +440,12 @@ def test_the_folder_of_a_network_decides_nothing(tmp_path):
     assert jobs.from_arguments([*given.split(), "--bits", "4,4"]).alpha_ds == 0.3  # MobileNetV2's
 
 
-def test_a_teacher_is_audited_at_the_size_of_its_images(folder, tmp_path, capsys):
+def test_a_teacher_is_audited_at_the_size_of_its_images(own, folder, tmp_path, capsys):
     """MACs of a convolution grow with the pixels; the file knows them better than the data set's name."""
-    spec, network = describe_data(folder, "resnet20_cifar10", 16), "resnet20_cifar10"
-    models.save_teacher(tmp_path / "t.safetensors", models.build_network(network, 2), network, spec, 50.0)
-    audit = f"audit --network {network} --data {folder} --teacher {tmp_path / 't.safetensors'} --json"
-    for given, size in ((), 16), (("--image-size", "8"), 8):
+    spec = describe_data(folder, own, 16)
+    models.save_teacher(tmp_path / "t.safetensors", models.build_network(own, 2), own, spec, 50.0)
+    audit = f"audit --network {own} --data {folder} --teacher {tmp_path / 't.safetensors'} --json"
+    for given, size in (((), 16), (("--image-size", "8"), 8)):
         assert main([*audit.split(), *given]) == 0
         shown = answer(capsys)
-        assert shown["image_size"] == size and shown["layers"][0]["macs"] == size**2 * 3 * 16 * 9
+        assert shown["image_size"] == size and shown["layers"][0]["macs"] == (size - 2) ** 2 * 3 * 4 * 9
