@@ -27,9 +27,9 @@ from .measure.activations import measure_activation_distortion as measure_activa
 from .measure.activations import measure_activation_samples as measure_activation_samples
 from .measure.activations import measure_channel_scales as measure_channel_scales
 from .measure.activations import measure_data_flow as measure_data_flow
+from .measure.activations import measure_integer_walk as measure_integer_walk
 from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.activations import measure_weight_scales as measure_weight_scales
-from .measure.allocation import allocate_bits as allocate_bits
 from .measure.audit import audit as audit
 from .measure.audit import summarize_audit as summarize_audit
 from .measure.factorial import measure_granularity_factorial as measure_granularity_factorial
@@ -38,10 +38,10 @@ from .measure.images import generated_batches as generated_batches
 from .measure.images import measure_generated_images as measure_generated_images
 from .measure.images import measure_images as measure_images
 from .measure.images import measure_synthetic_gap as measure_synthetic_gap
-from .measure.integers import measure_integer_walk as measure_integer_walk
 from .measure.latency import measure_latency_quantizer as measure_latency_quantizer
 from .measure.latency import measure_latency_scaling as measure_latency_scaling
 from .measure.layer_error import measure_layer_error as measure_layer_error
+from .measure.remedies import allocate_bits as allocate_bits
 from .measure.remedies import measure_remedies as measure_remedies
 from .measure.running import sqnr_db as sqnr_db
 from .measure.sensitivity import measure_sensitivity as measure_sensitivity
