@@ -67,13 +67,13 @@ from .runs import train as train
 from .schemes import GRANULARITIES as GRANULARITIES
 from .schemes import SCHEMES as SCHEMES
 from .schemes import Scheme as Scheme
-from .show.explorers.integers import integer_walk as integer_walk
+from .show.explorers.execution import integer_walk as integer_walk
+from .show.explorers.execution import speed_lab as speed_lab
 from .show.explorers.layers import layer_explorer as layer_explorer
-from .show.explorers.method import method_figure as method_figure
 from .show.explorers.rounding import distortion_microscope as distortion_microscope
+from .show.explorers.rounding import method_figure as method_figure
 from .show.explorers.rounding import quantizer_playground as quantizer_playground
 from .show.explorers.scales import scale_explorer as scale_explorer
-from .show.explorers.speed import speed_lab as speed_lab
 from .show.explorers.synthetic import synthetic_against_real as synthetic_against_real
 from .show.layers import plot_activation_distortion as plot_activation_distortion
 from .show.layers import plot_channel_scales as plot_channel_scales

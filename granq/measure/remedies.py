@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor, nn
+from torch import nn
 
 from granq.convert import layer_quantizers
 from granq.errors import UserError, one_of

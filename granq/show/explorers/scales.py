@@ -20,18 +20,16 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
     live = data[data.scale > DEAD].assign(shown=data.granularity.map(names))  # constant channels stay empty
     spread = live[live.granularity == finest].groupby(["layer", one]).scale.agg(lambda v: v.max() / v.min())
     layer, row = spread.idxmax()
-    layers = data.layer.unique().tolist()
-    controls = [
-        menu("layer", layers, value=layer, labels=[short_layer(name) for name in layers]),
-        slider("row", int(row), 0, int(data[one].max()), label=one),
-    ]
+    layers = data.layer.unique()
+    choice = menu("layer", layers, value=layer, labels=[short_layer(name) for name in layers])
+    rows_of = slider("row", int(row), 0, int(data[one].max()), label=one)
     rows = short(live, ["scale"]).drop(columns=["bits", "granularity"])
-    packed = pack(rows, ["layer", "shown", one], ["channel", "scale"])
     step = f"step at {data.bits.iloc[0]} bits"
+    packed = pack(rows, ["layer", "shown", one], ["channel", "scale"])
     chosen = alt.Chart(packed).transform_filter("datum.layer == layer").transform_flatten(["channel", "scale"])
     hover = ["shown:N", f"{one}:O", "channel:O", alt.Tooltip("scale:Q", title="step", format=".3~g")]
-    shades, plain = alt.Scale(type="log", scheme="viridis"), alt.Legend(format="~g")
-    colors = alt.Color("scale:Q", title="step", scale=shades, legend=plain)
+    shades = alt.Scale(type="log", scheme="viridis")
+    colors = alt.Color("scale:Q", title="step", scale=shades, legend=alt.Legend(format="~g"))
     axis = alt.Axis(labelOverlap=True, labelAngle=0, labelSeparation=8, ticks=False, grid=False)
     across, down = alt.X("channel:O", axis=axis), alt.Y(f"{one}:O", axis=axis)
 
@@ -54,4 +52,4 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
     line = alt.layer(fixed, points).properties(width=WIDTH, height=150)
     chart = alt.vconcat(maps, line).resolve_scale(color="independent", shape="independent")
     told = f"Maps of the quantization step of every {one} and channel for each granularity, and the steps of one {one}."
-    return finish(chart, f"Which channels share a step, and which {one} needs its own?", told, *controls)
+    return finish(chart, f"Which channels share a step, and which {one} needs its own?", told, choice, rows_of)
