@@ -89,9 +89,8 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
         ax.scatter(x - 0.02, rows.ptq_top1, s=16, **look.points | {"facecolors": "none", "label": "_"})
         ax.scatter(x + 0.02, rows.last_top1, s=16, **look.points)
     if len(published := published[published.bits.isin(widths)]):
-        ax.scatter(
-            published.bits.map(widths.index) + 0.43, published.last_top1, s=40, linewidths=0.8, **_PUBLISHED.points
-        )
+        x = published.bits.map(widths.index) + 0.43
+        ax.scatter(x, published.last_top1, s=40, linewidths=0.8, **_PUBLISHED.points)
     teacher, n = measured.teacher_top1.mean(), measured.groupby(["scheme", "bits"]).seed.nunique().min()
     ax.axhline(teacher, color=GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
