@@ -73,7 +73,7 @@ from .show.explorers.layers import layer_explorer as layer_explorer
 from .show.explorers.rounding import distortion_microscope as distortion_microscope
 from .show.explorers.rounding import method_figure as method_figure
 from .show.explorers.rounding import quantizer_playground as quantizer_playground
-from .show.explorers.scales import scale_explorer as scale_explorer
+from .show.explorers.rounding import scale_explorer as scale_explorer
 from .show.explorers.synthetic import synthetic_against_real as synthetic_against_real
 from .show.layers import plot_activation_distortion as plot_activation_distortion
 from .show.layers import plot_channel_scales as plot_channel_scales
