@@ -211,11 +211,13 @@ def _scale_maps(
     layers: Iterable[tuple[str, Tensor]], bits: int, granularities: Iterable[str], first: str
 ) -> pd.DataFrame:
     """Return the steps of ``_steps`` as rows; ``first`` names the first dimension."""
-    frames = {}
+    frames = []
     for (name, x), granularity in product(layers, granularities):
-        scale = pd.DataFrame(_steps(x, bits, granularity).cpu().numpy())
-        frames[name, bits, granularity] = scale.stack().rename_axis([first, "channel"])
-    return pd.concat(frames, names=["layer", "bits", "granularity"]).rename("scale").reset_index()
+        scale = _steps(x, bits, granularity).cpu().numpy()
+        row, channel = np.indices(scale.shape).reshape(2, -1)
+        columns = {"layer": name, "bits": bits, "granularity": granularity, first: row, "channel": channel}
+        frames.append(pd.DataFrame(columns | {"scale": scale.flatten()}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _steps(x: Tensor, bits: int, granularity: str) -> Tensor:

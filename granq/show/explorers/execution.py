@@ -34,7 +34,7 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
     lists = ["input_channel", "place", "q", "z", "u", "v", "product"]
     packed = pack(rows.drop(columns=["row", "column", "layer"]), ["channel", "at"], lists)
     chosen = alt.Chart(packed).transform_filter("datum.channel == channel && datum.at == pixel")
-    products = chosen.transform_flatten(lists)
+    products = chosen.transform_flatten([*lists])
 
     def panel(field: str, title: str) -> Any:
         limit = 1.6 * float(rows[field].abs().max())  # no cell so dark that its number drowns
