@@ -210,7 +210,7 @@ def published_results(bits: Iterable[str], dataset: str = "cifar10", network: st
     table, keys = pd.read_csv(PUBLISHED), ["dataset", "network", "source"]
     teachers = table[table.method == "full precision"].set_index(keys).top1_percent.rename("teacher_top1")
     names = {name: table[name].str.lower().str.replace("-", "") for name in ("dataset", "network")}
-    network = network.removesuffix(f"_{dataset}").removesuffix("_w1")  # ResNet-20 is resnet20_cifar10 of pytorchcv
+    network = network.removesuffix("_w1").partition("_cifar")[0]  # ResNet-20 is resnet20_cifar10 of pytorchcv
     table = table[(names["dataset"] == dataset) & (names["network"] == network)].join(teachers, keys)
     table["bits"] = [f"W{b}A{b}" for b in table.bits]
     table = table[table.bits.isin(bits)].rename(columns={"method": "scheme", "top1_percent": "last_top1"})
