@@ -16,7 +16,8 @@ def layer_explorer(data: DataFrame) -> alt.VConcatChart:
 
     A click chooses a layer, so does the list. One scheme is compared with another or with all.
     """
-    data, schemes = data.assign(sqnr_db=data.sqnr_db.clip(upper=SQNR_CEILING)), data.scheme.unique().tolist()
+    data = data.assign(sqnr_db=data.sqnr_db.clip(upper=SQNR_CEILING), layer=data.layer.astype(str))
+    schemes = data.scheme.unique().tolist()
     controls = [
         menu("metric", METRICS, value="sqnr_db", labels=list(METRIC_LABELS.values())),
         menu("mode", data["mode"].unique().tolist(), "errors"),
