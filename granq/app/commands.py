@@ -207,6 +207,42 @@ def sensitivity(
     return {"out": str(out), **facts, "rows": _records(frame)}
 
 
+def report(
+    run: Positional[Path | None] = None, *, out: Path, network: str = "", teacher: Path | None = None,
+    data: str | None = None, scheme: str = "granq", bits: str = "3,3", images: Count = 64,
+    image_size: int | None = None, device: Device = "auto",
+) -> Result:  # fmt: skip
+    """Write one HTML page about a network under quantization, or about a finished student next to its teacher.
+
+    Args:
+        run: run folder or packed student; without it --network is quantized here, by --scheme and --bits
+        out: FILE.html, new
+        network: a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION
+        teacher: checkpoint; without it pretrained weights are downloaded, or the student's own weights are the teacher
+        data: takes test images from there; without it the images are random shapes
+        images: how many
+        image_size: by default that of the data, or of the network's usual data
+    """
+    from granq import devices
+
+    device = devices.resolve_device(device)
+    options: Result = {"images": images, "out": out}
+    if run:
+        saved = granq.load_student(run, device, network)
+        network, spec = network or saved.facts["network"], saved.spec
+        model = granq.build_network(network, spec.classes)
+        if teacher:
+            model = granq.load_teacher(network, spec, teacher)[0]
+        else:
+            model.load_state_dict(saved.student.state_dict(), strict=False)  # all but what quantizes
+        options |= {"scheme": saved.student}
+    else:
+        likely = "cifar100" if "cifar100" in network else "cifar10" if "cifar" in network else "imagenet"
+        spec = granq.describe_data(data or likely, network, image_size)
+        model, spec = granq.load_teacher(network, spec, teacher)
+    return {}
+
+
 def _grown_table(
     out: Path, resume: bool, bits: str, run: Path | None, source: Result
 ) -> tuple[list[int], granq.Workbench, Result]:

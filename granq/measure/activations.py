@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -187,6 +188,28 @@ def measure_channel_scales(
         columns = dict(scale=mean.double(), scale_min=low.double(), scale_max=high.double())
         frames[name] = pd.DataFrame(dict(source=source, granularity=granularity, bits=bits) | columns)
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
+
+
+def measure_ranges(model: nn.Module, batches: Iterable[Batch]) -> pd.DataFrame:
+    """Measure the range of every channel in front of every layer over all images, and of every filter of its weight.
+
+    Columns: part ("activations", "weights"), layer, channel, low, high.
+    """
+    lowest, highest, names = dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor](), layer_names(model)
+
+    def keep(key: tuple[str, str], x: Tensor, granularity: str) -> None:
+        low, high = min_max(x, granularity)
+        running.merge(lowest, key, low.flatten(), torch.minimum)
+        running.merge(highest, key, high.flatten(), torch.maximum)
+
+    def visit(name: str, x: Tensor, _: Tensor) -> None:
+        keep(("activations", name), running.by_channel(x), "per_channel")
+
+    running.run(model, batches, "ranges", names, visit)
+    for name in names:
+        keep(("weights", name), cast(Tensor, model.get_submodule(name).weight), "per_out_channel")
+    frames = {key: pd.DataFrame({"low": low, "high": highest[key]}) for key, low in lowest.items()}
+    return pd.concat(frames, names=["part", "layer", "channel"]).reset_index()
 
 
 def _scale_map(layer: str, x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:
