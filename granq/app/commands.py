@@ -104,14 +104,23 @@ def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> R
 def _run_on(run: Path, data: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
     saved = granq.load_student(run, device)
-    spec, c = granq.describe_data(data, saved.facts["network"]), saved.config
-    if spec.classes != saved.spec.classes:
-        raise UserError(f"{data} has {spec.classes} classes, but the run's network has {saved.spec.classes}")
-    spec = saved.spec.model_copy(update={"name": spec.name, "root": spec.root})
+    spec, c = _spec_for(saved, data), saved.config
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     facts |= {"run": str(run), "data": data, "bits": f"W{c.weight_bits}A{c.act_bits}"}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
+
+
+def _spec_for(saved: granq.SavedRun, data: str) -> granq.DataSpec:
+    """Return ``data`` as the network of a run takes them."""
+    spec = granq.describe_data(data, saved.facts["network"])
+    if spec.classes != saved.spec.classes:
+        raise UserError(f"{data} has {spec.classes} classes, but the run's network has {saved.spec.classes}")
+    return saved.spec.model_copy(update={"name": spec.name, "root": spec.root})
+
+
+def _likely_data(network: str) -> str:
+    return "cifar100" if "cifar100" in network else "cifar10" if "cifar" in network else "imagenet"
 
 
 def audit(
@@ -131,8 +140,7 @@ def audit(
     from granq import files
 
     _check_new(*[out] if out else [])
-    likely = "cifar100" if "cifar100" in network else "cifar10" if "cifar" in network else "imagenet"
-    widths, spec = parse_bits(bits), granq.describe_data(data or likely, network, image_size)
+    widths, spec = parse_bits(bits), granq.describe_data(data or _likely_data(network), network, image_size)
     torch.manual_seed(0)
     model = granq.load_teacher(network, spec, teacher)[0] if teacher else granq.build_network(network, spec.classes)
     torch.manual_seed(0)
@@ -223,24 +231,33 @@ def report(
         images: how many
         image_size: by default that of the data, or of the network's usual data
     """
+    import torch
+
     from granq import devices
 
-    device = devices.resolve_device(device)
-    options: Result = {"images": images, "out": out}
+    device, facts, student = devices.resolve_device(device), dict[str, str](), None
     if run:
         saved = granq.load_student(run, device, network)
-        network, spec = network or saved.facts["network"], saved.spec
-        model = granq.build_network(network, spec.classes)
-        if teacher:
-            model = granq.load_teacher(network, spec, teacher)[0]
-        else:
-            model.load_state_dict(saved.student.state_dict(), strict=False)  # all but what quantizes
-        options |= {"scheme": saved.student}
+        student, network, c = saved.student, network or saved.facts["network"], saved.config
+        spec = _spec_for(saved, data) if data else saved.spec
+        facts = {"quantized": f"{c.scheme} W{c.weight_bits}A{c.act_bits}", "student": run.name}
+        model = granq.build_network(network, spec.classes).to(device)
+        model.load_state_dict(student.state_dict(), strict=False)  # which also holds what quantizes
     else:
-        likely = "cifar100" if "cifar100" in network else "cifar10" if "cifar" in network else "imagenet"
-        spec = granq.describe_data(data or likely, network, image_size)
-        model, spec = granq.load_teacher(network, spec, teacher)
-    return {}
+        spec = granq.describe_data(data or _likely_data(network), network, image_size)
+    if teacher or not run:
+        model, spec = granq.load_teacher(network, spec, teacher, device)
+    facts |= {"network": Path(network).name, "data": (data or "none").split(":")[0]}
+    facts["teacher"] = teacher.name if teacher else "the student without rounding" if run else "pretrained"
+    given: Any = ()
+    if data:
+        test: Any = granq.load_split(spec, "test")
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:images]
+        given = granq.batches(torch.utils.data.Subset(test, order.tolist()), spec, 16)
+    widths = parse_bits(bits)
+    options: Result = {"bits": (widths["weight_bits"], widths["act_bits"]), "images": images, "facts": facts}
+    options |= {"scheme": student or scheme, "image_size": spec.image_size}
+    return {"out": str(out)} | granq.report(model, given, out=out, **options)
 
 
 def _grown_table(
@@ -396,5 +413,6 @@ def _records(frame: Any) -> list[Result]:
 
 
 COMMANDS = {
-    f.__name__: f for f in (demo, teacher, evaluate, audit, factorial, sensitivity, export, sweep, figures, bench)
+    f.__name__: f
+    for f in (demo, teacher, evaluate, audit, report, factorial, sensitivity, export, sweep, figures, bench)
 }

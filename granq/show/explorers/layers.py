@@ -59,9 +59,11 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     above = panel(every, x, 190, "worst:Q", here.add_params(pick)).properties(title=said)
     panels = [above, panel(own, ranks, 140, "channel:Q")]
     if layout is not None:
-        drawn = _values(alt.Chart(rows.merge(layout[layout.kind == "layer"]))).transform_filter("datum.scheme == scheme")
+        drawn = _values(alt.Chart(rows.merge(layout[layout.kind == "layer"]))).transform_filter(
+            "datum.scheme == scheme"
+        )
         panels.insert(0, network_panel(drawn.properties(name="network"), layout, ["layer:N", "worst:Q", "value:Q"]))
-    chart = alt.vconcat(*panels)
+    chart: Any = alt.vconcat(*panels)
     if layout is not None:  # a click on the graph chooses too
         next(param for param in chart.params if param.name == pick.name).views.append(chart.vconcat[0].layer[-1].name)
     told = "The error of every layer under several schemes, and below it that of the channels of one layer."
