@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from granq.errors import UserError
 from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_input, layer_names, to_module, trace
-from granq.hooks import Batch, images_of, temporarily
+from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.plain import LAYERS, has_channels, is_plain, module_of
 from granq.quantizer import QParams, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 from granq.ranges import LearnedSteps, TrackedRanges, fake_quantize_learned
@@ -305,7 +305,7 @@ def calibrate(
     places = [place for place in activation_places(model).values() if place.tracked]
     if any(place.learned for place in places):
         raise UserError("the steps of this model are learned: they no longer follow ranges")
-    with temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
+    with eval_mode(model), temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
         for place in places if quantile < 1 else ():  # ranges tracked before were extremes
             place.running_min = place.running_max = torch.empty(0)
         for images in map(images_of, batches):

@@ -44,7 +44,7 @@ def report(
     """Write one HTML page about a network under quantization, charts and all.
 
     Args:
-        model: the full-precision network. If torch.fx cannot trace it, the page lacks what needs the trace, and says so.
+        model: the full-precision network. What needs a trace is left out, and the page says so, if there is none.
         batches: images (N, 3, H, W), or pairs (images, labels); if there are none, ``random_shapes`` of ``image_size``.
         out: the file, which is new.
         scheme: name or scheme; or the quantized network, a student or somebody else's, whose layers have the names of
@@ -57,17 +57,16 @@ def report(
         What the page says in numbers: agreement (percent of images), ``summarize_audit``, bytes. Raises UserError if
         ``out`` exists, or for an unknown scheme or width.
     """
-    out, widths, ready = Path(out), (bits, bits) if isinstance(bits, int) else bits, isinstance(scheme, nn.Module)
+    out, widths = Path(out), (bits, bits) if isinstance(bits, int) else bits
     if out.exists():
         raise UserError(f"{out} already exists; choose another file")
-    if not ready:
-        get_scheme(scheme), [check_bits(width) for width in widths]
+    name: Any = scheme if isinstance(scheme, str) else type(scheme).__name__
+    if not isinstance(scheme, nn.Module):
+        scheme, name = get_scheme(scheme), f"{name} W{check_bits(widths[0])}A{check_bits(widths[1])}"
     data, source = list(_first(batches, images)), "given"
     if not data:
         data, source = list(_first([_shapes(images, image_size)], images)), "random shapes, seed 0"
-    name = "own" if isinstance(scheme, Scheme) else type(scheme).__name__ if ready else scheme
-    told = {"network": type(model).__name__, "quantized": name if ready else "{} W{}A{}".format(name, *widths)}
-    told |= facts or {}
+    told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     parts, found = _measure(model, data, scheme, widths, told["quantized"])
     told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
@@ -96,7 +95,7 @@ def _shapes(images: int, image_size: int) -> Tensor:
 
 
 def _measure(
-    model: nn.Module, data: list[Batch], scheme: str | Scheme | nn.Module, widths: tuple[int, int], name: str
+    model: nn.Module, data: list[Batch], scheme: Scheme | nn.Module, widths: tuple[int, int], name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of the page and its numbers."""
     logits, maps = _logits_and_maps(model, data)

@@ -33,8 +33,8 @@ def range_explorer(data: DataFrame) -> alt.VConcatChart:
         return alt.layer(*layers).properties(width=WIDTH, height=150, title=alt.Title(title, fontWeight="normal"))
 
     usual = (shown.mark_rule(color=RED, strokeWidth=5), "usual_low", {"y2": "usual_high:Q"})
-    point = dict(filled=True, size=35, opacity=1)
-    steps = [(shown.mark_point(shape="circle", color=RED, **point), "median", {}),
+    point: dict[str, Any] = dict(filled=True, size=35, opacity=1)
+    steps: list[Any] = [(shown.mark_point(shape="circle", color=RED, **point), "median", {}),
              (shown.mark_point(shape="diamond", color=TEXT, **point), "whole", {})]  # fmt: skip
     log = alt.Y("narrowest:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g"))
     chart = alt.vconcat(
