@@ -71,7 +71,7 @@ def report(
     told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
     parts["facts"] = DataFrame(told.items()).to_html(index=False, header=False, border=0, classes="facts")
-    parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle(""))
+    parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle(None))
     title = escape(f"What quantization does to {told['network']}: {told['quantized']}")
     text = Template(PAGE.read_text(encoding="utf-8")).substitute(parts, title=title)
     out.parent.mkdir(parents=True, exist_ok=True)
