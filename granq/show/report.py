@@ -103,14 +103,15 @@ def _measure(
         layout, missing = network_layout(model), "No"
     except UserError as error:
         layout, missing = None, f"Not known: {escape(str(error))}"
-    student: Any = (
-        scheme if isinstance(scheme, nn.Module) else layout is not None and prepare(model, scheme, widths, data)
-    )
-    frame, parts = audit(student or model, images_of(data[0])[:2]), {"layers": missing, "microscope": "No layer does."}
-    parts |= {"verdict": "Nothing is quantized here", "ranges": _chart(range_explorer(measure_ranges(model, data)))}
-    found = summarize_audit(frame) if student else {}
-    if student:
-        ours = any(isinstance(module, Quantizer) for module in student.modules())
+    student: Any = scheme if isinstance(scheme, nn.Module) else None
+    if isinstance(scheme, Scheme) and layout is not None:
+        student = prepare(model, scheme, widths, data)
+    ours = student is not None and any(isinstance(module, Quantizer) for module in student.modules())
+    frame = audit(student if ours else model, images_of(data[0])[:2])
+    found: dict[str, Any] = summarize_audit(frame) if ours else {}
+    parts = {"layers": missing, "microscope": "No layer does.", "verdict": "Nothing is quantized here"}
+    parts["ranges"] = _chart(range_explorer(measure_ranges(model, data)))
+    if student is not None:
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
             same = logits.argmax(1) == _logits_and_maps(student, data)[0].argmax(1)
@@ -124,11 +125,10 @@ def _measure(
         sample = {"given": images_of(data[0])[:4]}
         samples = measure_activation_samples(model, sample, maps[:MAGNIFIED], 4)
         parts["microscope"] = _chart(distortion_microscope(samples))
-    true = (frame.weights * frame.bits_per_weight).sum() / 8e6
-    parts["sizes"] = f"Weights: {frame.weights.sum() * 4e-6:.2f} MB in float32, {true:.2f} MB as they are here"
-    parts["table"] = frame[[c for c in COLUMNS if c in frame]].to_html(
-        index=False, border=0, float_format="{:.3g}".format
-    )
+    size, true = frame.weights.sum() * 4e-6, (frame.weights * frame.bits_per_weight).sum() / 8e6
+    parts["sizes"] = f"Weights: {size:.2f} MB in float32" + f", {true:.2f} MB as they are here" * ours
+    table = frame[[column for column in COLUMNS if column in frame]]
+    parts["table"] = table.to_html(index=False, border=0, float_format="{:.3g}".format)
     parts["integers"] = missing if layout is None else _integers(model, data, student, widths)
     return parts, found
 
