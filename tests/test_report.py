@@ -38,7 +38,7 @@ class Residual(nn.Module):
         self.stem, self.a1, self.a2, self.skip = (nn.Conv2d(i, 4, 3, padding=1) for i in (3, 4, 4, 4))
         self.b1, self.b2, self.fc = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         x = self.stem(x).relu()
         x = (self.a2(self.a1(x).relu()) + self.skip(x)).relu()
         x = x + self.b2(self.b1(x).relu())
@@ -159,7 +159,7 @@ def test_what_folds(tiny: nn.Module, tmp_path: Path) -> None:
     granq.report(tiny, [images()], out=tmp_path / "page.html", scheme="foldable", bits=(4, 3))
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "foldable W4A3</h1>" in text and "do not fold" not in text
-    assert "4 layers are integer convolutions with sums in int32; 2 of 2 BatchNorms" in text
+    assert "4 layers compute in integers with sums in int32; 2 of 2 BatchNorms" in text
 
 
 def test_the_command(teacher: Path, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

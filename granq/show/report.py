@@ -71,7 +71,7 @@ def report(
     told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
     parts["facts"] = DataFrame(told.items()).to_html(index=False, header=False, border=0, classes="facts")
-    parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle(None))
+    parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle())  # type: ignore[call-arg]
     title = escape(f"What quantization does to {told['network']}: {told['quantized']}")
     text = Template(PAGE.read_text(encoding="utf-8")).substitute(parts, title=title)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _integers(model: nn.Module, data: list[Batch], student: Any, widths: tuple[i
         return start + escape(str(error))
     layers = sum(isinstance(module, IntegerLayer) for module in twin.modules())
     norms, left = (sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) for network in (student, twin))
-    text = f"{start}{layers} layers are integer convolutions with sums in int32; {norms - left} of {norms} BatchNorms"
+    text = f"{start}{layers} layers compute in integers with sums in int32; {norms - left} of {norms} BatchNorms"
     return f"{text} are part of their rescale. All else stays floating point"
 
 

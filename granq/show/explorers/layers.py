@@ -58,16 +58,18 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
                   axis=alt.Axis(tickMinStep=1, format="d"))  # fmt: skip
     above = panel(every, x, 190, "worst:Q", here.add_params(pick)).properties(title=said)
     panels = [above, panel(own, ranks, 140, "channel:Q")]
-    if layout is not None:
-        drawn = _values(alt.Chart(rows.merge(layout[layout.kind == "layer"]))).transform_filter(
-            "datum.scheme == scheme"
-        )
-        panels.insert(0, network_panel(drawn.properties(name="network"), layout, ["layer:N", "worst:Q", "value:Q"]))
-    chart: Any = alt.vconcat(*panels)
-    if layout is not None:  # a click on the graph chooses too
-        next(param for param in chart.params if param.name == pick.name).views.append(chart.vconcat[0].layer[-1].name)
+    chart = alt.vconcat(*panels) if layout is None else _under_graph(panels, rows, layout, pick)
     told = "The error of every layer under several schemes, and below it that of the channels of one layer."
     return finish(chart, "Which layer is guilty?", told, *controls)
+
+
+def _under_graph(panels: list[Any], rows: DataFrame, layout: DataFrame, pick: alt.Parameter) -> alt.VConcatChart:
+    """Draw the network above the panels; a click on one of its layers chooses too."""
+    drawn = _values(alt.Chart(rows.merge(layout[layout.kind == "layer"]))).transform_filter("datum.scheme == scheme")
+    graph = network_panel(drawn.properties(name="network"), layout, ["layer:N", "worst:Q", "value:Q"])
+    chart: Any = alt.vconcat(graph, *panels)
+    next(param for param in chart.params if param.name == pick.name).views.append(chart.vconcat[0].layer[-1].name)
+    return chart
 
 
 def _values(chart: alt.Chart, metric: str = "metric") -> alt.Chart:

@@ -34,7 +34,7 @@ def network_layout(model: nn.Module) -> DataFrame:
         if (node.args[1] if node.target is getattr else node.target) in SHAPE:  # a size is no path of values
             reads[node] = []
         layer = isinstance(module_of(root, node), LAYERS)
-        if node.op != "output" and (layer or node.op == "placeholder" or len(reads[node]) > 1):
+        if node.op != "output" and (layer or not depth or len(reads[node]) > 1):  # of the arguments the first
             depth[node] = 1 + max((depth[source] for source in reads[node]), default=-1)
             edges += [(source, node) for source in reads[node]]
             reads[node] = [node]
