@@ -19,7 +19,8 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     A click chooses a layer, so does the list. One scheme is compared with another or with all. A column ``kl`` of
     ``measure_sensitivity`` is one metric more, of layers only; with a ``network_layout`` the network is drawn too.
     """
-    data, schemes = data.assign(sqnr_db=data.sqnr_db.clip(upper=SQNR_CEILING)), data.scheme.unique().tolist()
+    data = data.assign(sqnr_db=data.sqnr_db.clip(upper=SQNR_CEILING), layer=data.layer.astype(str))
+    schemes = data.scheme.unique().tolist()
     metrics = [*METRICS, *data.columns.intersection(["kl"])]
     controls = [
         menu("metric", metrics, value="sqnr_db", labels=[LABELS[name] for name in metrics]),
