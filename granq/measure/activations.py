@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from granq.convert import weight_quantizer
 from granq.graph import layer_names
 from granq.hooks import Batch
+from granq.integer import IntegerLayer
 from granq.measure import running
 from granq.measure.running import ACTIVATION_GRANULARITIES, BINS
 from granq.quantizer import choose_qparams, fake_quantize, fake_quantize_with, min_max, qparams_from_range, quantize
@@ -74,14 +76,9 @@ def measure_activation_samples(
         One row per value: source, layer, image, channel, rank (0: narrowest), x, and for every granularity of
         activations the ends of its range, such as per_tensor_low and per_tensor_high.
     """
-    seen: dict[tuple[str, str], Tensor] = {}
-    for source, batch in images.items():
-
-        def keep(name: str, x: Tensor, _: Tensor, source: str = source) -> None:
-            seen[name, source] = running.by_channel(x).to("cpu", copy=True)  # a later layer may change it in place
-
-        running.run(model, [batch], f"activations, {source}", running.checked(model, layers), keep)
-    frames = []
+    frames, names = [], running.checked(model, layers)
+    found = ((source, call) for source in images for call in running.calls(model, images[source], names))
+    seen = {(name, source): running.by_channel(x).cpu() for source, (name, x, _) in found}
     for name, source in product(layers, images):
         spread = np.ptp(seen[name, [*images][-1]].transpose(0, 1).flatten(1).numpy(), 1)  # (C,), of the last source
         live = spread.argsort()[(spread == 0).sum() :]  # constant channels are left out
@@ -107,14 +104,9 @@ def measure_scale_maps(
     The batch ``images`` (N, 3, H, W) is also the group of ``per_tensor`` and ``per_channel``. Columns: layer, bits,
     granularity, image, channel, scale (the step 1/s, in units of the activation).
     """
-    frames: list[pd.DataFrame] = []
-
-    def visit(name: str, x: Tensor, _: Tensor) -> None:
-        frames.extend(_scale_map(name, running.by_channel(x), bits, g, "image") for g in granularities)
-
-    names = [layers] if isinstance(layers, str) else layers
-    running.run(model, [images], "scale maps", running.checked(model, names), visit)
-    return pd.concat(frames, ignore_index=True)
+    names = running.checked(model, [layers] if isinstance(layers, str) else layers)
+    seen = [(name, running.by_channel(x)) for name, x, _ in running.calls(model, images, names)]
+    return _scale_maps(seen, bits, granularities, "image")
 
 
 def measure_weight_scales(
@@ -124,9 +116,9 @@ def measure_weight_scales(
 
     Columns: layer, bits, granularity, filter (output channel), channel (input channel), scale (the step).
     """
-    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in running.checked(model, layers)}
-    frames = [_scale_map(name, w, bits, g, "filter") for name, w in weights.items() for g in granularities]
-    return pd.concat(frames, ignore_index=True)
+    names = running.checked(model, layers)
+    weights = [(name, model.get_parameter(f"{name}.weight").detach()) for name in names]
+    return _scale_maps(weights, bits, granularities, "filter")
 
 
 def measure_data_flow(
@@ -137,20 +129,49 @@ def measure_data_flow(
     Rows are values, of ``channels`` and ``pixels`` evenly spaced over all. Columns: layer, bits, channel, pixel, x,
     low, high (of all pixels of the channel), scale_inv, zero_point, code, value.
     """
-    seen: list[Tensor] = []
-    running.run(
-        model, [images[:1]], "data flow", running.checked(model, [layer]), lambda _, x, __: seen.append(x.cpu())
-    )
-    x = seen[0].flatten(2)[..., None]  # (1, C, H * W, 1)
+    (_, x, _), *_ = running.calls(model, images[:1], running.checked(model, [layer]))
+    x = x.cpu().flatten(2)[..., None]  # (1, C, H * W, 1)
     qparams = choose_qparams(x, bits)
     tensors = [x, *min_max(x, "per_sample_channel"), *qparams, quantize(x, *qparams, bits), fake_quantize(x, bits)]
     row, place = running.spread(x.shape[1], channels), running.spread(x.shape[2], pixels)
-    columns = "x low high scale_inv zero_point code value".split()
-    values = {
-        name: t.expand_as(x)[0, row][:, place].flatten().numpy() for name, t in zip(columns, tensors, strict=True)
-    }
+    values = [t.expand_as(x)[0, row][:, place].flatten().numpy() for t in tensors]
     index = dict(layer=layer, bits=bits, channel=row.repeat(len(place)), pixel=np.tile(place, len(row)))
-    return pd.DataFrame(index | values)
+    names = "x low high scale_inv zero_point code value".split()
+    return pd.DataFrame(index | dict(zip(names, values, strict=True)))
+
+
+@torch.no_grad()
+def measure_integer_walk(
+    student: fx.GraphModule, images: Tensor, layer: str, channels: int = 4, pixels: int = 16
+) -> pd.DataFrame:
+    """Compute outputs of a convolution of a calibrated foldable student in integers, for the first of ``images``.
+
+    Returns:
+        One row per product, of ``channels`` and ``pixels`` of the output, evenly spaced: channel, row, column (of the
+        output), input_channel, place (in the kernel), q and z (code and zero point of the input, zero in the padding),
+        v (integer weight), sum (int32, of all (q + z) * v), rescale, offset, value (rescale * sum + offset), student
+        (what it computes in floating point), layer.
+    """
+    (_, x, output), *_ = running.calls(student, images[:1], [layer])
+    conv = cast(Any, student.get_submodule(layer))
+    integer, (scale_inv, zero_point) = IntegerLayer(conv), cast(Any, weight_quantizer(conv)).source.qparams()
+    u = (x * scale_inv).round()  # x lies on the grid: exact
+    sums = integer.accumulate(u)
+    geometry = dict(dilation=conv.dilation, padding=conv.padding, stride=conv.stride)
+    windows = [nn.functional.unfold(t, conv.kernel_size, **geometry)[0] for t in (u, zero_point.expand_as(u))]
+    fan_in, per_group = integer.weight[0].numel(), len(integer.weight) // conv.groups
+    frames, (tall, wide) = [], output.shape[2:]
+    for channel, pixel in product(running.spread(len(sums[0]), channels), running.spread(tall * wide, pixels)):
+        index = channel // per_group * fan_in + np.arange(fan_in)  # of the inputs of its group
+        codes, zeros = (w[index, pixel].int().cpu().numpy() for w in windows)
+        at = (0, channel, *divmod(int(pixel), wide))
+        input_channel, place = divmod(index, conv.weight[0, 0].numel())
+        facts = dict(channel=channel, row=at[2], column=at[3], input_channel=input_channel, place=place)
+        facts |= dict(q=codes - zeros, z=zeros, v=integer.weight[channel].flatten().cpu().numpy(), sum=sums[at].item())
+        facts |= dict(rescale=integer.rescale[channel].item(), offset=integer.offset[channel].item())
+        facts |= dict(value=integer.rescaled(sums)[at].item(), student=output[at].item())
+        frames.append(pd.DataFrame(facts))
+    return pd.concat(frames, ignore_index=True).assign(layer=layer)
 
 
 def measure_channel_scales(
@@ -169,23 +190,19 @@ def measure_channel_scales(
     def visit(name: str, x: Tensor, _: Tensor) -> None:
         x = running.by_channel(x)
         if per_image:  # extremes of the steps; of the values otherwise
-            scale = _steps(x, bits, granularity).double()
-            low, high = scale.amin(0), scale.amax(0)
-            running.merge(sums, name, torch.stack([scale.sum(0), torch.full_like(low, len(x))]))
+            low = high = _steps(x, bits, granularity).double()
+            running.merge(sums, name, torch.stack([low.sum(0), torch.full_like(low[0], len(x))]))
         else:
-            low, high = (v.flatten().expand(x.shape[1]) for v in min_max(x, granularity))
-        running.merge(lowest, name, low, torch.minimum)
-        running.merge(highest, name, high, torch.maximum)
+            low, high = (v.flatten(1).expand(1, x.shape[1]) for v in min_max(x, granularity))
+        running.merge(lowest, name, low.amin(0), torch.minimum)
+        running.merge(highest, name, high.amax(0), torch.maximum)
 
     count = running.run(model, batches, f"channel scales, {source}", layer_names(model), visit)
     frames = {}
     for name, low in lowest.items():
-        high = highest[name]
-        if per_image:
-            mean = sums[name][0] / sums[name][1]
-        else:
-            mean = low = high = qparams_from_range(low, high, bits).scale
-        columns = dict(scale=mean.double(), scale_min=low.double(), scale_max=high.double())
+        static = qparams_from_range(low, highest[name], bits).scale.double()
+        steps = (sums[name][0] / sums[name][1], low, highest[name]) if per_image else [static] * 3
+        columns = dict(zip(("scale", "scale_min", "scale_max"), steps, strict=True))
         frames[name] = pd.DataFrame(dict(source=source, granularity=granularity, bits=bits) | columns)
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
 
@@ -212,12 +229,17 @@ def measure_ranges(model: nn.Module, batches: Iterable[Batch]) -> pd.DataFrame:
     return pd.concat(frames, names=["part", "layer", "channel"]).reset_index()
 
 
-def _scale_map(layer: str, x: Tensor, bits: int, granularity: str, first: str) -> pd.DataFrame:
+def _scale_maps(
+    layers: Iterable[tuple[str, Tensor]], bits: int, granularities: Iterable[str], first: str
+) -> pd.DataFrame:
     """Return the steps of ``_steps`` as rows; ``first`` names the first dimension."""
-    scale = _steps(x, bits, granularity).cpu().numpy()
-    row, channel = np.indices(scale.shape).reshape(2, -1)
-    values = {"layer": layer, "bits": bits, "granularity": granularity, first: row, "channel": channel}
-    return pd.DataFrame(values | {"scale": scale.flatten()})
+    frames = []
+    for (name, x), granularity in product(layers, granularities):
+        scale = _steps(x, bits, granularity).cpu().numpy()
+        row, channel = np.indices(scale.shape).reshape(2, -1)
+        columns = {"layer": name, "bits": bits, "granularity": granularity, first: row, "channel": channel}
+        frames.append(pd.DataFrame(columns | {"scale": scale.flatten()}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _steps(x: Tensor, bits: int, granularity: str) -> Tensor:

@@ -1,5 +1,6 @@
 """What a quantized model really quantizes: one row per layer, measured on its weights and on its activations."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -52,16 +53,12 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to audit")
     if (weight := next(model.parameters())).dtype.itemsize < 4:  # so few values do not tell where they come from
         raise UserError(f"the audit needs float32, got {weight.dtype}: pass model.float()")
-    unset = any(place.tracked and not place.seen for place in convert.activation_places(model).values())
-    before = {name: value.clone() for name, value in model.state_dict().items()} if unset else {}
+    example = example.to(weight.device)
+    if any(place.tracked and not place.seen for place in convert.activation_places(model).values()):
+        model = copy.deepcopy(model)  # the ranges of the original stay unset
+        convert.calibrate(model, [example])
     with eval_mode(model):
-        try:
-            if unset:
-                convert.calibrate(model, [example.to(weight.device)])
-            sources, macs = _forward(model, example), _multiply_adds(model, example.to(weight.device))
-            frame = pd.DataFrame(_rows(model, sources, macs))
-        finally:
-            model.load_state_dict(before, strict=False)
+        frame = pd.DataFrame(_rows(model, _forward(model, example), _multiply_adds(model, example)))
     frame["macs"] //= len(example)
     frame["weight_share"] = frame.weights / max(frame.weights.sum(), 1)
     frame["macs_share"] = frame.macs / max(frame.macs.sum(), 1)
@@ -84,12 +81,10 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     off = frame[~frame.low_bit & (frame.macs > 0)].sort_values("macs_share", ascending=False, kind="stable")
     kinds = ("outside of layers", "on weights in full precision", "on inputs in full precision")
     what = np.select([off.weights == 0, off.act_quantized, off.weight_quantized], kinds, "on both in full precision")
-    parts = [
-        f"{100 * rows.macs_share.sum():.1f} % of MACs {kind} ({rows.layer.iloc[0]}"
-        + (f" and {len(rows) - 1} more)" if len(rows) > 1 else ")")
-        for kind, rows in off.groupby(what, sort=False)
-    ]
-    text += f"; not quantized: {', '.join(parts)}" if parts else ""
+    for i, (kind, rows) in enumerate(off.groupby(what, sort=False)):
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        text += f"{', ' if i else '; not quantized: '}{100 * rows.macs_share.sum():.1f} % of MACs {kind}"
+        text += f" ({rows.layer.iloc[0]}{more})"
     if uncalled := int(((frame.macs == 0) & (frame.weights > 0)).sum()):
         text += f"; {uncalled} tensors of weights belong to no layer that is called"
     return {

@@ -34,8 +34,6 @@ def textbook_chain(x: Tensor, bits: int) -> Tensor:
 
 
 ours = partial(fake_quantize, granularity="per_sample_channel", clamp=False)  # as the scheme granq does
-
-
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "layerwise": partial(fake_quantize, granularity="per_tensor", clamp=False),
     "channel loop": lambda x, bits: torch.cat([ours(channel, bits) for channel in x.split(1, 1)], 1),

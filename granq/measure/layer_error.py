@@ -71,11 +71,9 @@ class _Errors:
         self.students, self.layers, self.modes = students, layers, modes
         self.sums: dict[tuple[str, str, str], Tensor] = {}
         self.clean: dict[str, list[Tensor]] = {}  # full-precision outputs in this batch, for each call of a layer
-        self.quantizers = {  # in front of every call in turn, batch after batch; none in layers that fx does not trace
-            (scheme, name): cycle(quantizers.inputs or (None,))
-            for scheme, student in students.items()
-            for name, quantizers in layer_quantizers(student).items()
-        }
+        found = {scheme: layer_quantizers(student) for scheme, student in students.items()}
+        # in front of every call in turn, batch after batch; none in layers that fx does not trace
+        self.quantizers = {(s, name): cycle(q.inputs or (None,)) for s in found for name, q in found[s].items()}
 
     def visit(self, name: str, x: Tensor, out: Tensor) -> None:
         for scheme, student in self.students.items() if "local" in self.modes else ():

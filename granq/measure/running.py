@@ -48,6 +48,13 @@ def run(
     return count
 
 
+def calls(model: nn.Module, batch: Batch, names: Iterable[str]) -> list[tuple[str, Tensor, Tensor]]:
+    """Return name, input and output of every call of the modules ``names``; later layers do not change them."""
+    found: list[tuple[str, Tensor, Tensor]] = []
+    run(model, [batch], "activations", names, lambda name, x, out: found.append((name, x.clone(), out.clone())))
+    return found
+
+
 def checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Return ``layers``, each once. Raises UserError for one that is no Conv2d or Linear of ``model``."""
     known, names = layer_names(model), list(dict.fromkeys(layers))

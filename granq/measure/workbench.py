@@ -27,10 +27,6 @@ from granq.schemes import SCHEMES
 
 RESULTS = "results_cifar10.csv"
 PUBLISHED = Path(__file__).with_name("published_results.csv")
-PUBLISHED_NAMES = {
-    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet", "resnet20_cifar10": "ResNet-20",
-    "resnet20_cifar100": "ResNet-20", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_w1": "MobileNetV2",
-}  # fmt: skip
 
 
 class Budget(NamedTuple):
@@ -133,8 +129,11 @@ class Workbench:
     @cached_property
     def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
         """Generator, history and generated images over training, of the given runs or of a short one made here."""
-        runs = self._runs or [self._short_run()]
-        histories = [_history(pd.read_csv(run.history), run.read_config()["config"]) for run in runs]
+        runs, histories = self._runs or [self._short_run()], []
+        for run in runs:
+            c = run.read_config()["config"]
+            told = dict(scheme=str(c.scheme), bits=f"W{c.weight_bits}A{c.act_bits}", seed=c.seed, recipe=c.recipe)
+            histories.append(pd.read_csv(run.history).assign(**told))
         generator = load_generator(runs[0].path, self.device).train()
         if (drawn := runs[0].path / "images.csv").is_file():
             images = pd.read_csv(drawn, dtype={"pixels": str})
@@ -181,19 +180,14 @@ class Workbench:
         """Return ``count`` convolutions spread evenly over the depth, neither the first nor the last layer."""
         names = layer_names(self.teacher)
         inner = [n for n in names[1:-1] if isinstance(self.teacher.get_submodule(n), nn.Conv2d)] or names
-        return [inner[(i + 1) * len(inner) // (count + 1)] for i in range(count)]
+        return [inner[i * len(inner) // (count + 1)] for i in range(1, count + 1)]
 
     def facts(self, teacher: bool = True) -> dict[str, Any]:
         """Return the provenance that every row of a CSV carries."""
         facts: dict[str, Any] = {"budget": self.name, "seed": self.seed, "commit": commit()}
         if teacher:
             facts |= dict(dataset=dataset_name(self.data), network=self.network, teacher_test_top1=self.top1)
-        return facts | {key: value for key, value in versions(self.device).items() if key in ("torch", "device")}
-
-
-def _history(rows: pd.DataFrame, config: QATConfig) -> pd.DataFrame:
-    bits = f"W{config.weight_bits}A{config.act_bits}"
-    return rows.assign(scheme=str(config.scheme), bits=bits, seed=config.seed, recipe=config.recipe)
+        return facts | {name: versions(self.device)[name] for name in ("torch", "device")}
 
 
 def dataset_name(name: str) -> str:
@@ -216,8 +210,9 @@ def published_results(bits: Iterable[str], dataset: str = "cifar10", network: st
     """Return published results at these widths, in the columns of measured rows."""
     table, keys = pd.read_csv(PUBLISHED), ["dataset", "network", "source"]
     teachers = table[table.method == "full precision"].set_index(keys).top1_percent.rename("teacher_top1")
-    names = PUBLISHED_NAMES.get(dataset), PUBLISHED_NAMES.get(network)
-    table = table[(table.dataset == names[0]) & (table.network == names[1])].join(teachers, keys)
+    names = {name: table[name].str.lower().str.replace("-", "") for name in ("dataset", "network")}
+    network = network.removesuffix("_w1").partition("_cifar")[0]  # ResNet-20 is resnet20_cifar10 of pytorchcv
+    table = table[(names["dataset"] == dataset) & (names["network"] == network)].join(teachers, keys)
     table["bits"] = [f"W{b}A{b}" for b in table.bits]
     table = table[table.bits.isin(bits)].rename(columns={"method": "scheme", "top1_percent": "last_top1"})
     return table[[*keys, "scheme", "bits", "last_top1", "std", "teacher_top1"]]

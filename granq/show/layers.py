@@ -58,15 +58,10 @@ def plot_layer_error(
 
     ``mode`` is ``"local"`` (clean input of every layer) or ``"accumulated"`` (quantized input).
     """
-    ax = ax or plt.gca()
     rows = select(data[data.channel.isna()] if "channel" in data else data, mode=mode)
-    rows, layers = rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING)), list(rows.layer.unique())
-    for scheme, part in rows.groupby("scheme", sort=False):
-        ax.plot(part.layer.map(layers.index), part[metric], **role(str(scheme)).line)
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
-    ax.set_title(f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}")
-    layer_ticks(ax, layers)
-    ax.set(ylabel=METRIC_LABELS[metric], yscale="log" if metric == "mse" else "linear")
+    title = f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}"
+    ax = _layer_lines(ax, rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING)), "scheme", metric, title)
     return finish(ax, legend, ncols=2)
 
 
@@ -75,21 +70,25 @@ def plot_sensitivity(
     ax: Ax = None,
 ) -> Axes:  # fmt: skip
     """Draw ``measure_sensitivity`` over the layers: one line for weights, one for activations and one for both."""
-    ax = ax or plt.gca()
     rows = select(data, kind=kind, bits=bits)
-    layers = list(rows.layer.unique())
-    for part, line in rows.groupby("part", sort=False):
-        look = role(str(part)).line
-        if metric == "lost":
-            ends = line.lost - line.lost_low, line.lost_high - line.lost
-            ax.errorbar(line.layer.map(layers.index), line.lost, ends, elinewidth=0.5, **look)
+    where = {"alone": "this layer alone", "all_but": "all but this layer", "patched": "all, clean input here"}
+    title = f"{where[rows.kind.iloc[0]]}, {rows.bits.iloc[0]} bits, n = {rows.images.iloc[0]} images"
+    return finish(_layer_lines(ax, rows, "part", metric, title), legend)
+
+
+def _layer_lines(ax: Ax, data: DataFrame, by: str, metric: str, title: str) -> Axes:
+    """Draw ``metric`` over the layers, a line for every group ``by``, with its interval where there is one."""
+    ax, layers = ax or plt.gca(), list(data.layer.unique())
+    for name, rows in data.groupby(by, sort=False):
+        x, y, look = rows.layer.map(layers.index), rows[metric], role(str(name)).line
+        if f"{metric}_low" in data:
+            ax.errorbar(x, y, (y - rows[f"{metric}_low"], rows[f"{metric}_high"] - y), elinewidth=0.5, **look)
         else:
-            ax.plot(line.layer.map(layers.index), line[metric], **look)
-    title = {"alone": "this layer alone", "all_but": "all but this layer", "patched": "all, clean input here"}
-    ax.set_title(f"{title[rows.kind.iloc[0]]}, {rows.bits.iloc[0]} bits, n = {rows.images.iloc[0]} images")
-    ax.set(ylabel=SENSITIVITY_LABELS[metric], yscale="log" if metric == "kl" else "linear")
+            ax.plot(x, y, **look)
     layer_ticks(ax, layers)
-    return finish(ax, legend)
+    labels = METRIC_LABELS | SENSITIVITY_LABELS
+    ax.set(title=title, ylabel=labels[metric], yscale="log" if metric in ("mse", "kl") else "linear")
+    return ax
 
 
 def plot_granularity_maps(
@@ -109,7 +108,7 @@ def plot_granularity_maps(
     ax.set(title=role(name).label.replace(" (", "\n("), xlabel="channel", ylabel="image")
     ax.locator_params(integer=True, nbins=4)
     if colorbar:
-        plain_log(ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)").ax.yaxis)
+        plain_log(ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)").ax)
     return ax
 
 
@@ -145,8 +144,7 @@ def plot_channel_scales(
     ax = ax or plt.gca()
     data = select(data, granularity=granularity, bits=bits)
     _channel_points(ax, data.assign(value=data.scale.where(data.scale > DEAD)), "source")
-    ax.set_yscale("log")
-    plain_log(ax.yaxis)
+    plain_log(ax)
     ax.set_ylabel(f"scale at {data.bits.iloc[0]} bits\n(step, in units of the activation)")
     one = f"one scale {role(data.granularity.iloc[0]).label}"
     ax.set_title(f"{one}, n = {data.images.min()} images of each source")
@@ -167,8 +165,7 @@ def plot_synthetic_gap(data: DataFrame, *, quantity: str = "ks_distance", legend
     }[quantity]
     _channel_points(ax, data.assign(value=values.where(data.variance_real > 0)), "pair")
     if quantity == "variance":
-        ax.set_yscale("log")
-        plain_log(ax.yaxis)
+        plain_log(ax)
     ax.set_ylabel(GAP_LABELS[quantity])
     return finish(ax, legend)
 

@@ -1,19 +1,17 @@
 """Where it leads: training, accuracy, true bits and time."""
 
-from typing import Any
-
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 from pandas import DataFrame, Series
 
 from granq.errors import UserError
 from granq.measure.images import decode_pixels
 from granq.measure.workbench import dataset_name
-from granq.show.style import BLACK, GREY, ROLES, Ax, Role, finish, plain_log, role, select, side_by_side
+from granq.show.style import GREY, Ax, Role, finish, plain_log, role, select, side_by_side
 
 TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
                    "teacher_top1": "teacher on synthetic\nimages (%)",
@@ -22,9 +20,6 @@ TRUE_BITS_LABELS = {"true_bits_per_weight": "true bits\nper weight", "weights_lo
                     "true_bits_per_activation": "true bits\nper activation",
                     "macs_low_bit": "MACs really\nat low bits (%)"}  # fmt: skip
 SCALING_LABELS = {"median_ms": "time (ms)", "peak_mb": "peak memory (MB)", "scale_multiplications": "multiplications"}
-_ROLE_OF = {"copy": "full precision", "layerwise": "layerwise", "layer-wise": "layerwise", "granq": "granq",
-            "pre-scaled": "granq", "channel loop": "per_channel", "accumulation-time, loop": "per_channel",
-            "textbook": "strict", "accumulation-time, grouped": "strict", "folded": "foldable"}  # fmt: skip
 _PUBLISHED = Role("published, own teachers", "#6b6b70", "_")
 
 
@@ -94,9 +89,8 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
         ax.scatter(x - 0.02, rows.ptq_top1, s=16, **look.points | {"facecolors": "none", "label": "_"})
         ax.scatter(x + 0.02, rows.last_top1, s=16, **look.points)
     if len(published := published[published.bits.isin(widths)]):
-        ax.scatter(
-            published.bits.map(widths.index) + 0.43, published.last_top1, s=40, linewidths=0.8, **_PUBLISHED.points
-        )
+        x = published.bits.map(widths.index) + 0.43
+        ax.scatter(x, published.last_top1, s=40, linewidths=0.8, **_PUBLISHED.points)
     teacher, n = measured.teacher_top1.mean(), measured.groupby(["scheme", "bits"]).seed.nunique().min()
     ax.axhline(teacher, color=GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
@@ -185,26 +179,20 @@ def plot_true_bits(
     return finish(ax, legend)
 
 
-def _timed(ax: Axes, name: str, x: Series, rows: DataFrame, quantity: str = "median_ms", **style: Any) -> None:
-    """Draw one method in the look of the scheme it belongs to, else in black; a star is another memory layout."""
-    base = name.removesuffix(", NHWC")
-    look = ROLES[_ROLE_OF[base]] if base in _ROLE_OF else Role(name, BLACK, "X", (0, (2, 1)))
-    look = look._replace(label=name, marker=look.marker if name == base else "*")
-    spread = [rows.median_ms - rows.q25_ms, rows.q75_ms - rows.median_ms] if quantity == "median_ms" else None
-    ax.errorbar(x, rows[quantity], yerr=spread, capsize=2, **look.line | style)
-
-
 def plot_quantizer_latency(data: DataFrame, *, ax: Ax = None) -> Axes:
     """Draw ``measure_latency_quantizer``: median and quartiles; the method ``copy`` is the floor, the bytes cloned."""
     ax = ax or plt.gca()
-    for _, rows, x in side_by_side(data, "method", "shape", 0.12):
-        _timed(ax, rows.method.iloc[0], x, rows, linestyle="none")
-    ax.set_yscale("log")
-    plain_log(ax.yaxis)
+    for look, rows, x in side_by_side(data, "method", "shape", 0.12):
+        ax.errorbar(x, rows.median_ms, _quartiles(rows), capsize=2, **look._replace(dash="none").line)
+    plain_log(ax)
     shapes = [shape.strip("()").replace(", ", "×") for shape in data["shape"].unique()]
     ax.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
     ax.set(xlabel="activation shape (N×C×H×W)", ylabel="time (ms)\nmedian and quartiles")
     return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _quartiles(rows: DataFrame) -> tuple[Series, Series]:
+    return rows.median_ms - rows.q25_ms, rows.q75_ms - rows.median_ms
 
 
 def plot_scaling_latency(
@@ -214,10 +202,11 @@ def plot_scaling_latency(
     ax = ax or plt.gca()
     other = {"channels": "batch", "batch": "channels"}[against]
     rows = data[data[other] == data[other].mode().iloc[0]].sort_values(against)
-    for execution, part in rows.groupby("execution", sort=False):
-        _timed(ax, str(execution), part[against], part, quantity)
+    for name, part in rows.groupby("execution", sort=False):
+        spread = _quartiles(part) if quantity == "median_ms" else None
+        ax.errorbar(part[against], part[quantity], spread, capsize=2, **role(str(name)).line)
     ax.set_yscale("symlog" if quantity == "scale_multiplications" else "log")  # some executions need none
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel=f"{against} ({other} {rows[other].iloc[0]})", ylabel=SCALING_LABELS[quantity])
     return finish(ax, legend)

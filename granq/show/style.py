@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from pandas import DataFrame, Series
 
 from granq.errors import UserError
@@ -63,6 +63,12 @@ ROLES |= {  # what is quantized
     "activations": ROLES["per_channel"]._replace(label="activations"),
     "both": Role("both", BLACK, "X", "-"),
 }
+_TIMED = {"copy": "full precision", "layer-wise": "layerwise", "pre-scaled": "granq", "channel loop": "per_channel",
+          "accumulation-time, loop": "per_channel", "textbook": "strict", "accumulation-time, grouped": "strict",
+          "folded": "foldable"}  # fmt: skip
+ROLES |= {name: ROLES[scheme]._replace(label=name) for name, scheme in _TIMED.items()}
+ROLES["granq, NHWC"] = ROLES["granq"]._replace(label="granq, NHWC", marker="*")
+ROLES["layer-wise, float32"] = Role("layer-wise, float32", BLACK, "X", (0, (2, 1)))
 
 
 def role(name: str) -> Role:
@@ -97,11 +103,12 @@ def finish(ax: Axes, legend: bool, **options: Any) -> Axes:
     return ax
 
 
-def plain_log(axis: Any) -> None:
-    """Write ticks 1, 2, 5 as numbers: a range below one decade has no power of ten to name."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def plain_log(ax: Axes) -> None:
+    """Make y logarithmic, with ticks 1, 2, 5 as numbers: a range below one decade has no power of ten to name."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def short_layer(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What rounding does: to sampled activations of a network, and to numbers on a line."""
+"""What rounding does to activations, to numbers on a line and to all channels at once; and where scales differ."""
 
 from itertools import product
 from typing import Any
@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from pandas import DataFrame, Series
 
-from granq.measure.running import ACTIVATION_GRANULARITIES
+from granq.measure.running import ACTIVATION_GRANULARITIES as GRANULARITIES
+from granq.measure.running import DEAD
 from granq.quantizer import fake_quantize_with, qparams_from_range
-from granq.show.explorers.base import RED, TEXT, WIDTH, finish, menu, pack, quantized, slider
+from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, menu, pack, quantized, short, slider
 from granq.show.style import GREY, role, short_layer
 
 HOVER = [alt.Tooltip("x:Q", format=".4f"), alt.Tooltip("code:Q"), alt.Tooltip("value:Q", format=".4f")]
@@ -18,16 +19,14 @@ HOVER = [alt.Tooltip("x:Q", format=".4f"), alt.Tooltip("code:Q"), alt.Tooltip("v
 
 def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
     """Explore ``measure_activation_samples``: one channel of one image under every number of bits and every range."""
-    rows = pack(data.assign(**_reach(data)), ["source", "layer", "rank", "image"], ["x"])
-    layers, groups = data.layer.unique().tolist(), list(ACTIVATION_GRANULARITIES)
-    labels = [role(name).label for name in groups]
+    rows, layers = pack(data.assign(**_reach(data)), ["source", "layer", "rank", "image"], ["x"]), data.layer.unique()
     controls = [
         slider("bits", 3, 2, 8),
-        menu("granularity", groups, "one scale", labels=labels),
+        menu("granularity", GRANULARITIES, "one scale", labels=[role(name).label for name in GRANULARITIES]),
         menu("layer", layers, labels=[short_layer(name) for name in layers]),
         slider("rank", 0, 0, int(data["rank"].max()), label="channel, narrowest first"),
         slider("image", 0, 0, int(data.image.max())),
-        menu("source", data.source.unique().tolist(), "images"),
+        menu("source", data.source.unique(), "images"),
     ]
     shown = alt.Chart(rows).transform_filter(
         "datum.layer == layer && datum.rank == rank && datum.image == image && datum.source == source"
@@ -37,9 +36,7 @@ def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
     tight, most = alt.Scale(nice=False, zero=False), int(rows.x.map(len).max())
     x = alt.X("x:Q", title="activation", scale=tight)
     count = alt.Y("count()", title="values", scale=alt.Scale(type="symlog", domain=[0, most]))
-    bins = points.transform_calculate(bin="(datum.reach_high - datum.reach_low) / 40")
-    bins = bins.transform_calculate(left="datum.reach_low + datum.bin * floor((datum.x - datum.reach_low) / datum.bin)")
-    bins = bins.transform_calculate(right="datum.left + datum.bin")
+    bins = points.transform_bin(["left", "right"], "x", bin=alt.Bin(maxbins=40))
     bars = bins.mark_bar(color=GREY).encode(alt.X("left:Q", title=None), count, x2="right:Q", tooltip=["count()"])
     landed = points.mark_rule(color=RED, strokeWidth=2).encode(alt.X("value:Q"), count, tooltip=[*HOVER[1:], "count()"])
     # every level there is, also those that no value reaches
@@ -55,9 +52,7 @@ def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
     histogram = alt.layer(bars, landed, ticks).properties(width=WIDTH, height=150)
     staircase = alt.layer(exact, *fixed, stairs).properties(width=WIDTH, height=220)
     chart = alt.vconcat(_quality(points), histogram, staircase, spacing=8).resolve_scale(x="shared")
-    told = (
-        "Histogram of one channel with the quantization levels on it; below it, values before against after rounding."
-    )
+    told = "Histogram of one channel with the quantization levels on it; below it, values before and after rounding."
     return finish(chart, "What do few bits do to one channel?", told, *controls)
 
 
@@ -65,7 +60,7 @@ def _reach(data: DataFrame) -> dict[str, Any]:
     """Return the ends that values of a channel have before and after every rounding, so that axes do not move."""
     columns = {name: torch.from_numpy(data[name].to_numpy(copy=True)) for name in data.filter(regex="^x$|_(low|high)$")}
     values = [x := columns["x"]]
-    for name, bits in product(ACTIVATION_GRANULARITIES, range(2, 9)):
+    for name, bits in product(GRANULARITIES, range(2, 9)):
         qparams = qparams_from_range(columns[f"{name}_low"], columns[f"{name}_high"], bits)
         values.append(fake_quantize_with(x, qparams, bits))
     every, keys = torch.stack(values).numpy(), [data[key] for key in ("source", "layer", "rank")]
@@ -90,7 +85,7 @@ def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
 
     The range reaches from minimum to maximum, and to the outlier if that lies outside.
     """
-    least, most = np.floor(data.x.min()), np.ceil(data.x.max())
+    least, most = float(np.floor(data.x.min())), float(np.ceil(data.x.max()))
     width, far = most - least, most + (most - least)
     controls = [
         slider("bits", 3, 2, 8),
@@ -102,7 +97,7 @@ def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
     low, high = "min(minimum, outlier)", "max(maximum, outlier)"
     points = quantized(alt.Chart(data[["x"]]), low, high, "clamped")
     points = points.transform_calculate(error="datum.value - datum.x", one="1", zero="0")
-    axis = alt.Scale(domain=[float(least - width / 8), float(far)], nice=False)
+    axis = alt.Scale(domain=[least - width / 8, far], nice=False)
     x = alt.X("x:Q", title=None, scale=axis, axis=alt.Axis(labels=False, ticks=False, grid=False))
     line = points.mark_rule(color=GREY, clip=True).encode(x, x2="value:Q", y=alt.value(12), y2=alt.value(70))
     starts = points.mark_tick(color=TEXT, height=10, thickness=1).encode(x, y=alt.value(8), tooltip=HOVER)
@@ -121,15 +116,95 @@ def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
         grey = points.mark_line(color=GREY, clip=True).encode(across, alt.Y(f"{other}:Q"))
         return alt.layer(grey, dots).properties(width=WIDTH, height=110 if field == "value" else 60)
 
-    margin = float(width / 4)
-    chart = alt.vconcat(
+    margin = width / 4
+    panels = [
         alt.layer(line, starts, ends, codes, far_off).properties(width=WIDTH, height=95),
-        panel("value", "after rounding", [float(least) - margin, float(most) + margin]),
+        panel("value", "after rounding", [least - margin, most + margin]),
         panel("error", "error", [-margin, margin]),
         panel("one", "gradient", [-0.2, 1.2], last=True),
-        spacing=10,
-    )
-    told = (
-        "Numbers joined to the levels they are rounded to; below it the value after rounding, the error, the gradient."
-    )
-    return finish(chart, "Which numbers can a few bits tell apart?", told, *controls)
+    ]
+    told = "Numbers joined to the levels they are rounded to; below it the values after rounding, errors, gradients."
+    return finish(alt.vconcat(*panels, spacing=10), "Which numbers can a few bits tell apart?", told, *controls)
+
+
+def method_figure(data: DataFrame) -> alt.HConcatChart:
+    """Explore ``measure_data_flow``: rows of x, vectors of minima and maxima, s and z, rows of x_q, for any bits."""
+    packed = pack(data[["channel", "pixel", "x", "low", "high"]], ["channel"], ["pixel", "x"])
+    values = quantized(alt.Chart(packed).transform_flatten(["pixel", "x"]), "datum.low", "datum.high")
+    ends = [float(end) for end in (data.x.min(), data.x.max())]
+    tall = 15 * len(packed)
+    channel = alt.Axis(title=None, labelExpr="'channel ' + datum.value", ticks=False, domain=False)
+
+    def grid(field: str, title: str, axis: Any = None) -> alt.Chart:
+        colors = alt.Color(f"{field}:Q", scale=alt.Scale(scheme="viridis", domain=ends), legend=None)
+        hover = ["channel:O", "pixel:O", *(alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("x", "code", "value"))]
+        cells = values.mark_rect().properties(width=128, height=tall, title=alt.Title(title, anchor="middle"))
+        return cells.encode(alt.X("pixel:O", axis=None), alt.Y("channel:O", axis=axis), colors, tooltip=hover)
+
+    def vectors(*names: str) -> alt.Chart:
+        one = values.transform_aggregate(min="min(low)", max="max(high)", s="max(s)", z="max(z)", groupby=["channel"])
+        head = alt.Axis(title=None, orient="top", ticks=False, domain=False, labelAngle=0, labelFontSize=12)
+        text = one.transform_fold(names, ["name", "number"]).encode(
+            alt.X("name:N", sort=names, axis=head), alt.Y("channel:O", axis=None), alt.Text("number:Q", format=".3~g"),
+            tooltip=["channel:O", "name:N", "number:Q"])  # fmt: skip
+        shade = RED if "s" in names else TEXT
+        return text.mark_text(fontSize=10, color=shade).properties(width=84, height=tall)
+
+    def word(text: str, width: int, **look: Any) -> alt.Chart:
+        chart = alt.Chart(DataFrame({"said": [text]})).mark_text(**look).properties(width=width, height=tall)
+        return chart.encode(text="said:N", x=alt.value(width / 2), y=alt.value(tall / 2))
+
+    box = word("scale and zero-point calibration", 24, angle=270, fontSize=12)
+    box = box.properties(view=alt.ViewBackground(stroke=TEXT, cornerRadius=6))
+    parts = [grid("x", "x", channel), vectors("min", "max"), box, vectors("s", "z"), grid("value", "x_q")]
+    row = [parts[0], *(chart for part in parts[1:] for chart in (word("→", 12, fontSize=18), part))]
+    told = "Channels as rows of x; vectors of minima and maxima; one calibration; vectors s and z; rows of x_q."
+    where = f"How are all channels of {short_layer(data.layer.iloc[0])} quantized at once?"
+    chart = alt.hconcat(*row, spacing=4).resolve_scale(y="shared", color="independent")
+    return finish(chart, where, told, slider("bits", int(data.bits.iloc[0]), 2, 8))
+
+
+def scale_explorer(data: DataFrame) -> alt.VConcatChart:
+    """Explore ``measure_scale_maps`` or ``measure_weight_scales``: a map for each granularity, and one row of them.
+
+    It opens where the steps differ most: the layer, and the row of its finest map.
+    """
+    data = data.assign(layer=data.layer.astype(str))  # "0" of a Sequential comes back from a CSV as a number
+    one, finest = "filter" if "filter" in data else "image", data.granularity.iloc[-1]
+    names = {name: role(name).label.replace("_", " ") for name in data.granularity.unique()}
+    live = data[data.scale > DEAD].assign(shown=data.granularity.map(names))  # constant channels stay empty
+    spread = live[live.granularity == finest].groupby(["layer", one]).scale.agg(lambda v: v.max() / v.min())
+    layer, row = spread.idxmax()
+    layers = data.layer.unique()
+    choice = menu("layer", layers, value=layer, labels=[short_layer(name) for name in layers])
+    rows_of = slider("row", int(row), 0, int(data[one].max()), label=one)
+    rows = short(live, ["scale"]).drop(columns=["bits", "granularity"])
+    step = f"step at {data.bits.iloc[0]} bits"
+    packed = pack(rows, ["layer", "shown", one], ["channel", "scale"])
+    chosen = alt.Chart(packed).transform_filter("datum.layer == layer").transform_flatten(["channel", "scale"])
+    hover = ["shown:N", f"{one}:O", "channel:O", alt.Tooltip("scale:Q", title="step", format=".3~g")]
+    shades = alt.Scale(type="log", scheme="viridis")
+    colors = alt.Color("scale:Q", title="step", scale=shades, legend=alt.Legend(format="~g"))
+    axis = alt.Axis(labelOverlap=True, labelAngle=0, labelSeparation=8, ticks=False, grid=False)
+    across, down = alt.X("channel:O", axis=axis), alt.Y(f"{one}:O", axis=axis)
+
+    def panel(name: str) -> Any:
+        own = chosen.transform_filter(alt.datum.shown == name)
+        mark = own.transform_filter(f"datum.{one} == row").transform_aggregate(groupby=[one])
+        mark = mark.mark_point(shape="triangle-left", filled=True, size=60, opacity=1, color=TEXT)
+        cells = own.mark_rect().encode(across, down, colors, tooltip=hover)
+        both = alt.layer(cells, mark.encode(down, x=alt.value(200)))
+        return both.properties(width=192, height=128, title=name)  # whole pixels for 16, 32 and 64 channels
+
+    maps = alt.concat(*map(panel, names.values()), columns=2)
+    looks = alt.Scale(domain=list(names.values()), range=[color(name) for name in names])
+    points = chosen.transform_filter(f"datum.{one} == row").mark_point(filled=True, size=30, opacity=1).encode(
+        alt.X("channel:Q", title=f"channel of this {one}", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
+        alt.Y("scale:Q", title=step, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g", tickCount=5)),
+        alt.Color("shown:N", title=None, scale=looks, legend=alt.Legend(orient="top", columns=2, labelLimit=250)),
+        alt.Shape("shown:N", title=None, scale=alt.Scale(domain=looks.domain)), tooltip=hover)  # fmt: skip
+    fixed = chosen.mark_point(opacity=0, aria=False).encode(x="channel:Q", y="scale:Q")  # axes stay for every row
+    line = alt.layer(fixed, points).properties(width=WIDTH, height=150)
+    chart = alt.vconcat(maps, line).resolve_scale(color="independent", shape="independent")
+    told = f"Maps of the quantization step of every {one} and channel for each granularity, and the steps of one {one}."
+    return finish(chart, f"Which channels share a step, and which {one} needs its own?", told, choice, rows_of)

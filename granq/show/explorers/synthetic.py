@@ -24,8 +24,8 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
     """
     rows, pairs = gap[gap.variance_real > 0], gap.pair.unique().tolist()
     shift = (rows.mean_synthetic - rows.mean_real).abs() / rows.variance_real**0.5
-    rows = rows.assign(shift=shift, ratio=rows.variance_synthetic / rows.variance_real)
-    rows = rows.assign(place=rows.layer.factorize()[0] + 0.82 + 0.36 * rows.pair.factorize()[0])
+    place = rows.layer.factorize()[0] + 0.82 + 0.36 * rows.pair.factorize()[0]
+    rows = rows.assign(shift=shift, ratio=rows.variance_synthetic / rows.variance_real, place=place)
     pick = pick_layer(gap.layer, str(rows.groupby("layer").ks_distance.median().idxmax()))
     every = alt.Chart(short(rows[["layer", "channel", "pair", "place", *NUMBERS]], NUMBERS))
     every = every.transform_calculate(value="datum[quantity]")
@@ -42,9 +42,9 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
     means = own.mark_circle(size=40, opacity=0.8).encode(real, alt.Y("mean_synthetic:Q"), colors, tooltip=hover)
     inside = alt.layer(equal, means).properties(width=WIDTH, height=140)
     told = "Generated and real images of each label, and how far apart their activations are in every layer."
-    controls = menu("quantity", QUANTITIES, labels=list(QUANTITIES.values()))
-    return finish(alt.vconcat(_strip(images), distances, inside), "How far are generated images from real ones?",
-                  told, controls)  # fmt: skip
+    choice = menu("quantity", QUANTITIES, labels=list(QUANTITIES.values()))
+    chart = alt.vconcat(_strip(images), distances, inside)
+    return finish(chart, "How far are generated images from real ones?", told, choice)
 
 
 def _strip(images: DataFrame) -> alt.Chart:
