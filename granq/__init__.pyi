@@ -28,6 +28,7 @@ from .measure.activations import measure_activation_samples as measure_activatio
 from .measure.activations import measure_channel_scales as measure_channel_scales
 from .measure.activations import measure_data_flow as measure_data_flow
 from .measure.activations import measure_integer_walk as measure_integer_walk
+from .measure.activations import measure_ranges as measure_ranges
 from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.activations import measure_weight_scales as measure_weight_scales
 from .measure.audit import audit as audit
@@ -70,6 +71,8 @@ from .schemes import Scheme as Scheme
 from .show.explorers.execution import integer_walk as integer_walk
 from .show.explorers.execution import speed_lab as speed_lab
 from .show.explorers.layers import layer_explorer as layer_explorer
+from .show.explorers.network import network_layout as network_layout
+from .show.explorers.ranges import range_explorer as range_explorer
 from .show.explorers.rounding import distortion_microscope as distortion_microscope
 from .show.explorers.rounding import method_figure as method_figure
 from .show.explorers.rounding import quantizer_playground as quantizer_playground
@@ -87,6 +90,7 @@ from .show.registry import FIGURES as FIGURES
 from .show.registry import make_figures as make_figures
 from .show.registry import redraw_figures as redraw_figures
 from .show.registry import save_figure as save_figure
+from .show.report import report as report
 from .show.results import plot_accuracy_bits as plot_accuracy_bits
 from .show.results import plot_granularity_factorial as plot_granularity_factorial
 from .show.results import plot_quantizer_latency as plot_quantizer_latency

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from granq.errors import UserError
 from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, same_pad, trace_plain
 
-_SHAPE = {"shape", "ndim", "size", "dim"}
+SHAPE = {"shape", "ndim", "size", "dim"}
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -26,7 +26,7 @@ def layer_input(node: fx.Node) -> Any:
 
 def reader(root: nn.Module, node: fx.Node) -> fx.Node | None:
     """Return what alone reads the values of ``node``, not only their shape, if one does; an Identity is passed over."""
-    users = [u for u in node.users if (u.args[1] if u.target is getattr else u.target) not in _SHAPE]
+    users = [u for u in node.users if (u.args[1] if u.target is getattr else u.target) not in SHAPE]
     if len(users) == 1 and isinstance(module_of(root, users[0]), nn.Identity):
         return reader(root, users[0])
     return users[0] if len(users) == 1 else None

@@ -20,6 +20,8 @@ from typing import Any
 import nbformat
 import pytest
 
+import granq
+
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +176,34 @@ def test_a_chart_in_an_html_file(name: str, charts: dict[str, Any], browser: Any
         with open(SHOTS / "latency.txt", "a") as log:
             log.write(f"{name}: {took:.1f} ms\n")
         assert took < 250  # 60 on an idle machine
+    assert complaints == []
+    page.close()
+
+
+def test_a_report(browser: Any, tmp_path: Path) -> None:
+    """A click on the graph chooses a layer; the page fits 700 pixels and asks the network for nothing."""
+    network = granq.build_network("resnet20_cifar10", 10)
+    granq.report(network, out=tmp_path / "page.html", images=4, image_size=32)
+    page = browser.new_page(viewport={"width": 700, "height": 900})
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda text: complaints.append(text.text))
+    page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
+    page.goto(f"file://{tmp_path / 'page.html'}")
+    page.wait_for_selector("#What-do-few-bits-do-to-one-channel svg.marks")
+    for width, theme in ((700, "light"), (700, "dark"), (1280, "light"), (1280, "dark")):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=theme)
+        page.screenshot(path=SHOTS / f"report_{width}_{theme}.png", full_page=True)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    inside = page.locator("#Which-layer-is-guilty select").first
+    layers = page.locator('#Which-layer-is-guilty path[aria-roledescription="circle"]')
+    assert layers.count() == len(granq.layer_names(network))
+    for at in (3, 12):
+        layers.nth(at).click(force=True)
+        page.wait_for_timeout(300)
+        chosen = granq.layer_names(network)[inside.evaluate("s => s.selectedIndex")]
+        assert f"layer: {chosen};" in layers.nth(at).get_attribute("aria-label")
     assert complaints == []
     page.close()
 

@@ -11,6 +11,7 @@ from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
 from granq.app.jobs import Data, Mean, Network, Std, TeacherFile, channels, parse_bits
+from granq.app.reporting import report
 from granq.errors import UserError
 from granq.schemes import check_bits
 
@@ -368,5 +369,6 @@ def _records(frame: Any) -> list[Result]:
 
 
 COMMANDS = {
-    f.__name__: f for f in (demo, teacher, evaluate, audit, factorial, sensitivity, export, sweep, figures, bench)
+    f.__name__: f
+    for f in (demo, teacher, evaluate, audit, report, factorial, sensitivity, export, sweep, figures, bench)
 }

@@ -207,6 +207,28 @@ def measure_channel_scales(
     return pd.concat(frames, names=["layer", "channel"]).reset_index().assign(images=count)
 
 
+def measure_ranges(model: nn.Module, batches: Iterable[Batch]) -> pd.DataFrame:
+    """Measure the range of every channel in front of every layer over all images, and of every filter of its weight.
+
+    Columns: part ("activations", "weights"), layer, channel, low, high.
+    """
+    lowest, highest, names = dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor](), layer_names(model)
+
+    def keep(key: tuple[str, str], x: Tensor, granularity: str) -> None:
+        low, high = min_max(x, granularity)
+        running.merge(lowest, key, low.flatten(), torch.minimum)
+        running.merge(highest, key, high.flatten(), torch.maximum)
+
+    def visit(name: str, x: Tensor, _: Tensor) -> None:
+        keep(("activations", name), running.by_channel(x), "per_channel")
+
+    running.run(model, batches, "ranges", names, visit)
+    for name in names:
+        keep(("weights", name), cast(Tensor, model.get_submodule(name).weight), "per_out_channel")
+    frames = {key: pd.DataFrame({"low": low, "high": highest[key]}) for key, low in lowest.items()}
+    return pd.concat(frames, names=["part", "layer", "channel"]).reset_index()
+
+
 def _scale_maps(
     layers: Iterable[tuple[str, Tensor]], bits: int, granularities: Iterable[str], first: str
 ) -> pd.DataFrame:

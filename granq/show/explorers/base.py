@@ -33,9 +33,10 @@ def slider(name: str, value: float, low: float, high: float, step: float = 1, la
 
 
 def menu(name: str, options: Iterable[Any], label: str = "", value: Any = None, **labels: Any) -> alt.Parameter:
-    """Return a parameter that a list of choices sets, at first to ``value`` or to the first of them."""
+    """Return a parameter that a list of choices sets, at first to ``value`` or the first; one is no choice."""
     options = list(options)
-    bind = alt.binding_select(options=options, name=f"{label or name} ", **labels)
+    bind: Any = alt.binding_select(options=options, name=f"{label or name} ", **labels)
+    bind = bind if len(options) > 1 else alt.Undefined
     return alt.param(name, value=options[0] if value is None else value, bind=bind)
 
 

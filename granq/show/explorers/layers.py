@@ -6,28 +6,32 @@ import altair as alt
 from pandas import DataFrame
 
 from granq.show.explorers.base import TEXT, WIDTH, color, finish, layer_axis, menu, pack, pick_layer, short
-from granq.show.layers import METRIC_LABELS, SQNR_CEILING
+from granq.show.explorers.network import network_panel
+from granq.show.layers import METRIC_LABELS, SENSITIVITY_LABELS, SQNR_CEILING
 
 KEYS, METRICS, LOOSE = ["layer", "scheme", "mode"], [*METRIC_LABELS], alt.Scale(nice=False, zero=False, padding=8)
+LABELS = METRIC_LABELS | {"kl": SENSITIVITY_LABELS["kl"] + ", this layer alone"}
 
 
-def layer_explorer(data: DataFrame) -> alt.VConcatChart:
+def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VConcatChart:
     """Explore ``measure_layer_error``, rows of layers and of channels in one frame: all layers, and inside one.
 
-    A click chooses a layer, so does the list. One scheme is compared with another or with all.
+    A click chooses a layer, so does the list. One scheme is compared with another or with all. A column ``kl`` of
+    ``measure_sensitivity`` is one metric more, of layers only; with a ``network_layout`` the network is drawn too.
     """
     data = data.assign(sqnr_db=data.sqnr_db.clip(upper=SQNR_CEILING), layer=data.layer.astype(str))
     schemes = data.scheme.unique().tolist()
+    metrics = [*METRICS, *data.columns.intersection(["kl"])]
     controls = [
-        menu("metric", METRICS, value="sqnr_db", labels=list(METRIC_LABELS.values())),
+        menu("metric", metrics, value="sqnr_db", labels=[LABELS[name] for name in metrics]),
         menu("mode", data["mode"].unique().tolist(), "errors"),
         menu("scheme", schemes, value="granq" if "granq" in schemes else schemes[0]),
-        menu("pinned", ["all", *schemes], "compare with"),
+        menu("pinned", ["all", *(schemes[1:] and schemes)], "compare with"),
         menu("order", ["depth", "rank"], "layers by", labels=["depth", "error, worst first"]),
     ]
     inside = data[data.channel.notna()].dropna(subset="sqnr_db").sort_values("sqnr_db")
     worst = inside.drop_duplicates(KEYS)[[*KEYS, "channel"]].rename(columns={"channel": "worst"})
-    rows = data.loc[data.channel.isna(), KEYS + METRICS].merge(worst, how="left")
+    rows = data.loc[data.channel.isna(), KEYS + metrics].merge(worst, how="left")
     pick = pick_layer(data.layer, rows.sort_values("sqnr_db").layer.iloc[0])
     looks = alt.Scale(domain=schemes, range=[color(name) for name in schemes])
     scheme = alt.Color("scheme:N", title=None, scale=looks, legend=alt.Legend(orient="top"))
@@ -46,22 +50,34 @@ def layer_explorer(data: DataFrame) -> alt.VConcatChart:
     every = _placed(rows)
     x = alt.X("place:Q", title=None, axis=layer_axis(data.layer, "order == 'depth'"), scale=LOOSE)
     here = every.transform_filter(pick).mark_rule(strokeDash=[3, 3], opacity=0.5).encode(x)
-    said = alt.Title(alt.expr(f"{METRIC_LABELS}[metric] + ', ' + mode"), fontWeight="normal")
+    said = alt.Title(alt.expr(f"{LABELS}[metric] + ', ' + mode"), fontWeight="normal")
     packed = pack(short(inside[[*KEYS, "channel", *METRICS]], METRICS), KEYS, ["channel", *METRICS])
-    own = _values(alt.Chart(packed).transform_filter(pick).transform_flatten(["channel", *METRICS]))
+    own = alt.Chart(packed).transform_filter(pick).transform_flatten(["channel", *METRICS])
+    own = _values(own, "(metric == 'kl' ? 'sqnr_db' : metric)")
     own = own.transform_window(rank="row_number()", sort=[alt.SortField("bad")], groupby=["scheme"])
     ranks = alt.X("rank:Q", title="output channels of the chosen layer, worst first", scale=LOOSE,
                   axis=alt.Axis(tickMinStep=1, format="d"))  # fmt: skip
     above = panel(every, x, 190, "worst:Q", here.add_params(pick)).properties(title=said)
-    below = panel(own, ranks, 140, "channel:Q")
+    panels = [above, panel(own, ranks, 140, "channel:Q")]
+    chart = alt.vconcat(*panels) if layout is None else _under_graph(panels, rows, layout, pick)
     told = "The error of every layer under several schemes, and below it that of the channels of one layer."
-    return finish(alt.vconcat(above, below), "Which layer is guilty?", told, *controls)
+    return finish(chart, "Which layer is guilty?", told, *controls)
 
 
-def _values(chart: alt.Chart) -> alt.Chart:
+def _under_graph(panels: list[Any], rows: DataFrame, layout: DataFrame, pick: alt.Parameter) -> alt.VConcatChart:
+    """Draw the network above the panels; a click on one of its layers chooses too."""
+    drawn = _values(alt.Chart(rows.merge(layout[layout.kind == "layer"]))).transform_filter("datum.scheme == scheme")
+    graph = network_panel(drawn.properties(name="network"), layout, ["layer:N", "worst:Q", "value:Q"])
+    chart: Any = alt.vconcat(graph, *panels)
+    next(param for param in chart.params if param.name == pick.name).views.append(chart.vconcat[0].layer[-1].name)
+    return chart
+
+
+def _values(chart: alt.Chart, metric: str = "metric") -> alt.Chart:
     """Keep the chosen mode; add the chosen metric as ``value``, and ``bad``, which is lowest for the worst."""
-    chart = chart.transform_filter("datum.mode == mode").transform_calculate(value="datum[metric]")
-    return chart.transform_calculate(bad="metric == 'mse' ? -datum.value : datum.value")
+    chart = chart.transform_filter("datum.mode == mode").transform_calculate(value=f"datum[{metric}]")
+    small = f"indexof(['mse', 'kl'], {metric}) >= 0"
+    return chart.transform_calculate(bad=f"{small} ? -log(max(datum.value, 1e-30)) : datum.value")
 
 
 def _placed(rows: DataFrame) -> alt.Chart:

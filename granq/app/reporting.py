@@ -1,0 +1,59 @@
+"""``granq report``: the page about a network by name, or about a finished student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+import granq
+from granq.app.jobs import Mean, Std, channels, parse_bits
+
+
+def report(
+    run: Positional[Path | None] = None, *, out: Path, network: str = "", teacher: Path | None = None,
+    data: str | None = None, scheme: str = "granq", bits: str = "3,3", images: int = 64, image_size: int | None = None,
+    mean: Mean = "", std: Std = "", device: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Write one HTML page about a network under quantization, layer by layer: a network by name, or a student.
+
+    Args:
+        run: run folder or packed student; without it --scheme and --bits quantize --network
+        out: new file, FILE.html
+        network: a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION
+        teacher: checkpoint; without it pretrained weights are downloaded, and a run's student is its own teacher
+        data: test images of digits, cifar10, cifar100, imagenet or folder:PATH; without it, random shapes
+        images: how many
+        image_size: of a network by name; by default that of its data
+        device: auto, cpu, cuda or mps
+    """
+    import torch
+
+    from granq import devices
+
+    device, given, facts = devices.resolve_device(device), channels(mean, std), dict[str, str]()
+    options: dict[str, Any] = {"scheme": scheme, "bits": tuple(parse_bits(bits).values()), "images": images}
+    if run:
+        saved = granq.load_student(run, device, network)
+        network, spec, c = network or saved.facts["network"], saved.spec, saved.config
+        options |= {"scheme": saved.student}
+        facts |= {"quantized": f"{c.scheme} W{c.weight_bits}A{c.act_bits}", "student": run.name}
+        if data:
+            given = given or {"mean": spec.mean, "std": spec.std}
+            spec = granq.describe_data(data, network, c.image_size, **given).fit_classes(spec.classes)
+        model = granq.build_network(network, spec.classes).to(device)
+        model.load_state_dict(saved.student.state_dict(), strict=False)  # which also holds what quantizes
+    else:
+        name = network.rpartition(":")[2]
+        likely = "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
+        spec = granq.describe_data(data or likely, network, image_size, **given)
+    if teacher or not run:
+        model, spec = granq.load_teacher(network, spec, teacher, device)
+    facts |= {"network": Path(network).name, "data": (data or "none").split(":")[0]}
+    facts["teacher"] = teacher.name if teacher else "the student without rounding" if run else "pretrained"
+    test: Any = granq.load_split(spec, "test") if data else range(0)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:images]
+    drawn = granq.batches(torch.utils.data.Subset(test, order.tolist()), spec, 16)
+    options |= {"image_size": spec.image_size, "facts": facts}
+    return {"out": str(out)} | granq.report(model, drawn, out=out, **options)

@@ -1,0 +1,175 @@
+"""One page about any network: what quantization does to it, layer by layer, in a file that needs no network."""
+
+from collections.abc import Iterable, Iterator
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+import torch
+import vl_convert
+from pandas import DataFrame
+from torch import Tensor, nn
+
+from granq.convert import Quantizer, activation_places
+from granq.devices import commit, versions
+from granq.errors import UserError
+from granq.files import save_atomically
+from granq.graph import layer_names
+from granq.hooks import Batch, images_of
+from granq.integer import IntegerLayer, integer_model
+from granq.match import random_shapes
+from granq.measure import running
+from granq.measure.activations import measure_activation_samples, measure_ranges
+from granq.measure.audit import audit, summarize_audit
+from granq.measure.layer_error import measure_layer_error
+from granq.measure.sensitivity import measure_sensitivity, prepare
+from granq.schemes import Scheme, check_bits, get_scheme
+from granq.show.explorers.layers import layer_explorer
+from granq.show.explorers.network import network_layout
+from granq.show.explorers.ranges import range_explorer
+from granq.show.explorers.rounding import distortion_microscope
+
+BATCH, CHANNELS, MAGNIFIED = 16, 128, 6  # images at once; of each layer the worst channels; layers to look into
+COLUMNS = "layer sqnr_db kl bits_per_weight bits_per_activation act_levels macs_share weight_shape status".split()
+PAGE = Path(__file__).with_suffix(".html")
+
+
+def report(
+    model: nn.Module, batches: Iterable[Batch] = (), *, out: str | Path, scheme: str | Scheme | nn.Module = "granq",
+    bits: int | tuple[int, int] = 3, images: int = 64, image_size: int = 224, facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write one HTML page about a network under quantization, charts and all.
+
+    Args:
+        model: the full-precision network. What needs a trace is left out, and the page says so, if there is none.
+        batches: images (N, 3, H, W), or pairs (images, labels); if there are none, ``random_shapes`` of ``image_size``.
+        out: the file, which is new.
+        scheme: name or scheme; or the quantized network, a student or somebody else's, whose layers have the names of
+            those of ``model``.
+        bits: width, or (weights, activations); without meaning for a network that is quantized already.
+        images: how many at most.
+        facts: provenance, at the end of the page; ``network`` and ``quantized`` also name both in its title.
+
+    Returns:
+        What the page says in numbers: agreement (percent of images), ``summarize_audit``, bytes. Raises UserError if
+        ``out`` exists, or for an unknown scheme or width.
+    """
+    out, widths = Path(out), (bits, bits) if isinstance(bits, int) else bits
+    if out.exists():
+        raise UserError(f"{out} already exists; choose another file")
+    name: Any = scheme if isinstance(scheme, str) else type(scheme).__name__
+    if not isinstance(scheme, nn.Module):
+        scheme, name = get_scheme(scheme), f"{name} W{check_bits(widths[0])}A{check_bits(widths[1])}"
+    data, source = list(_first(batches, images)), "given"
+    if not data:
+        data, source = list(_first([_shapes(images, image_size)], images)), "random shapes, seed 0"
+    told = {"network": type(model).__name__, "quantized": name} | (facts or {})
+    parts, found = _measure(model, data, scheme, widths, told["quantized"])
+    told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
+    told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
+    parts["facts"] = DataFrame(told.items()).to_html(index=False, header=False, border=0, classes="facts")
+    parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle())  # type: ignore[call-arg]
+    title = escape(f"What quantization does to {told['network']}: {told['quantized']}")
+    text = Template(PAGE.read_text(encoding="utf-8")).substitute(parts, title=title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    return found | {"bytes": out.stat().st_size}
+
+
+def _first(batches: Iterable[Batch], left: int) -> Iterator[Batch]:
+    """Yield the first ``left`` images, with their labels if they have some, in batches of BATCH."""
+    for batch in batches:
+        parts = [part[:left].split(BATCH) for part in ([batch] if isinstance(batch, Tensor) else batch)]
+        yield from parts[0] if isinstance(batch, Tensor) else zip(*parts, strict=True)
+        if (left := left - len(images_of(batch))) <= 0:
+            return
+
+
+def _shapes(images: int, image_size: int) -> Tensor:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return random_shapes(images, image_size)
+
+
+def _measure(
+    model: nn.Module, data: list[Batch], scheme: Scheme | nn.Module, widths: tuple[int, int], name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parts of the page and its numbers."""
+    logits, maps = _logits_and_maps(model, data)
+    try:
+        layout, missing = network_layout(model), "No"
+    except UserError as error:
+        layout, missing = None, f"Not known: {escape(str(error))}"
+    student: Any = scheme if isinstance(scheme, nn.Module) else None
+    if isinstance(scheme, Scheme) and layout is not None:
+        student = prepare(model, scheme, widths, data)
+    ours = student is not None and any(isinstance(module, Quantizer) for module in student.modules())
+    frame = audit(student if ours else model, images_of(data[0])[:2])
+    found: dict[str, Any] = summarize_audit(frame) if ours else {}
+    parts = {"layers": missing, "microscope": "No layer does.", "verdict": "Nothing is quantized here"}
+    parts["ranges"] = _chart(range_explorer(measure_ranges(model, data)))
+    if student is not None:
+        parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
+        if logits is not None:
+            same = logits.argmax(1) == _logits_and_maps(student, data)[0].argmax(1)
+            found["agreement"] = 100 * same.double().mean().item()
+            parts["verdict"] += f". It predicts like the full-precision network on {found['agreement']:.1f} % of images"
+        rows = _errors(model, data, student, name, layout is not None and logits is not None)
+        parts["layers"] = _chart(layer_explorer(rows, layout))
+        rows = rows[rows.channel.isna() & (rows["mode"] == "local")].sort_values("sqnr_db")
+        frame, maps = frame.merge(rows, "left", "layer"), [layer for layer in rows.layer if layer in maps]
+    if maps:
+        sample = {"given": images_of(data[0])[:4]}
+        samples = measure_activation_samples(model, sample, maps[:MAGNIFIED], 4)
+        parts["microscope"] = _chart(distortion_microscope(samples))
+    size, true = frame.weights.sum() * 4e-6, (frame.weights * frame.bits_per_weight).sum() / 8e6
+    parts["sizes"] = f"Weights: {size:.2f} MB in float32" + f", {true:.2f} MB as they are here" * ours
+    table = frame[[column for column in COLUMNS if column in frame]]
+    parts["table"] = table.to_html(index=False, border=0, float_format="{:.3g}".format)
+    parts["integers"] = missing if layout is None else _integers(model, data, student, widths)
+    return parts, found
+
+
+def _logits_and_maps(model: nn.Module, data: list[Batch]) -> tuple[Any, list[str]]:
+    """Return the output of a classifier (N, K), ``None`` of other networks, and the layers that read maps of values."""
+    outputs, maps = list[Any](), dict[str, int]()
+
+    def visit(name: str, x: Tensor, _: Any) -> None:
+        maps[name] = x.dim() == 4 and x[0, 0].numel() > 1
+
+    running.run(model, data, "outputs", layer_names(model), visit, lambda _, output: outputs.append(output))
+    classifies = isinstance(outputs[0], Tensor) and outputs[0].dim() == 2
+    return torch.cat(outputs) if classifies else None, [name for name, is_map in maps.items() if is_map]
+
+
+def _errors(model: nn.Module, data: list[Batch], student: nn.Module, name: str, with_kl: bool) -> DataFrame:
+    """Return errors of layers and of their worst channels, and what each layer alone does to the output."""
+    frames = [measure_layer_error(model, data, {name: student}, per_channel=channels) for channels in (False, True)]
+    if with_kl:
+        kl = measure_sensitivity(model, data, student, kinds=["alone"], parts=["both"])
+        frames[0] = frames[0].merge(kl[["layer", "kl"]], "left")
+    frames[1] = frames[1].sort_values("sqnr_db").groupby(["layer", "mode"], sort=False).head(CHANNELS)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _integers(model: nn.Module, data: list[Batch], student: Any, widths: tuple[int, int]) -> str:
+    """Say what becomes of the layers of a foldable student, or of the network under scheme foldable."""
+    folds = any(place.fold for place in activation_places(student).values())
+    student = student if folds else prepare(model, "foldable", widths, data)
+    start = "" if folds else "Nothing, as these scales do not fold. Under scheme foldable: "
+    try:
+        twin = integer_model(student)
+    except UserError as error:
+        return start + escape(str(error))
+    layers = sum(isinstance(module, IntegerLayer) for module in twin.modules())
+    norms, left = (sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) for network in (student, twin))
+    text = f"{start}{layers} layers compute in integers with sums in int32; {norms - left} of {norms} BatchNorms"
+    return f"{text} are part of their rescale. All else stays floating point"
+
+
+def _chart(chart: Any) -> str:
+    spec, name = chart.to_json(indent=None).replace("</", "<\\/"), chart.title.replace(" ", "-").strip("?")
+    return f'<div id="{name}"></div><script>vegaEmbed("#{name}", {spec})</script>'
