@@ -167,7 +167,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod  # with ctx: torch inspects the signature of a forward without it at every call, 50 microseconds
     def forward(ctx: Any, x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
-        return dequantized_codes(x, scale_inv, zero_point, bits, clamp)
+        codes = float_codes(x, scale_inv, zero_point, bits, clamp)
+        # In place: the same operations in the same order as the formula, without its copies.
+        return codes.add_(zero_point).div_(scale_inv).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,13 +181,6 @@ def float_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, cla
     bits = check_bits(bits)
     codes = (x * scale_inv).sub_(zero_point).round_()
     return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if clamp else codes
-
-
-def dequantized_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
-    """Return the values that the codes stand for, in the dtype of ``x``."""
-    codes = float_codes(x, scale_inv, zero_point, bits, clamp)
-    # One new tensor, then in place: the same operations in the same order as the formula, without its copies.
-    return codes.add_(zero_point).div_(scale_inv).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
