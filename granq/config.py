@@ -29,7 +29,7 @@ class Run(BaseModel):
     image_size: int = Field(32, ge=4, multiple_of=4, description="side of the images in pixels")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything that draws")
     device: str = Field("auto", description="auto, cpu, cuda or mps")
-    bf16: bool = Field(False, description="train under bfloat16 autocast, for GPUs and AVX512-BF16; accuracies stay float32")
+    bf16: bool = Field(False, description="train under bfloat16 autocast; accuracies stay those of float32")
 
 
 class Quantization(BaseModel):
