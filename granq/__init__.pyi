@@ -17,7 +17,6 @@ from .graph import layer_names as layer_names
 from .integer import export_onnx as export_onnx
 from .integer import integer_model as integer_model
 from .integer import measure_integer_agreement as measure_integer_agreement
-from .integer import save_integers as save_integers
 from .match import learn_steps as learn_steps
 from .match import random_shapes as random_shapes
 from .match import reestimate_batchnorm as reestimate_batchnorm

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 
 from granq.data import DataSpec, ImageData, batches, load_split, normalize
 from granq.errors import UserError, one_of, require
-from granq.files import to_json
+from granq.files import read_tensors, write_tensors
 from granq.hooks import eval_mode
 
 #: Under which training scripts keep weights. Of a network and its moving average the network is taken.
@@ -81,8 +80,7 @@ def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top
     # where a folder lay on this machine is nobody's business
     facts = spec.model_dump(exclude={"root", "given"}) | {"name": spec.name.split(":")[0]}
     info = {"network": network, "top1": top1, "torch": torch.__version__, **facts}
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}  # tied ones, apart
-    save_file(state, str(path), metadata={"granq": to_json(info)})
+    write_tensors(path, model.state_dict(), info)
 
 
 def load_teacher(
@@ -122,9 +120,7 @@ def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Return the weights in a file, and what ``save_teacher`` wrote of them."""
     try:
         if path.suffix == ".safetensors":
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {}).get("granq", "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, header
+            return read_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))

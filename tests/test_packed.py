@@ -154,7 +154,7 @@ def test_a_layer_under_two_names_is_stored_once(tmp_path, monkeypatch):
             x = self.relu(self.bn1(self.conv1(x)))
             return self.fc((self.conv2(x) + self.conv3(x)).relu().mean((2, 3)))
 
-    monkeypatch.setattr("granq.packed.build_network", lambda *_: Twice())
+    monkeypatch.setattr("granq.runs.build_network", lambda *_: Twice())
     student = granq.quantize_model(Twice(), "strict", 3, 3)
     save(tmp_path / "s", student, granq.QATConfig(scheme="strict"))
     loaded = granq.load_student(tmp_path / "s").student

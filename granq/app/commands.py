@@ -70,13 +70,13 @@ def teacher(
         out: file to write, FILE.safetensors
         lr: peak learning rate
     """
-    from granq import devices, files
+    from granq import devices
 
     _check_new(out, ".safetensors")
     spec = granq.describe_data(data, network, image_size, **channels(mean, std))
     device = devices.resolve_device(device)
     model, top1 = granq.train_teacher(network, spec, epochs=epochs, lr=lr, seed=seed, device=device)
-    files.save_atomically(out, lambda path: granq.save_teacher(path, model, network, spec, top1))
+    granq.save_teacher(out, model, network, spec, top1)
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | devices.versions(device)
 
 
@@ -246,7 +246,7 @@ def export(
         "outputs_beyond_bound": 0,
         "torch": devices.versions()["torch"],
     }
-    granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | facts)
+    files.write_tensors(out / "integers.safetensors", twin.state_dict(), saved.config.model_dump() | facts)
     return facts | {"out": str(out)}
 
 
