@@ -1,3 +1,6 @@
+from . import devices as devices
+from . import files as files
+from . import runs as runs
 from .config import QATConfig as QATConfig
 from .convert import activation_places as activation_places
 from .convert import calibrate as calibrate

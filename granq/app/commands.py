@@ -33,9 +33,8 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     import pandas as pd
 
     from granq.app.sweep import combine
-    from granq.runs import RunFolder
 
-    RunFolder(out).check_free()
+    granq.runs.RunFolder(out).check_free()
     network, schemes = "resnet20_cifar10", ("layerwise", "granq", "strict")
     given = f"--data digits --epochs {epochs} --warmup-epochs {epochs // 2} --iterations 20 --batch-size 32"
     given += f" --student-lr 0.001 --device {device}"
@@ -70,14 +69,12 @@ def teacher(
         out: file to write, FILE.safetensors
         lr: peak learning rate
     """
-    from granq import devices
-
     _check_new(out, ".safetensors")
     spec = granq.describe_data(data, network, image_size, **channels(mean, std))
-    device = devices.resolve_device(device)
+    device = granq.devices.resolve_device(device)
     model, top1 = granq.train_teacher(network, spec, epochs=epochs, lr=lr, seed=seed, device=device)
     granq.save_teacher(out, model, network, spec, top1)
-    return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | devices.versions(device)
+    return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | granq.devices.versions(device)
 
 
 def evaluate(
@@ -85,11 +82,9 @@ def evaluate(
     device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure the accuracy of a finished run, or of a packed student by its file or name."""
-    from granq import devices
-
-    device = devices.resolve_device(device)
+    device = granq.devices.resolve_device(device)
     saved, spec, test, facts = _run_on(run, data, network, device, **channels(mean, std))
-    return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | devices.versions(device)
+    return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | granq.devices.versions(device)
 
 
 def _run_on(
@@ -120,8 +115,6 @@ def audit(
     """
     import torch
 
-    from granq import files
-
     if out:
         _check_new(out)
     name = network.rpartition(":")[2]
@@ -138,7 +131,7 @@ def audit(
     result |= {"weights": str(teacher or "random, seed 0"), "image_size": size}
     result |= granq.summarize_audit(frame)
     if out:
-        files.write_csv(out, frame)
+        granq.files.write_csv(out, frame)
     else:
         shown = "layer weight_shape levels weight_sqnr_db input_quantized act_sqnr_db bits_per_weight status"
         print(frame[shown.split()].round(1).to_string(index=False))
@@ -227,11 +220,9 @@ def export(
         out: folder for integers, which are checked; FILE.safetensors for packed, which granq evaluate opens
         format: integers (safetensors and ONNX), or packed (the codes of weights at their width)
     """
-    from granq import devices, files, runs
-
     if format == "packed":
         return _export_packed(run, data, network, out)
-    runs.RunFolder(out).check_free()
+    granq.runs.RunFolder(out).check_free()
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
     agreement = granq.measure_integer_agreement(saved.student, images, twin)
@@ -239,21 +230,16 @@ def export(
         raise UserError(f"the integer twin computes something else than the student: {', '.join(wrong)}")
     out.mkdir(parents=True, exist_ok=True)
     granq.export_onnx(twin, images[:2], out / "network.onnx")
-    files.write_csv(out / "agreement.csv", agreement)
-    facts |= {
-        "top1_fake_quantized": granq.top1_on(saved.student, test, spec),
-        "top1_integer": granq.top1_on(twin, test, spec),
-        "outputs_beyond_bound": 0,
-        "torch": devices.versions()["torch"],
-    }
-    files.write_tensors(out / "integers.safetensors", twin.state_dict(), saved.config.model_dump() | facts)
+    granq.files.write_csv(out / "agreement.csv", agreement)
+    tops = {"top1_fake_quantized": saved.student, "top1_integer": twin}
+    facts |= {name: granq.top1_on(model, test, spec) for name, model in tops.items()}
+    facts |= {"outputs_beyond_bound": 0, "torch": granq.devices.versions()["torch"]}
+    granq.files.write_tensors(out / "integers.safetensors", twin.state_dict(), saved.config.model_dump() | facts)
     return facts | {"out": str(out)}
 
 
 def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
     from scipy.stats import binomtest
-
-    from granq import devices
 
     _check_new(out, ".safetensors")
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
@@ -261,8 +247,9 @@ def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
     ends = binomtest(round(top1 * len(test) / 100), len(test)).proportion_ci(method="wilson")
     facts |= {"top1_low": 100 * ends.low, "top1_high": 100 * ends.high}
     facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
-    facts |= devices.versions() | {"commit": devices.commit(), "teacher": Path(saved.facts.get("teacher", "")).name}
-    facts |= {"run": run.name, "data": data.split(":")[0]}  # where they lay on this machine is nobody's business
+    facts |= granq.devices.versions() | {"commit": granq.devices.commit()}
+    # where they lay on this machine is nobody's business
+    facts |= {"run": run.name, "data": data.split(":")[0], "teacher": Path(saved.facts.get("teacher", "")).name}
     granq.save_packed(out, saved._replace(facts=facts))
     return facts | {"out": str(out), "bytes": out.stat().st_size}
 
@@ -298,16 +285,15 @@ def bench(
     out: Path | None = None, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Time the quantizer and the scaled convolution against plain baselines; --out is the folder for their CSV."""
-    from granq import devices, files
-
-    device, result, names = devices.resolve_device(device), {}, ("quantizer", "scaling") if what == "all" else (what,)
+    device, result = granq.devices.resolve_device(device), {}
+    names = ("quantizer", "scaling") if what == "all" else (what,)
     for name in names if out else ():
         _check_new(out / f"{name}_latency.csv")
     for name in names:
         measure = granq.measure_latency_quantizer if name == "quantizer" else granq.measure_latency_scaling
         frame = measure(repetitions=repetitions, device=device)
         if out:
-            files.write_csv(out / f"{name}_latency.csv", frame)
+            granq.files.write_csv(out / f"{name}_latency.csv", frame)
         print(frame.round(3).to_string(index=False))
         result[name] = _records(frame)
     return result
