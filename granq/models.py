@@ -195,7 +195,11 @@ def train_teacher(
     loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     model = model.to(memory_format=torch.channels_last).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
-    optimizer, schedule = _optimizer(model, lr, epochs * len(loader))
+    decay, plain = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
+    groups = [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
+    optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
+    rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
     for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch"):
         for images, labels in loader:
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
@@ -211,15 +215,6 @@ def train_teacher(
             raise FloatingPointError(f"a weight is not finite: the learning rate {lr} is too high")
     teacher = averaged.module.eval()
     return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
-
-
-def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Return the optimizer of a teacher, and the schedule of its learning rate."""
-    decay, plain = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
-    groups = [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
 
 
 def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:

@@ -119,10 +119,7 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     config, spec = QATConfig.model_validate_json(json.dumps(header["config"])), DataSpec(**header["spec"])
     student = student_of(name, facts["network"], network, config, spec)
     parts = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
-    try:
-        student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)
-    except RuntimeError as error:
-        raise UserError(f"{name} is not of network {network or facts['network']}: {str(error)[:200]}") from error
+    student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)
     for n, (value, codes, grid) in parts.items():
         layer: Any = student.get_submodule(n)
         weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))
