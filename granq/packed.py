@@ -123,7 +123,7 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     for n, (value, codes, grid) in parts.items():
         layer: Any = student.get_submodule(n)
         weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))
-        if codes is not None:
+        if codes is not None and grid is not None:
             found = unpack(codes, records[n]["width"], weight.original.numel()) + records[n]["low"]
             value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
         weight.original.copy_(value)

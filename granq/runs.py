@@ -219,8 +219,6 @@ class RunFolder:
         if not self.checkpoint.is_file():
             return None
         state = read_checkpoint(self.checkpoint, device)
-        if not isinstance(state, dict) or not {"epoch", "student", "rows"} <= state.keys():
-            raise UserError(f"{self.checkpoint} is no checkpoint of granq")
         if identity and state.get("fingerprint") != identity:
             raise UserError(f"{self.path} belongs to another teacher or other settings")
         return state

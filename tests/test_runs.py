@@ -174,7 +174,7 @@ FAULTS = [
     (nan_loss, FloatingPointError, "a loss is not finite in epoch 4"), (out_of_memory, RuntimeError, "out of memory"),
     (torn, UserError, "not a whole file"), (empty, UserError, "not a whole file"),
     (flipped, UserError, "damaged at"), (foreign, UserError, "another teacher or other settings"),
-    (another_kind, UserError, "no checkpoint of granq"), (malicious, UserError, "not a whole file of tensors"),
+    (another_kind, UserError, "belongs to another teacher"), (malicious, UserError, "not a whole file of tensors"),
     (in_use, UserError, "in use by another process"),
     (not_empty, UserError, "is no empty folder"),
 ]  # fmt: skip

@@ -43,7 +43,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     results = pd.DataFrame([run.run() for run in runs])
     one, columns = results.iloc[-1], ["ptq_top1", "last_top1", "best_top1"]
     groups = results.groupby("scheme", sort=False)[columns]
-    means = groups.mean()
+    means: Any = groups.mean()
     cells = means.map("{:.2f}".format) + " ± " + groups.std().map("{:.2f}".format)
     table = (
         f"digits, {network}, W2A2, teacher {one.teacher_top1:.2f} %, n = {seeds} seeds, {one.test_images} test images, "
@@ -287,8 +287,8 @@ def bench(
     """Time the quantizer and the scaled convolution against plain baselines; --out is the folder for their CSV."""
     device, result = granq.devices.resolve_device(device), {}
     names = ("quantizer", "scaling") if what == "all" else (what,)
-    for name in names if out else ():
-        _check_new(out / f"{name}_latency.csv")
+    for file in [out / f"{name}_latency.csv" for name in names] if out else []:
+        _check_new(file)
     for name in names:
         measure = granq.measure_latency_quantizer if name == "quantizer" else granq.measure_latency_scaling
         frame = measure(repetitions=repetitions, device=device)
@@ -326,7 +326,8 @@ def sweep(
     print(table.to_string(index=False, na_rep=""))
     left = int((table.state != "done").sum())
     failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left and not status else {}
-    return {"out": str(out), "runs": len(table)} | table.state.value_counts().to_dict() | failed
+    counts: Any = table.state.value_counts()
+    return {"out": str(out), "runs": len(table)} | counts.to_dict() | failed
 
 
 def _check_new(path: Path, suffix: str = "") -> None:
