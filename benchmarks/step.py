@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from granq import losses
 from granq.config import QATConfig
 from granq.convert import Quantizer
-from granq.devices import has_bfloat16
 from granq.generator import Generator, batchnorm_inputs, synthesize
 from granq.measure.latency import alternate, quartiles, textbook_chain, timings
 from granq.models import build_network
@@ -30,6 +29,11 @@ class PlainGenerator(Generator):
         x = self.conv1(F.interpolate(self.norm0(x), scale_factor=2.0))
         x = self.conv2(F.interpolate(F.leaky_relu(self.norm1(x), 0.2), scale_factor=2.0))
         return self.norm3(torch.tanh(self.conv3(F.leaky_relu(self.norm2(x), 0.2))))
+
+
+def has_bfloat16(device: str) -> bool:
+    """Say whether ``device`` computes in bfloat16: GPUs do, and x86 processors with AVX512."""
+    return not device.startswith("cpu") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def plain_batchnorm_loss(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:

@@ -1,3 +1,6 @@
+from . import devices as devices
+from . import files as files
+from . import runs as runs
 from .config import QATConfig as QATConfig
 from .convert import activation_places as activation_places
 from .convert import calibrate as calibrate
@@ -17,7 +20,6 @@ from .graph import layer_names as layer_names
 from .integer import export_onnx as export_onnx
 from .integer import integer_model as integer_model
 from .integer import measure_integer_agreement as measure_integer_agreement
-from .integer import save_integers as save_integers
 from .match import learn_steps as learn_steps
 from .match import random_shapes as random_shapes
 from .match import reestimate_batchnorm as reestimate_batchnorm

@@ -2,7 +2,6 @@
 
 import platform
 import subprocess
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +19,6 @@ def resolve_device(device: str) -> str:
     if device not in known:
         raise UserError(f"there is no device {device!r} here; known are auto, cpu, cuda and mps")
     return device
-
-
-def has_bfloat16(device: str) -> bool:
-    """Say whether ``device`` computes in bfloat16: GPUs do, and x86 processors with AVX512."""
-    return not device.startswith("cpu") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def expect_bfloat16(device: str) -> None:
-    """Warn where bfloat16 costs time instead of saving it; 7 times as long was measured (docs/speed.md)."""
-    if not has_bfloat16(device):
-        warnings.warn("this processor cannot compute in bfloat16: without bf16 it will be faster", stacklevel=3)
 
 
 def versions(device: str = "cpu") -> dict[str, str]:

@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from granq.errors import UserError
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write next to ``path``, then rename: a reader sees the old file or the new one, never half of it."""
+    """Write next to ``path``, whose folder is made, then rename: a reader sees the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never share it
     try:
         write(temporary)
@@ -36,6 +39,19 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def write_csv(path: Path, table: "pd.DataFrame", float_format: str | None = None) -> None:
     """Write ``table`` as CSV, atomically."""
     save_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format=float_format))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Write ``tensors`` as safetensors with ``facts`` as JSON in the header, atomically."""
+    own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}  # tied ones, apart
+    save_atomically(path, lambda temporary: save_file(own, str(temporary), {"granq": to_json(facts)}))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a safetensors file, and the facts in its header, if ``write_tensors`` wrote it."""
+    with safe_open(str(path), "pt") as file:
+        header = json.loads((file.metadata() or {}).get("granq", "{}"))
+        return {key: file.get_tensor(key) for key in file.keys()}, header
 
 
 def read_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:

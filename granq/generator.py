@@ -21,7 +21,7 @@ class Generator(nn.Module):
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__()
         self.classes, self.size = classes, image_size // 4
-        self.embedding = nn.Embedding(classes, LATENT)
+        self.embedding: nn.Embedding | None = nn.Embedding(classes, LATENT)
         self.linear = nn.Linear(LATENT, 128 * self.size**2)
         self.norm0: nn.Module = nn.BatchNorm2d(128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
@@ -32,15 +32,13 @@ class Generator(nn.Module):
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """noise (N, 100), labels (N,) -> images (N, 3, size, size), standardized per channel."""
-        x = self._grid(self.embedding(labels) * noise)
-        x = upsample_conv(self.norm0(x), self.conv1)  # (N, 128, size/2, size/2)
-        x = upsample_conv(F.leaky_relu(self.norm1(x), 0.2), self.conv2)  # (N, 64, size, size)
-        x = F.leaky_relu(self.norm2(x), 0.2)
-        return self.norm3(torch.tanh(self.conv3(x)))
-
-    def _grid(self, latent: Tensor) -> Tensor:
+        latent, given = (noise, (labels,)) if self.embedding is None else (self.embedding(labels) * noise, ())
         x = self.linear(latent).view(-1, 128, self.size, self.size)
-        return x.contiguous(memory_format=torch.channels_last)  # everything after it then runs in this layout
+        x = x.contiguous(memory_format=torch.channels_last)  # everything after it then runs in this layout
+        x = upsample_conv(self.norm0(x, *given), self.conv1)  # (N, 128, size/2, size/2)
+        x = upsample_conv(F.leaky_relu(self.norm1(x, *given), 0.2), self.conv2)  # (N, 64, size, size)
+        x = F.leaky_relu(self.norm2(x, *given), 0.2)
+        return self.norm3(torch.tanh(self.conv3(x)))
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -62,18 +60,10 @@ class ConditionalGenerator(Generator):
 
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__(classes, image_size)
-        del self.embedding
+        self.embedding = None
         self.norm0 = ConditionalBatchNorm2d(classes, 128)
         self.norm1 = ConditionalBatchNorm2d(classes, 128, eps=0.8)
         self.norm2 = ConditionalBatchNorm2d(classes, 64, eps=0.8)
-
-    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """noise (N, 100), labels (N,) -> images (N, 3, size, size)."""
-        x = self._grid(noise)
-        x = upsample_conv(self.norm0(x, labels), self.conv1)
-        x = upsample_conv(F.leaky_relu(self.norm1(x, labels), 0.2), self.conv2)
-        x = F.leaky_relu(self.norm2(x, labels), 0.2)
-        return self.norm3(torch.tanh(self.conv3(x)))
 
 
 def build_generator(classes: int, image_size: int) -> Generator:

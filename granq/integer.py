@@ -11,12 +11,10 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from granq.convert import ActQuantizer, activation_places, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError, require
-from granq.files import to_json
 from granq.graph import layer_names, norm_after
 from granq.hooks import eval_mode, watch
 from granq.plain import LAYERS, module_of
@@ -171,11 +169,6 @@ def _beyond_rounding(student: fx.GraphModule, twin: fx.GraphModule, images: Tens
         logits = student(images)
     count(twin(images), logits)
     return beyond
-
-
-def save_integers(model: fx.GraphModule, path: Path, facts: dict[str, Any]) -> None:
-    """Write the state of ``integer_model`` as safetensors, and ``facts`` (network, data, bits, ...) in the header."""
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(path), {"granq": to_json(facts)})
 
 
 class _Portable(nn.Module):

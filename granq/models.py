@@ -1,20 +1,18 @@
 """Teachers by name: networks of pytorchcv, torchvision, timm or a file of yours; pretrained, read, or trained here."""
 
-import importlib.util
 import inspect
 import json
 import pickle
 import re
+import runpy
 import shlex
-import sys
 import warnings
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -23,9 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from granq.data import DataSpec, ImageData, batches, load_split, normalize
-from granq.devices import expect_bfloat16
 from granq.errors import UserError, one_of, require
-from granq.files import to_json
+from granq.files import read_tensors, write_tensors
 from granq.hooks import eval_mode
 
 #: Under which training scripts keep weights. Of a network and its moving average the network is taken.
@@ -69,11 +66,9 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
 def _from_file(path: Path, function: str, classes: int) -> nn.Module:
     if not path.is_file():
         raise UserError(f"file {str(path)!r} of network {function} does not exist")
-    spec = cast(Any, importlib.util.spec_from_file_location(f"network of {path}", path))
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    one_of(f"function of {path}", function, [name for name, value in vars(module).items() if callable(value)])
-    parameters = inspect.signature(make := getattr(module, function)).parameters
+    found = runpy.run_path(str(path), run_name=f"network of {path}")
+    one_of(f"function of {path}", function, [name for name, value in found.items() if callable(value)])
+    parameters = inspect.signature(make := found[function]).parameters
     if "num_classes" in parameters:
         return make(num_classes=classes)
     needed = [p for p in parameters.values() if p.kind < p.VAR_POSITIONAL and p.default is p.empty]
@@ -85,8 +80,7 @@ def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top
     # where a folder lay on this machine is nobody's business
     facts = spec.model_dump(exclude={"root", "given"}) | {"name": spec.name.split(":")[0]}
     info = {"network": network, "top1": top1, "torch": torch.__version__, **facts}
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}  # tied ones, apart
-    save_file(state, str(path), metadata={"granq": to_json(info)})
+    write_tensors(path, model.state_dict(), info)
 
 
 def load_teacher(
@@ -126,9 +120,7 @@ def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Return the weights in a file, and what ``save_teacher`` wrote of them."""
     try:
         if path.suffix == ".safetensors":
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {}).get("granq", "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, header
+            return read_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -190,30 +182,30 @@ def train_teacher(
     batch_size: int = 128,
     seed: int = 0,
     device: str = "cpu",
-    bf16: bool = False,
 ) -> tuple[nn.Module, float]:
     """Train a teacher: SGD with Nesterov, OneCycle up to ``lr``, label smoothing, shifts and flips, averaged weights.
 
     Returns it in eval mode, and its top-1 accuracy in percent on the test split, measured once. ``seed`` decides the
-    initial weights, the order and the shifts; the global random state stays. ``bf16`` is autocast, about 1.9 times
-    faster on a CPU with AVX512-BF16. Raises FloatingPointError if a weight becomes NaN or infinite.
+    initial weights, the order and the shifts; the global random state stays. Raises FloatingPointError if a weight
+    becomes NaN or infinite.
     """
-    if bf16:
-        expect_bfloat16(device)
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device)
     train = load_split(spec, "train")
     loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     model = model.to(memory_format=torch.channels_last).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
-    optimizer, schedule = _optimizer(model, lr, epochs * len(loader))
+    decay, plain = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
+    groups = [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
+    optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
+    rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
     for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch"):
         for images, labels in loader:
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                logits = model(images.to(memory_format=torch.channels_last))
+            logits = model(images.to(memory_format=torch.channels_last))
             logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
-            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
+            loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -225,32 +217,10 @@ def train_teacher(
     return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
 
 
-def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Return the optimizer of a teacher, and the schedule of its learning rate."""
-    decay, plain = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
-    groups = [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
-
-
 def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
     """Average exponentially; the memory grows from 10 steps to 100, so that short trainings are not held back."""
     decay = min(0.99, (1 + int(count)) / (10 + int(count)))
     return average.lerp(value, 1 - decay) if average.is_floating_point() else value  # num_batches_tracked is whole
-
-
-def _step(parts: dict[str, Any], images: Tensor, labels: Tensor, spec: DataSpec, bf16: bool) -> None:
-    images = normalize(augment(images, flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        logits = parts["model"](images.to(memory_format=torch.channels_last))
-    logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
-    parts["optimizer"].zero_grad()
-    loss.backward()
-    parts["optimizer"].step()
-    parts["schedule"].step()
-    parts["averaged"].update_parameters(parts["model"])
 
 
 def digits_teacher() -> Path:

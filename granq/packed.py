@@ -11,15 +11,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, fx
 
 from granq.config import QATConfig
 from granq.convert import WeightQuantizer, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
-from granq.files import save_atomically, to_json
+from granq.files import read_tensors, write_tensors
 from granq.quantizer import QParams, choose_qparams, dequantize, quantize
 from granq.runs import SavedRun, load_run, student_of
 from granq.schemes import get_scheme
@@ -67,18 +66,17 @@ def save_packed(path: Path, saved: SavedRun) -> None:
     """
     layers, records = _layers(saved.student), dict[str, dict[str, float]]()
     tensors = {  # without weights and their steps
-        key: value.detach().cpu().contiguous().clone()
+        key: value
         for key, value in saved.student.state_dict().items()
         if key.removesuffix(".weight").partition(".parametrizations.")[0] not in layers
     }
     for layer, name in {layer: name for name, layer in layers.items()}.items():  # of two names one
         found, records[name] = _packed_weight(layer)
-        tensors |= {f"{name}.weight{kind}": tensor.cpu().contiguous() for kind, tensor in found.items()}
+        tensors |= {f"{name}.weight{kind}": tensor for kind, tensor in found.items()}
     # where a folder lay on this machine is nobody's business
     spec = saved.spec.model_dump(exclude={"root"}) | {"name": saved.spec.name.split(":")[0]}
     header = {"config": saved.config.model_dump(), "spec": spec, "facts": saved.facts, "epoch": saved.epoch}
-    text = to_json(header | {"layers": records})
-    save_atomically(path, lambda temporary: save_file(tensors, str(temporary), {"granq": text}))
+    write_tensors(path, tensors, header | {"layers": records})
 
 
 def _packed_weight(layer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -114,23 +112,18 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     if not Path(name).is_file():
         one_of("student or run", str(name), [*known, "FILE.safetensors"])
     try:
-        with safe_open(str(known.get(str(name), name)), "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            header = json.loads(file.metadata()["granq"])
+        tensors, header = read_tensors(known.get(str(name), name))
         records, facts, epoch = (header[key] for key in ("layers", "facts", "epoch"))
-    except (SafetensorError, KeyError, TypeError) as error:  # TypeError: without a header
+    except (SafetensorError, KeyError) as error:
         raise UserError(f"{name} holds no student of granq export --format packed: {str(error)[:200]}") from error
     config, spec = QATConfig.model_validate_json(json.dumps(header["config"])), DataSpec(**header["spec"])
     student = student_of(name, facts["network"], network, config, spec)
     parts = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
-    try:
-        student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)
-    except RuntimeError as error:
-        raise UserError(f"{name} is not of network {network or facts['network']}: {str(error)[:200]}") from error
+    student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)
     for n, (value, codes, grid) in parts.items():
         layer: Any = student.get_submodule(n)
         weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))
-        if codes is not None:
+        if codes is not None and grid is not None:
             found = unpack(codes, records[n]["width"], weight.original.numel()) + records[n]["low"]
             value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
         weight.original.copy_(value)

@@ -24,6 +24,7 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], str, dict[str, Any]]] = {
     F.linear: (nn.Linear, "input weight bias", {}),
     F.batch_norm: (nn.BatchNorm2d, "input running_mean running_var weight bias training momentum eps", {"eps": 1e-5}),
 }
+_UNPADDED: dict[str, Any] = {"padding": (0, 0), "padding_mode": "zeros"}
 _OWN = ("weight", "bias", "running_mean", "running_var")
 #: values that tell a ReLU from other functions
 _PROBE = torch.tensor([-1e6, -99, -8, -6, -4, -3, -2, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 2, 3, 4, 5.9, 6.1, 8, 99, 1e6])
@@ -48,14 +49,15 @@ def trace_plain(model: nn.Module, fixed: dict[str, Any] | None = None) -> fx.Gra
     """Trace ``model`` and make its layers plain where they can be; arguments of its forward in ``fixed`` are constants.
 
     A layer whose forward leads fx to torch's own function on the unchanged parameters becomes the nodes of this
-    forward. Any other is compared on random inputs with a plain layer, and with one after ``same_pad``.
+    forward. Any other convolution is compared on random inputs with a plain one after ``same_pad``.
     """
     opened = [m for m in changed_layers(model) if _opens(m)]
-    padded = [m for m in changed_layers(model) if m not in opened and _turns_plain(m)]
+    padded = [m for m in changed_layers(model) if m not in opened and isinstance(m, nn.Conv2d) and _pads_same(m)]
     tracer = _Tracer(opened)
     graph = tracer.trace(model, fixed)
-    for layer in opened:
-        _make_plain(layer, tracer.settings.get(layer, {}))
+    settings = dict.fromkeys(opened, dict[str, Any]()) | tracer.settings | dict.fromkeys(padded, _UNPADDED)
+    for layer, own in settings.items():
+        _make_plain(layer, own)
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -112,21 +114,22 @@ def _opens(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _turns_plain(layer: nn.Module) -> bool:
-    """Make ``layer`` plain if it then gives the same numbers on random inputs; say whether only after ``same_pad``."""
-    for same in (False, True) if isinstance(layer, nn.Conv2d) else (False,):
-        plain = copy.copy(layer)
-        _make_plain(plain, {"padding": (0, 0), "padding_mode": "zeros"} if same else {})
-        try:
-            old = copy.deepcopy(layer)
-            pairs = [(old(x), plain(same_pad(x, *_sizes(layer)) if same else x)) for x in _inputs(layer)]
-            alike = all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs)
-        except Exception:  # likewise
-            continue
-        if alike:
-            _make_plain(layer, vars(plain))
-            return same
-    return False
+def _pads_same(conv: nn.Conv2d) -> bool:
+    """Say whether ``conv`` gives the numbers of a plain one after ``same_pad``.
+
+    Random inputs differ in the remainder of their size after a stride, and in magnitude.
+    """
+    plain, generator = copy.copy(conv), torch.Generator().manual_seed(0)  # the global random state stays
+    _make_plain(plain, _UNPADDED)
+    reach = max(d * (k - 1) + 1 for k, _, d in zip(*_sizes(conv), strict=True))
+    shapes = [(2, conv.in_channels, reach + i, reach + 6 - i) for i in range(4)]
+    images = [torch.randn(shape, generator=generator) * 10 ** (i - 1) for i, shape in enumerate(shapes)]
+    try:
+        old = copy.deepcopy(conv)
+        pairs = [(old(x), plain(same_pad(x, *_sizes(conv)))) for x in (x.to(conv.weight) for x in images)]
+        return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs)
+    except Exception:  # likewise
+        return False
 
 
 def _base(module: nn.Module | None) -> type[nn.Module] | None:
@@ -141,16 +144,6 @@ def _make_plain(layer: nn.Module, settings: dict[str, Any]) -> None:
 
 def _sizes(conv: Any) -> tuple[tuple[int, ...], ...]:
     return conv.kernel_size, conv.stride, conv.dilation
-
-
-def _inputs(layer: Any) -> list[Tensor]:
-    """Return inputs of several sizes, which differ in their remainder of a stride, and of several magnitudes."""
-    generator, weight = torch.Generator().manual_seed(0), layer.weight  # the global random state stays
-    shapes: list[tuple[int, ...]] = [(2, weight.shape[1]), (2, 3, weight.shape[1])]
-    if isinstance(layer, nn.Conv2d):
-        reach = max(d * (k - 1) + 1 for k, _, d in zip(*_sizes(layer), strict=True))
-        shapes = [(2, layer.in_channels, reach + i, reach + 6 - i) for i in range(4)]
-    return [(torch.randn(shape, generator=generator) * 10 ** (i - 1)).to(weight) for i, shape in enumerate(shapes)]
 
 
 def same_pad(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from granq.config import QATConfig
 from granq.convert import bypassed, calibrate, quantize_model, tracking
-from granq.devices import expect_bfloat16, resolve_device
+from granq.devices import resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.graph import plain_copy
@@ -109,8 +109,6 @@ class Game:
     ) -> None:
         self.config, self.recipe, self.pixels = config, recipe, pixels
         self.device = resolve_device(config.device)
-        if config.bf16:
-            expect_bfloat16(self.device)
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)  # whose random state belongs to the run
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed

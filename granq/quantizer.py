@@ -55,19 +55,12 @@ class QParams(NamedTuple):
 def choose_qparams(x: Tensor, bits: int, granularity: str = "per_sample_channel", *, promote: bool = True) -> QParams:
     """Choose scale and zero point of every group from the minimum and maximum of its values.
 
-    Args:
-        x: floating-point tensor, (N, C, H, W) or (N, F); weights (O, I, kh, kw) or (O, I).
-        bits: bit width, 2 to 8.
-        granularity: which values share a range, one of ``GRANULARITIES``.
-        promote: compute half-precision ranges in float32, where ``1e-8`` does not underflow. ``False`` keeps the
-            dtype of ``x``, as the public release does: constant float16 channels then give NaN.
+    ``x`` is (N, C, H, W), (N, F), or weights (O, I, kh, kw), (O, I); both results have the shape given at
+    ``_KEPT_DIMS``. An empty group has the range [0, 0]. A group that holds a NaN or an infinity gets NaN parameters, so
+    the damage stays visible in its group. With ``promote`` half-precision ranges are computed in float32, where
+    ``1e-8`` does not underflow; without it, as in the public release, constant float16 channels give NaN.
 
-    Returns:
-        ``QParams(scale_inv, zero_point)``, each of the shape given at ``_KEPT_DIMS``. An empty group has the range
-        [0, 0]. A group that holds a NaN or an infinity gets NaN parameters, so the damage stays visible in its group.
-
-    Raises:
-        UserError: no floating-point tensor of 2 or 4 dimensions, ``bits`` outside 2 to 8, unknown granularity.
+    Raises UserError for another tensor, ``bits`` outside 2 to 8 or an unknown granularity.
 
     Example:
         >>> x = torch.tensor([0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 2, 2)
@@ -108,20 +101,10 @@ def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = 
 
 
 def quantize(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool = True) -> Tensor:
-    """Quantize ``x`` to integer codes ``round(s * x - z)``.
+    """Quantize ``x`` to integer codes ``round(s * x - z)`` in its shape, with parameters that broadcast to it.
 
-    Args:
-        x: floating-point tensor.
-        scale_inv: multiplier ``s`` from ``choose_qparams``, broadcastable to ``x``.
-        zero_point: ``z`` from ``choose_qparams``.
-        bits: bit width, 2 to 8.
-        clamp: keep codes within -2^(k-1) .. 2^(k-1)-1. Without it a tie in the rounding can give 2^(k-1), one above.
-
-    Returns:
-        Codes in the shape of ``x``: int8 if clamped, else int32 (an unclamped code may leave the range).
-
-    Raises:
-        UserError: a code is not finite (NaN or infinity in ``x`` or in its range has no integer code).
+    ``clamp`` keeps codes within -2^(k-1) .. 2^(k-1)-1, in int8. Without it, in int32, a tie in the rounding can
+    give 2^(k-1), one above. Raises UserError for NaN or infinity in ``x`` or its range: they have no integer code.
     """
     codes = float_codes(x, scale_inv, zero_point, bits, clamp)
     if not torch.isfinite(codes).all():
@@ -139,15 +122,8 @@ def fake_quantize(
 ) -> Tensor:
     """Quantize and dequantize ``x`` with ranges taken from ``x`` itself; the gradient is one (straight-through).
 
-    Args:
-        x: floating-point tensor, (N, C, H, W) or (N, F).
-        bits: bit width, 2 to 8.
-        granularity: which values share a range, one of ``GRANULARITIES``.
-        clamp: keep codes in range; the public release does not.
-        promote: see ``choose_qparams``.
-
-    Returns:
-        Tensor of the shape and dtype of ``x`` with at most ``2**bits`` distinct values per group if clamped.
+    The result has the shape and dtype of ``x``, (N, C, H, W) or (N, F), and at most ``2**bits`` distinct values per
+    group if clamped, which the public release does not do. ``promote`` is that of ``choose_qparams``.
 
     Example:
         >>> x = torch.tensor([[0, 0.1, 0.2, 0.3]]).reshape(1, 1, 2, 2)
@@ -167,7 +143,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod  # with ctx: torch inspects the signature of a forward without it at every call, 50 microseconds
     def forward(ctx: Any, x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
-        return dequantized_codes(x, scale_inv, zero_point, bits, clamp)
+        codes = float_codes(x, scale_inv, zero_point, bits, clamp)
+        # In place: the same operations in the same order as the formula, without its copies.
+        return codes.add_(zero_point).div_(scale_inv).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,13 +157,6 @@ def float_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, cla
     bits = check_bits(bits)
     codes = (x * scale_inv).sub_(zero_point).round_()
     return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if clamp else codes
-
-
-def dequantized_codes(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
-    """Return the values that the codes stand for, in the dtype of ``x``."""
-    codes = float_codes(x, scale_inv, zero_point, bits, clamp)
-    # One new tensor, then in place: the same operations in the same order as the formula, without its copies.
-    return codes.add_(zero_point).div_(scale_inv).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from granq.models import build_network
 from granq.qat import GDFQ, AdaDFQ, Evaluate, Game, quantized
 
 RECIPES: dict[str, type[AdaDFQ]] = {"adadfq": AdaDFQ, "gdfq": GDFQ, "match": Match}
+StudentLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOW_DIVERSITY, LOW_RECOGNITION = 0.1, 2.0  # share of the variance; times the accuracy of guessing, half way up at most
 
 
@@ -67,7 +68,7 @@ def train(
     resume: bool = False,
     facts: dict[str, Any] | None = None,
     generator: nn.Module | None = None,
-    student_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    student_loss: StudentLoss | None = None,
     pixels: tuple[Tensor, Tensor] | None = None,
     after_epoch: Callable[[Game], None] | None = None,
 ) -> Result:
@@ -81,7 +82,7 @@ def train(
         resume: continue the run in ``out``; on the CPU it ends bit for bit as an uninterrupted run.
         facts: what ``config.json`` keeps besides the settings.
         generator: starts from a copy of this one: any module (noise (N, 100), labels (N,)) -> images (N, 3, H, W).
-        student_loss: (teacher's logits, student's logits, labels) -> loss, instead of the recipe's.
+        student_loss: (teacher's logits, student's, labels) -> loss, instead of the recipe's.
         pixels: lowest and highest value of each channel of an image (1, 3, 1, 1): what ``config.image_bits`` cover in
             recipe match where ranges are static, instead of the range of generated images.
         after_epoch: called with the run after each epoch.
@@ -93,7 +94,7 @@ def train(
     folder = RunFolder(out) if out else None
     if folder:
         folder.check_free(resume)
-    game = begin(teacher, config, generator, student_loss, pixels)  # refuses before the folder is made
+    game = begin(teacher, config, student_loss, generator=generator, pixels=pixels)  # refuses before the folder is made
     with folder.claimed() if folder else nullcontext():
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
         identity = fingerprint(config, game.teacher, *([generator] if generator else []), loss=own) if folder else ""
@@ -107,18 +108,12 @@ def train(
     return Result(game.student, game.generator, config, history, *top1, game.seconds)
 
 
-def begin(
-    teacher: nn.Module,
-    config: QATConfig,
-    generator: nn.Module | None = None,
-    student_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    pixels: tuple[Tensor, Tensor] | None = None,
-) -> Game:
-    """Return the run of ``train`` before its first epoch, in memory."""
+def begin(teacher: nn.Module, config: QATConfig, student_loss: StudentLoss | None = None, **more: Any) -> Game:
+    """Return the run of ``train`` before its first epoch, in memory; ``more`` is the generator and pixels."""
     recipe = RECIPES[config.recipe](config)
     if student_loss is not None:
         recipe.student_loss = student_loss  # type: ignore
-    return Game(teacher, config, recipe, generator, pixels)
+    return Game(teacher, config, recipe, **more)
 
 
 def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: dict[str, Any]) -> None:
@@ -126,8 +121,7 @@ def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: 
     here = versions(game.device)
     saved = folder.load(identity, game.device) if resume else None
     if saved is None:  # nothing is trained yet: a config that is there may be of another teacher
-        folder.write_config(game.config, facts | {"versions": here})
-        return
+        return folder.write_config(game.config, facts | {"versions": here})
     game.restore(saved)
     if (began := folder.read_config().get("versions")) != here:
         warnings.warn(f"{folder.path} began with {began}, not with {here}: the last bits may differ", stacklevel=3)
@@ -172,15 +166,12 @@ class RunFolder:
         self.config, self.checkpoint = self.path / "config.json", self.path / "checkpoint.pt"
         self.history, self.lock = self.path / "history.csv", FileLock(self.path / ".lock")
 
-    def check_free(self, resume: bool = False, *, resumable: bool = True) -> None:
+    def check_free(self, resume: bool = False) -> None:
         """Raise UserError if a run started here would overwrite something, or if there is no run to resume."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; --out takes a folder")
         # a hidden file is the lock, or half a file of a process that was killed
-        found = self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir())
+        found = self.path.is_file() or any(self.path.glob("[!.]*"))
         if found and not resume:
-            continued = " or pass --resume to continue it" if resumable else ""
-            raise UserError(f"{self.path} already holds files; choose another --out{continued}")
+            raise UserError(f"{self.path} is no empty folder; choose another --out, or --resume a run")
         if resume and not self.config.is_file() and (found or not self.path.exists()):
             raise UserError(f"{self.path} holds no run to resume")
 
@@ -228,8 +219,6 @@ class RunFolder:
         if not self.checkpoint.is_file():
             return None
         state = read_checkpoint(self.checkpoint, device)
-        if not isinstance(state, dict) or not {"epoch", "student", "rows"} <= state.keys():
-            raise UserError(f"{self.checkpoint} is no checkpoint of granq")
         if identity and state.get("fingerprint") != identity:
             raise UserError(f"{self.path} belongs to another teacher or other settings")
         return state

@@ -54,7 +54,7 @@ def test_quantize_then_evaluate_without_training_images(folder, teacher, tmp_pat
     assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
     assert answer(capsys)["top1"] == row["last_top1"]
     assert main(quantize_args(folder, teacher, tmp_path / "run")) == 2  # nothing is overwritten
-    assert "already holds files" in capsys.readouterr().err
+    assert "is no empty folder" in capsys.readouterr().err
 
 
 def test_recipe_match_from_the_command_to_integers(folder, teacher, tmp_path, capsys):

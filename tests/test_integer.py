@@ -10,7 +10,8 @@ from torch import nn
 
 from granq.convert import activation_places, calibrate, quantize_model
 from granq.errors import UserError
-from granq.integer import export_onnx, integer_model, measure_integer_agreement, save_integers
+from granq.files import write_tensors
+from granq.integer import export_onnx, integer_model, measure_integer_agreement
 from granq.match import learn_steps
 from granq.models import build_network
 from granq.schemes import SCHEMES, Scheme
@@ -149,7 +150,7 @@ def test_export(tmp_path, tiny):
     student = quantize_model(with_statistics(tiny), "foldable", 3, 3)
     calibrate(student, [torch.randn(8, 3, 8, 8)])
     twin, x = integer_model(student), torch.randn(5, 3, 8, 8)
-    save_integers(twin, tmp_path / "i.safetensors", {"bits": 3})
+    write_tensors(tmp_path / "i.safetensors", twin.state_dict(), {"bits": 3})
     saved = load_file(tmp_path / "i.safetensors")
     assert saved.keys() == twin.state_dict().keys() and len(saved) == 4 * 3 + 3 * 2  # layers, places
     assert saved["conv1.weight"].dtype == torch.int8 and saved["conv1.rescale"].shape == (4,)

@@ -189,7 +189,7 @@ def test_what_is_no_student_is_refused(tmp_path):
     )
     again = granq.load_student(path, network=f"{tmp_path / 'mine.py'}:make")
     assert torch.equal(again.student(images()), student(images()))
-    with pytest.raises(granq.UserError, match="is of network mine.py:make"):
+    with pytest.raises(granq.UserError, match="is of network mine.py:make; name it"):
         granq.load_student(path, network="resnet56_cifar10")
     (tmp_path / "torn.safetensors").write_bytes(path.read_bytes()[:5000])
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")

@@ -250,12 +250,6 @@ def test_bf16_leaves_weights_ranges_and_losses_in_float32(tiny, scheme):
         assert losses[True][loss] == pytest.approx(losses[False][loss], rel=0.1)
 
 
-def test_bf16_is_warned_of_where_it_costs_time(tiny, monkeypatch):
-    monkeypatch.setattr("granq.devices.has_bfloat16", lambda device: False)
-    with pytest.warns(UserWarning, match="without bf16 it will be faster"):
-        begin(tiny, TINY.change(bf16=True))
-
-
 def test_bf16_finds_ranges_in_float32_even_where_granq_s_release_does_not():
     x = torch.full((2, 4, 4, 4), 2.5, dtype=torch.bfloat16)  # constant channels
     x[0, 0] = torch.linspace(0, 1, 16).view(4, 4)

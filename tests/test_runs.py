@@ -174,9 +174,9 @@ FAULTS = [
     (nan_loss, FloatingPointError, "a loss is not finite in epoch 4"), (out_of_memory, RuntimeError, "out of memory"),
     (torn, UserError, "not a whole file"), (empty, UserError, "not a whole file"),
     (flipped, UserError, "damaged at"), (foreign, UserError, "another teacher or other settings"),
-    (another_kind, UserError, "no checkpoint of granq"), (malicious, UserError, "not a whole file of tensors"),
+    (another_kind, UserError, "belongs to another teacher"), (malicious, UserError, "not a whole file of tensors"),
     (in_use, UserError, "in use by another process"),
-    (not_empty, UserError, "already holds files"),
+    (not_empty, UserError, "is no empty folder"),
 ]  # fmt: skip
 DAMAGED = torn, empty, flipped, another_kind, foreign, malicious
 
@@ -410,10 +410,10 @@ def test_a_teacher_whose_answers_are_no_logits_is_refused(teacher, message):
 
 def test_files_of_others_are_not_swept_away(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for resume, message in ((False, "already holds files"), (True, "holds no run to resume")):
+    for resume, message in ((False, "is no empty folder"), (True, "holds no run to resume")):
         with pytest.raises(UserError, match=message):
             train(network(), SHORT, out=str(tmp_path), resume=resume)
-    with pytest.raises(UserError, match="is a file; --out takes a folder"):
+    with pytest.raises(UserError, match="is no empty folder"):
         train(network(), SHORT, out=tmp_path / "notes.txt")
     with pytest.raises(UserError, match="holds no run to resume"):
         train(network(), SHORT, out=tmp_path / "new", resume=True)

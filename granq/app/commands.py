@@ -34,9 +34,8 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     import pandas as pd
 
     from granq.app.sweep import combine
-    from granq.runs import RunFolder
 
-    RunFolder(out).check_free(resumable=False)
+    granq.runs.RunFolder(out).check_free()
     network, schemes = "resnet20_cifar10", ("layerwise", "granq", "strict")
     given = f"--data digits --epochs {epochs} --warmup-epochs {epochs // 2} --iterations 20 --batch-size 32"
     given += f" --student-lr 0.001 --device {device}"
@@ -45,48 +44,38 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     results = pd.DataFrame([run.run() for run in runs])
     one, columns = results.iloc[-1], ["ptq_top1", "last_top1", "best_top1"]
     groups = results.groupby("scheme", sort=False)[columns]
-    cells = groups.mean().map("{:.2f}".format) + " ± " + groups.std().map("{:.2f}".format)
+    means: Any = groups.mean()
+    cells = means.map("{:.2f}".format) + " ± " + groups.std().map("{:.2f}".format)
     table = (
         f"digits, {network}, W2A2, teacher {one.teacher_top1:.2f} %, n = {seeds} seeds, {one.test_images} test images, "
         f"{one.device}, torch {one.torch}. Mean ± std in percent; best_top1 selects on the test split.\n\n"
         f"{cells.to_markdown()}\n"
     )
     (out / "results.md").write_text(table, encoding="utf-8")
-    model, spec = granq.load_teacher(network, granq.describe_data("digits", network), teachers[0])
-    test, layers = granq.batches(granq.load_split(spec, "test"), spec), ["features.stage2.unit1.body.conv2.conv"]
-    distortion = granq.measure_activation_distortion(model, test, layers, bits=[2])
-    images = granq.measure_generated_images(granq.load_generator(one.out), model, spec)
     granq.save_figure("accuracy", results, granq.plot_accuracy_bits, out, (4.6, 2.4))
-    granq.save_figure("activation_distortion", distortion, granq.plot_activation_distortion, out)
-    granq.save_figure("synthetic_images", images, granq.plot_synthetic_images, out, (6.8, 1.2))
+    shared = granq.Workbench(teacher=teachers[0], runs=[one.out], out=out, device=device)
+    granq.make_figures(["activation_distortion", "synthetic_images"], shared)
     print(f"{table}\nNext: open {out}/accuracy.png, then {out}/activation_distortion.png.")
-    means = {str(scheme): float(top1) for scheme, top1 in results.groupby("scheme").last_top1.mean().items()}
-    return {"out": str(out), "teacher_top1": one.teacher_top1} | means
+    return {"out": str(out), "teacher_top1": one.teacher_top1} | means.last_top1.to_dict()
 
 
 def teacher(
     *, data: Data, network: Network, out: Path, epochs: Count = 30,
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
-    image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, image_size: int | None = None,
+    mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Train a full-precision teacher.
 
     Args:
         out: file to write, FILE.safetensors
         lr: peak learning rate
-        bf16: train under bfloat16 autocast (faster on AVX512 and GPUs)
     """
-    from granq import devices, files
-
-    if out.exists() or out.suffix != ".safetensors":
-        raise UserError(f"--out must be a new file that ends in .safetensors, got {out}")
+    _check_new(out, ".safetensors")
     spec = granq.describe_data(data, network, image_size, **channels(mean, std))
-    device = devices.resolve_device(device)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = dict(epochs=epochs, lr=lr, seed=seed, bf16=bf16, device=device)
-    model, top1 = granq.train_teacher(network, spec, **options)
-    files.save_atomically(out, lambda path: granq.save_teacher(path, model, network, spec, top1))
-    return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | devices.versions(device)
+    device = granq.devices.resolve_device(device)
+    model, top1 = granq.train_teacher(network, spec, epochs=epochs, lr=lr, seed=seed, device=device)
+    granq.save_teacher(out, model, network, spec, top1)
+    return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | granq.devices.versions(device)
 
 
 def evaluate(
@@ -94,11 +83,9 @@ def evaluate(
     device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure the accuracy of a finished run, or of a packed student by its file or name."""
-    from granq import devices
-
-    device = devices.resolve_device(device)
+    device = granq.devices.resolve_device(device)
     saved, spec, test, facts = _run_on(run, data, network, device, **channels(mean, std))
-    return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | devices.versions(device)
+    return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | granq.devices.versions(device)
 
 
 def _run_on(
@@ -129,26 +116,23 @@ def audit(
     """
     import torch
 
-    from granq import files
-
-    _check_new(*[out] if out else [])
+    if out:
+        _check_new(out)
     name = network.rpartition(":")[2]
     likely = "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
     widths, spec = parse_bits(bits), granq.describe_data(data or likely, network, image_size)
     torch.manual_seed(0)
-    model, spec = granq.load_teacher(network, spec, teacher) if teacher else (
-        granq.build_network(network, spec.classes), spec
-    )  # fmt: skip
+    model = granq.build_network(network, spec.classes)
+    if teacher:
+        model, spec = granq.load_teacher(network, spec, teacher)
     torch.manual_seed(0)
     size = image_size or spec.image_size
-    images = torch.randn(2, 3, size, size)
-    frame = granq.audit(granq.quantize_model(model, scheme, **widths), images)
+    frame = granq.audit(granq.quantize_model(model, scheme, **widths), torch.randn(2, 3, size, size))
     result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
     result |= {"weights": str(teacher or "random, seed 0"), "image_size": size}
     result |= granq.summarize_audit(frame)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files.write_csv(out, frame)
+        granq.files.write_csv(out, frame)
     else:
         shown = "layer weight_shape levels weight_sqnr_db input_quantized act_sqnr_db bits_per_weight status"
         print(frame[shown.split()].round(1).to_string(index=False))
@@ -224,7 +208,6 @@ def _grown_table(
         raise UserError(f"--bits names a width twice: {bits}")
     shared = granq.Workbench("full", runs=[run] if run else [], **source)
     facts = {name: fact for name, fact in shared.facts().items() if name not in ("budget", "seed")}
-    out.parent.mkdir(parents=True, exist_ok=True)
     return widths, shared, facts
 
 
@@ -238,11 +221,9 @@ def export(
         out: folder for integers, which are checked; FILE.safetensors for packed, which granq evaluate opens
         format: integers (safetensors and ONNX), or packed (the codes of weights at their width)
     """
-    from granq import devices, files, runs
-
     if format == "packed":
         return _export_packed(run, data, network, out)
-    runs.RunFolder(out).check_free(resumable=False)
+    granq.runs.RunFolder(out).check_free()
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
     agreement = granq.measure_integer_agreement(saved.student, images, twin)
@@ -250,33 +231,26 @@ def export(
         raise UserError(f"the integer twin computes something else than the student: {', '.join(wrong)}")
     out.mkdir(parents=True, exist_ok=True)
     granq.export_onnx(twin, images[:2], out / "network.onnx")
-    files.write_csv(out / "agreement.csv", agreement)
-    facts |= {
-        "top1_fake_quantized": granq.top1_on(saved.student, test, spec),
-        "top1_integer": granq.top1_on(twin, test, spec),
-        "outputs_beyond_bound": 0,
-        "torch": devices.versions()["torch"],
-    }
-    granq.save_integers(twin, out / "integers.safetensors", saved.config.model_dump() | facts)
+    granq.files.write_csv(out / "agreement.csv", agreement)
+    tops = {"top1_fake_quantized": saved.student, "top1_integer": twin}
+    facts |= {name: granq.top1_on(model, test, spec) for name, model in tops.items()}
+    facts |= {"outputs_beyond_bound": 0, "torch": granq.devices.versions()["torch"]}
+    granq.files.write_tensors(out / "integers.safetensors", twin.state_dict(), saved.config.model_dump() | facts)
     return facts | {"out": str(out)}
 
 
 def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
     from scipy.stats import binomtest
 
-    from granq import devices
-
-    _check_new(out)
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out must end in .safetensors, got {out}")
+    _check_new(out, ".safetensors")
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
     facts["top1"] = top1 = granq.top1_on(saved.student, test, spec)
     ends = binomtest(round(top1 * len(test) / 100), len(test)).proportion_ci(method="wilson")
     facts |= {"top1_low": 100 * ends.low, "top1_high": 100 * ends.high}
     facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
-    facts |= devices.versions() | {"commit": devices.commit(), "teacher": Path(saved.facts.get("teacher", "")).name}
-    facts |= {"run": run.name, "data": data.split(":")[0]}  # where they lay on this machine is nobody's business
-    out.parent.mkdir(parents=True, exist_ok=True)
+    facts |= granq.devices.versions() | {"commit": granq.devices.commit()}
+    # where they lay on this machine is nobody's business
+    facts |= {"run": run.name, "data": data.split(":")[0], "teacher": Path(saved.facts.get("teacher", "")).name}
     granq.save_packed(out, saved._replace(facts=facts))
     return facts | {"out": str(out), "bytes": out.stat().st_size}
 
@@ -299,12 +273,12 @@ def figures(
     """
     folder = out or Path("figures/quick" if budget == "quick" and not from_csv else "figures")
     if from_csv:
-        drawn = granq.redraw_figures(names, folder)
-    else:
-        options: dict[str, Any] = dict(data=data, network=network, teacher=teacher, device=device, seed=seed)
-        options |= channels(mean, std)
-        drawn = granq.make_figures(names, granq.Workbench(budget, runs=run, out=folder, **options))
-    return {"out": str(folder), "figures": ", ".join(drawn)}
+        return {"out": str(folder), "figures": ", ".join(granq.redraw_figures(names, folder))}
+    shared = granq.Workbench(
+        budget, data=data, network=network, teacher=teacher, runs=run, out=folder, device=device, seed=seed,
+        **channels(mean, std),
+    )  # fmt: skip
+    return {"out": str(folder), "figures": ", ".join(granq.make_figures(names, shared))}
 
 
 def bench(
@@ -312,16 +286,15 @@ def bench(
     out: Path | None = None, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Time the quantizer and the scaled convolution against plain baselines; --out is the folder for their CSV."""
-    from granq import devices, files
-
-    device, result, names = devices.resolve_device(device), {}, ("quantizer", "scaling") if what == "all" else (what,)
-    _check_new(*[out / f"{name}_latency.csv" for name in names if out])
+    device, result = granq.devices.resolve_device(device), {}
+    names = ("quantizer", "scaling") if what == "all" else (what,)
+    for file in [out / f"{name}_latency.csv" for name in names] if out else []:
+        _check_new(file)
     for name in names:
         measure = granq.measure_latency_quantizer if name == "quantizer" else granq.measure_latency_scaling
         frame = measure(repetitions=repetitions, device=device)
         if out:
-            out.mkdir(parents=True, exist_ok=True)
-            files.write_csv(out / f"{name}_latency.csv", frame)
+            granq.files.write_csv(out / f"{name}_latency.csv", frame)
         print(frame.round(3).to_string(index=False))
         result[name] = _records(frame)
     return result
@@ -352,16 +325,17 @@ def sweep(
         plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
     table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster, network)
     print(table.to_string(index=False, na_rep=""))
-    left = 0 if status else int((table.state != "done").sum())
-    failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left else {}
-    counts = {str(state): int(count) for state, count in table.state.value_counts().items()}
-    return {"out": str(out), "runs": len(table)} | counts | failed
+    left = int((table.state != "done").sum())
+    failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left and not status else {}
+    counts: Any = table.state.value_counts()
+    return {"out": str(out), "runs": len(table)} | counts.to_dict() | failed
 
 
-def _check_new(*paths: Path) -> None:
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path} already exists; choose another --out")
+def _check_new(path: Path, suffix: str = "") -> None:
+    if not path.name.endswith(suffix):
+        raise UserError(f"--out must end in {suffix}, got {path}")
+    if path.exists():
+        raise UserError(f"{path} already exists; choose another --out")
 
 
 def _records(frame: Any) -> list[Result]:
