@@ -30,6 +30,7 @@ from .measure.activations import measure_data_flow as measure_data_flow
 from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.activations import measure_weight_scales as measure_weight_scales
 from .measure.allocation import allocate_bits as allocate_bits
+from .measure.allocation import measure_budgets as measure_budgets
 from .measure.audit import audit as audit
 from .measure.audit import summarize_audit as summarize_audit
 from .measure.factorial import measure_granularity_factorial as measure_granularity_factorial
@@ -88,6 +89,7 @@ from .show.registry import make_figures as make_figures
 from .show.registry import redraw_figures as redraw_figures
 from .show.registry import save_figure as save_figure
 from .show.results import plot_accuracy_bits as plot_accuracy_bits
+from .show.results import plot_accuracy_true_bits as plot_accuracy_true_bits
 from .show.results import plot_granularity_factorial as plot_granularity_factorial
 from .show.results import plot_quantizer_latency as plot_quantizer_latency
 from .show.results import plot_results_table as plot_results_table

@@ -110,7 +110,7 @@ def _run_on(run: Path, data: str, device: str) -> tuple[granq.SavedRun, granq.Da
     spec = saved.spec.model_copy(update={"name": spec.name, "root": spec.root})
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
-    facts |= {"run": str(run), "data": data, "bits": f"W{c.weight_bits}A{c.act_bits}"}
+    facts |= {"run": str(run), "data": data, "bits": c.bits}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
 
 

@@ -28,7 +28,12 @@ from granq.plain import LAYERS, module_of
 from granq.schemes import Scheme
 
 KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")
-_SIZES = {"input_quantized": "place", "weights": "weights", "macs": "macs"}  # columns of an audit, and their names here
+_SIZES = {
+    "input_quantized": "place",
+    "weight_granularity": "grid",
+    "weights": "weights",
+    "macs": "macs",
+}  # columns of an audit, and their names here
 
 
 class Side(NamedTuple):
@@ -59,11 +64,12 @@ def measure_sensitivity(
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
 
     Returns:
-        Columns layer, place (of the quantizer in front of it, "" without), weights, macs (per image), kl (teacher to
-        student, mean over images, nats), agreement (percent of images with the teacher's prediction), sqnr_db (of the
-        logits), with labels top1, lost (points below the teacher, and the ends ``_low`` and ``_high`` of its 95 %
-        bootstrap interval, paired by image), right_to_wrong and wrong_to_right (images), kind, part, bits, recovered
-        (share of the KL of the whole quantized network that is gone; NaN for ``alone``), images, scheme, ``facts``.
+        Columns layer, place (of the quantizer in front of it, "" without), grid (granularity of its weight, likewise),
+        weights, macs (per image), kl (teacher to student, mean over images, nats), agreement (percent of images with
+        the teacher's prediction), sqnr_db (of the logits), with labels top1, lost (points below the teacher, and the
+        ends ``_low`` and ``_high`` of its 95 % bootstrap interval, paired by image), right_to_wrong and wrong_to_right
+        (images), kind, part, bits, recovered (share of the KL of the whole quantized network that is gone; NaN for
+        ``alone``), images, scheme, ``facts``.
     """
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)

@@ -191,8 +191,7 @@ class Workbench:
 
 
 def _history(rows: pd.DataFrame, config: QATConfig) -> pd.DataFrame:
-    bits = f"W{config.weight_bits}A{config.act_bits}"
-    return rows.assign(scheme=str(config.scheme), bits=bits, seed=config.seed, recipe=config.recipe)
+    return rows.assign(scheme=str(config.scheme), bits=config.bits, seed=config.seed, recipe=config.recipe)
 
 
 def dataset_name(name: str) -> str:
@@ -202,10 +201,12 @@ def dataset_name(name: str) -> str:
 
 def method_name(row: Mapping[Any, Any]) -> str:
     """Return the scheme, and in what else a run differs from the plain recipe: such a run is a method of its own."""
-    match, image_bits = row["recipe"] == "match", row.get("image_bits", 0)  # NaN where a table has no such column
+    match, image_bits, auto = row["recipe"] == "match", row.get("image_bits", 0), row.get("auto_bits", 0)
+    by_layer = str(row.get("layer_bits", "")).startswith("{")
     differs = {
         f"match, {row['epochs'] * row['iterations']:.0f} steps" if match else row["recipe"]: row["recipe"] != "adadfq",
-        f"image {image_bits:.0f} bits": image_bits > 0,
+        f"image {image_bits:.0f} bits": image_bits > 0,  # NaN where a table has no such column
+        f"auto {auto:.1f}" if auto > 0 else "bits by layer": by_layer,
         "bfloat16": row.get("bf16") is True and not match,
     }
     return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])

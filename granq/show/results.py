@@ -185,6 +185,23 @@ def plot_true_bits(
     return finish(ax, legend)
 
 
+def plot_accuracy_true_bits(data: DataFrame, *, dataset: str | None = None, legend: bool = True, ax: Ax = None) -> Axes:
+    """Draw ``measure_budgets``: accuracy over true bits per weight; filled and joined: allocated, open: uniform."""
+    ax = ax or plt.gca()
+    rows = select(data, dataset=dataset) if "dataset" in data else data
+    for (scheme, how), line in rows.groupby(["scheme", "how"], sort=False):
+        look = role(str(scheme))._replace(label=f"{scheme}, {how}", dash="-" if how == "allocated" else ":")
+        face = look.color if how == "allocated" else "white"
+        style = look.line | {"markersize": 4.5, "markerfacecolor": face}
+        ax.plot(line.true_bits_per_weight, line.top1, **style)
+    if "teacher_test_top1" in rows:
+        ax.axhline(rows.teacher_test_top1.iloc[0], color=GREY, linestyle="--", label="teacher", zorder=0)
+    known = rows[["dataset", "network"]].iloc[0] if "dataset" in rows else []
+    ax.set(xlabel="true bits per weight", ylabel="test top-1 (%)\nbefore training", title=", ".join(known))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return finish(ax, legend)
+
+
 def _timed(ax: Axes, name: str, x: Series, rows: DataFrame, quantity: str = "median_ms", **style: Any) -> None:
     """Draw one method in the look of the scheme it belongs to, else in black; a star is another memory layout."""
     base = name.removesuffix(", NHWC")
