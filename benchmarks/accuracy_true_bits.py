@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 import tyro
 from scipy.stats import bootstrap, spearmanr
+from torch.utils.data import Subset
 
 import granq
 from granq.devices import commit, versions
@@ -72,7 +73,8 @@ def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str,
             generated = granq.measure_sensitivity(teacher, drawn, "strict", 3, **both)
             real = [*granq.batches(test, spec)]
             print(correlation(generated, granq.measure_sensitivity(teacher, real, "strict", 3, **both)))
-            few = [tuple(part[:64] for part in batch) for batch in real[:: len(real) // 8]][:8]
+            some = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:512].tolist()
+            few = [*granq.batches(Subset(test, some), spec, 64)]
             frame = granq.measure_sensitivity(teacher, few, "strict", 3, kinds=["alone", "all_but"])
             write_csv(out / "sensitivity.csv", frame.assign(**known), "%.6g")
     rows = pd.concat([pd.read_csv(work / f"budgets_{name}.csv") for name in data])

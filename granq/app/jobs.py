@@ -6,7 +6,8 @@ import json
 import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import make_dataclass
+from dataclasses import field, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,14 +75,14 @@ class Job(QATConfig, Files):
             return granq.top1_on(model, test, spec, device)
 
         config, start = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields}), self.generator
-        if self.auto_bits and not self.layer_bits:
+        if choose := bool(self.auto_bits and not self.layer_bits):
             config, start = self._choose_bits(config, teacher)
             generator = granq.load_generator(start, device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
         result = granq.train(
-            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume, facts=facts, generator=generator,
-            pixels=granq.pixel_bounds(spec),
+            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume or choose, facts=facts,
+            generator=generator, pixels=granq.pixel_bounds(spec),
         )  # fmt: skip
         row = result.row(self.data, self.network, facts["teacher_top1"], len(test)) | source
         row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
@@ -152,15 +153,19 @@ def options(argv: Sequence[str]) -> type:
     It checks nothing: tyro would put a box around pydantic's messages.
     """
     start, groups = defaults(argv), []
+
+    def given(name: str) -> list[Any]:
+        return [field(default_factory=partial(start.get, name))] if name in start else []
+
     start["bits"] = ("auto:{auto_bits}" if start["auto_bits"] else "{weight_bits},{act_bits}").format_map(start)
     bases: tuple[Any, ...] = (Files, *reversed(QATConfig.__bases__))
     for model in bases:
-        shown = {name: (field.rebuild_annotation(), field.description) for name, field in model.model_fields.items()}
+        shown = {name: (known.rebuild_annotation(), known.description) for name, known in model.model_fields.items()}
         if "scheme" in shown:  # named here, and widths are one option
             shown |= {"scheme": (str, shown["scheme"][1]), "bits": (str, BITS_HELP)}
             del shown["weight_bits"], shown["act_bits"], shown["auto_bits"]
         fields = [
-            (name, Annotated[kind, arg(help=text)] if text else kind, *([start[name]] if name in start else []))
+            (name, Annotated[kind, arg(help=text)] if text else kind, *given(name))
             for name, (kind, text) in shown.items()
         ]
         group = make_dataclass(model.__name__, fields, kw_only=True, namespace={"__doc__": model.__doc__})
@@ -182,7 +187,7 @@ def defaults(argv: Sequence[str]) -> dict[str, Any]:
     first.add_argument("--from-row", nargs=2)
     first.add_argument("--layer-bits", nargs="*")
     given = {name: value for name, value in vars(first.parse_known_args(argv)[0]).items() if value is not None}
-    start = {name: field.default for name, field in Files.model_fields.items() if not field.is_required()}
+    start = {name: known.default for name, known in Files.model_fields.items() if not known.is_required()}
     if given.pop("layer_bits", ()) and given.get("bits", "").startswith("auto:"):
         raise UserError("--bits auto chooses what --layer-bits gives; leave one of them out")
     if "from_row" in given:

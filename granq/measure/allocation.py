@@ -75,7 +75,7 @@ def measure_budgets(
     how: dict[str, Any] = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
     for scheme in (*schemes, "granq"):
         whole = sorted({side(budget) for budget in budgets for side in (math.floor, math.ceil)})
-        runs = [("uniform", float(k), {}) for k in (whole if scheme in schemes else (3,))]
+        runs: list[Any] = [("uniform", float(k), None) for k in (whole if scheme in schemes else (3,))]
         if scheme in schemes:
             table = measure_sensitivity(model, images, scheme, choices, **how)
             runs += [("allocated", budget, allocate_bits(table, budget)) for budget in budgets]

@@ -196,8 +196,8 @@ def plot_accuracy_true_bits(data: DataFrame, *, dataset: str | None = None, lege
         ax.plot(line.true_bits_per_weight, line.top1, **style)
     if "teacher_test_top1" in rows:
         ax.axhline(rows.teacher_test_top1.iloc[0], color=GREY, linestyle="--", label="teacher", zorder=0)
-    known = rows[["dataset", "network"]].iloc[0] if "dataset" in rows else []
-    ax.set(xlabel="true bits per weight", ylabel="test top-1 (%)\nbefore training", title=", ".join(known))
+    title = f"{rows.dataset.iloc[0]}, {rows.network.iloc[0]}" if "dataset" in rows else ""
+    ax.set(xlabel="true bits per weight", ylabel="test top-1 (%)\nbefore training", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, legend)
 
