@@ -8,6 +8,7 @@ Images are drawn by a generator that learned alone for 1,000 iterations; test im
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,7 @@ def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str,
         teacher, test, drawn, spec = prepare(name, weights, images, work)
         known = {"budget": "full", "seed": 0, "commit": commit(), "dataset": name, "network": NETWORKS[name][0]}
         known |= {k: v for k, v in versions("cpu").items() if k in ("torch", "device")}
-
-        def evaluate(model: Any) -> float:
-            return granq.top1_on(model, test, spec)
-
+        evaluate = partial(granq.top1_on, dataset=test, spec=spec)
         known["teacher_test_top1"] = evaluate(teacher)
         if not (work / f"budgets_{name}.csv").is_file():
             rows = granq.measure_budgets(teacher, drawn, evaluate)

@@ -104,7 +104,8 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
 
 
 MEASURED_HERE = ("method", "granularity_maps", "activation_distortion", "channel_scales", "layer_error", "sensitivity",
-                 "accuracy_bits", "accuracy_true_bits", "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
+                 "accuracy_bits", "accuracy_true_bits",
+                 "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEASURED_HERE)
