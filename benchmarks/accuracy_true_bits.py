@@ -69,10 +69,10 @@ def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str,
         if name == "cifar10":
             both: dict[str, Any] = {"kinds": ["alone"], "parts": ["both"]}
             generated = granq.measure_sensitivity(teacher, drawn, "strict", 3, **both)
-            real = [*granq.batches(test, spec)]
+            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist()
+            real = [*granq.batches(Subset(test, order[:2500]), spec, 250)]
             print(correlation(generated, granq.measure_sensitivity(teacher, real, "strict", 3, **both)))
-            some = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:512].tolist()
-            few = [*granq.batches(Subset(test, some), spec, 64)]
+            few = [*granq.batches(Subset(test, order[:512]), spec, 64)]
             frame = granq.measure_sensitivity(teacher, few, "strict", 3, kinds=["alone", "all_but"])
             write_csv(out / "sensitivity.csv", frame.assign(**known), "%.6g")
     rows = pd.concat([pd.read_csv(work / f"budgets_{name}.csv") for name in data])

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from granq.errors import UserError
-from granq.graph import asked_bits, calls_of_layers, find_places, insert_call, is_image, layer_names, to_module, trace
+from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, to_module, trace
 from granq.hooks import Batch, images_of, temporarily
 from granq.plain import LAYERS, has_channels, is_plain, module_of
 from granq.quantizer import QParams, fake_quantize, fake_quantize_with, min_max, qparams_from_range
@@ -187,9 +187,14 @@ def _quantize_activations(
     """Put a quantizer at every place: of the image's width, of the one that its layers have, or of ``act_bits``."""
     student.act_quant = quantizers = nn.ModuleDict()
     places = find_places(graph, student, scheme.places, layers) if scheme.activations else []
-    asked = asked_bits(graph, student, places, {name: pair[1] for name, pair in own.items()})
+    lacking = {name for name, (_, width) in own.items() if width} - {u.target for node in places for u in node.users}
+    if lacking:
+        raise UserError(f"the scheme has no quantizer directly in front of {min(lacking)}: its activations take 0 bits")
     for node in places:
-        width = image_bits if image_bits and is_image(student, node) else asked.get(node, act_bits)
+        asked = {own[user.target][1]: user.target for user in node.users if user.target in own}
+        if len(asked) > 1:
+            raise UserError(f"{' and '.join(asked.values())} read one place, which cannot have {set(asked)} bits")
+        width = image_bits if image_bits and is_image(student, node) else next(iter(asked), act_bits)
         if width:
             linear = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
             channels = False if linear else has_channels(student, node) or None

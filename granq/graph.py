@@ -75,29 +75,6 @@ def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) 
     return list(dict.fromkeys(value for node in calls if isinstance(value := layer_input(node), fx.Node)))
 
 
-def asked_bits(graph: fx.Graph, root: nn.Module, places: list[fx.Node], bits: dict[str, int]) -> dict[fx.Node, int]:
-    """Return the width of every place that a layer in ``bits`` reads. Raises UserError if two contradict each other.
-
-    A layer also reads a place whose values are pooled, joined or flattened on their way to it.
-    """
-    asked, name_of = dict[fx.Node, int](), dict[fx.Node, str]()
-    for call in (node for node in graph.nodes if node.op == "call_module" and node.target in bits):
-        name, width, found = str(call.target), bits[call.target], False
-        values = [value for value in [layer_input(call)] if isinstance(value, fx.Node)]
-        for value in values:
-            if value not in places:
-                before = () if isinstance(module_of(root, value), LAYERS) else value.all_input_nodes
-                values += [node for node in before if node not in values]
-            elif width or value is layer_input(call):  # 0 bits of what is computed from a place are not its own
-                found, first = True, name_of.setdefault(value, name)
-                if asked.setdefault(value, width) != width:
-                    text = f"it cannot have {asked[value]} and {width} bits"
-                    raise UserError(f"{first} and {name} read one place: {text}")
-        if width and not found:
-            raise UserError(f"nothing in the scheme quantizes the input of {name}: its activations take 0 bits")
-    return asked
-
-
 def insert_call(graph: fx.Graph, node: fx.Node, name: str, where: str, layers: set[str]) -> None:
     """Call module ``name`` on the value of ``node``; who reads that value for quantization reads the result instead."""
     if where == "relu":

@@ -65,23 +65,27 @@ def test_every_layer_has_its_widths(tiny: nn.Module, changed: dict[str, tuple[in
 def test_who_reads_one_place_shares_its_width(tiny: nn.Module) -> None:
     student = quantize_model(tiny, "strict", 3, 3, bits={"point": (4, 6)})
     assert [place.bits for place in activation_places(student).values()] == [3, 6, 3]
-    sentence = "conv2 and point read one place: it cannot have 2 and 0 bits"
+    sentence = "conv2 and point read one place, which cannot have {0, 2} bits"
     with pytest.raises(UserError, match=sentence):
         quantize_model(tiny, "strict", 3, 3, bits={"conv2": (3, 2), "point": (3, 0)})
     image = quantize_model(tiny, "strict", 3, 3, image_bits=6, bits={"conv1": (4, 2)})
     assert [place.bits for place in activation_places(image).values()] == [6, 3, 3]
 
 
-def test_places_of_relu_schemes_are_read_through_pooling() -> None:
+def test_relu_schemes_give_widths_to_what_reads_a_relu_directly() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(4, 2),
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
     ).eval()  # fmt: skip
-    student = quantize_model(net, "granq", 3, 3, bits={"0": (3, 0), "3": (3, 5), "7": (3, 0)})
-    assert [place.bits for place in activation_places(student).values()] == [5, 3]  # a mean is not on a grid
-    assert len(activation_places(quantize_model(net, "granq", 3, 3, bits={"7": (3, 6)}))) == 2
-    with pytest.raises(UserError, match="nothing in the scheme quantizes the input of 0: its activations take 0 bits"):
-        quantize_model(net, "granq", 3, 3, bits={"0": (3, 3)})
+    student = quantize_model(net, "granq", 3, 3, bits={"0": (3, 0), "2": (3, 5), "5": (3, 0)})
+    assert [place.bits for place in activation_places(student).values()] == [5, 3]
+    for name in ("0", "5", "8"):  # the image, a ReLU that was pooled, a mean
+        with pytest.raises(UserError, match=f"no quantizer directly in front of {name}: its activations take 0 bits"):
+            quantize_model(net, "granq", 3, 3, bits={name: (3, 3)})
+    table = granq.measure_sensitivity(net, [IMAGES], "granq", [2, 4], kinds=["alone"], parts=["weights", "activations"])
+    chosen = granq.allocate_bits(table, 3.0)
+    assert [a for _, a in chosen.values()] == [0, chosen["2"][1], 0, 0] and chosen["2"][1]
+    quantize_model(net, "granq", 3, 3, bits=chosen)
 
 
 class Standardized(nn.Conv2d):

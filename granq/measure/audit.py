@@ -82,7 +82,9 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
     if mixed:
-        text += f", on average {_average(frame, 'weight', 'weights'):.2f} and {_average(frame, 'act', 'macs'):.2f}"
+        low = frame[frame.low_bit]
+        average = (np.average(low.weight_bits, weights=low.weights), np.average(low.act_bits, weights=low.macs))
+        text += ", on average {:.2f} and {:.2f}".format(*average)
     if wide.any():
         text += f", {100 * frame.macs_share[wide].sum():.1f} % on inputs of {frame.act_bits[wide].max()} bits"
     off = frame[~frame.low_bit & (frame.macs > 0)].sort_values("macs_share", ascending=False, kind="stable")
@@ -107,11 +109,6 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
         "layers_input_quantized": int(frame.act_quantized.sum()),
         "summary": text,
     }
-
-
-def _average(frame: pd.DataFrame, kind: str, size: str) -> float:
-    rows = frame[frame[f"{kind}_quantized"]]
-    return float((rows[f"{kind}_bits"] * rows[size]).sum() / max(rows[size].sum(), 1))
 
 
 def _measure(quantizer: Quantizer, x: Tensor, value: Tensor) -> Measured:
