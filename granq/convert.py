@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from granq.errors import UserError
 from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, to_module, trace
-from granq.hooks import Batch, images_of, temporarily
+from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.plain import LAYERS, has_channels, is_plain, module_of
 from granq.quantizer import QParams, fake_quantize, fake_quantize_with, min_max, qparams_from_range
 from granq.ranges import LearnedSteps, TrackedRanges, fake_quantize_learned
@@ -144,11 +144,10 @@ def quantize_model(
     that computes something else (``granq.plain``), or is only read (``F.linear(x, normalize(self.head.weight))``),
     stays in full precision; a warning names it.
 
-    ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own
-    widths, ``{layer: (weight, activation)}``, where 0 is full precision; the layers that read one place share its
-    width. The image has ``image_bits``, if given, and otherwise what its layers have: hardware for k bits runs the
-    first layer on 2k as two passes, one for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS
-    2016, do with 8).
+    ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own,
+    ``{layer: (weight, activation)}``, 0 for full precision; layers that read one place share its width. The image has
+    ``image_bits``, if given: hardware for k bits runs the first layer on 2k as two passes, one for each half of the
+    bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
     Raises:
         UserError: unknown scheme, width or layer, nothing to quantize, a network that is wrapped or quantized already,
@@ -187,8 +186,7 @@ def _quantize_activations(
     """Put a quantizer at every place: of the image's width, of the one that its layers have, or of ``act_bits``."""
     student.act_quant = quantizers = nn.ModuleDict()
     places = find_places(graph, student, scheme.places, layers) if scheme.activations else []
-    lacking = {name for name, (_, width) in own.items() if width} - {u.target for node in places for u in node.users}
-    if lacking:
+    if lacking := {name for name in own if own[name][1]} - {user.target for node in places for user in node.users}:
         raise UserError(f"the scheme has no quantizer directly in front of {min(lacking)}: its activations take 0 bits")
     for node in places:
         asked = {own[user.target][1]: user.target for user in node.users if user.target in own}
@@ -329,7 +327,7 @@ def calibrate(
     places = [place for place in activation_places(model).values() if place.tracked]
     if any(place.learned for place in places):
         raise UserError("the steps of this model are learned: they no longer follow ranges")
-    with temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
+    with eval_mode(model), temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
         for place in places if quantile < 1 else ():  # ranges tracked before were extremes
             place.running_min = place.running_max = torch.empty(0)
         for images in map(images_of, batches):

@@ -1,12 +1,13 @@
 """Datasets by name: digits (embedded), cifar10, cifar100, imagenet, and ``folder:PATH`` with train/ and test/ or val/.
 
 Images leave this module normalized, float32, (N, 3, size, size). Up to 64 pixels they are kept in memory as uint8.
+A class is a folder; what is hidden (``.ipynb_checkpoints``) is none. A train split may be absent.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -20,6 +21,10 @@ _IMAGENET: dict[str, Any] = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "
 _CIFAR: dict[str, Any] = {"image_size": 32, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _DIGITS: dict[str, Any] = {"image_size": 32, "mean": (0.3053,) * 3, "std": (0.3760,) * 3}  # of the 8x8 originals
 _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _CIFAR), "imagenet": (1000, _IMAGENET)}
+#: WordNet ids of ImageNet's classes, which name their folders, in the order of their labels
+IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt").read_text().split()
+Share = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class ImageData(Protocol):
@@ -30,14 +35,33 @@ class ImageData(Protocol):
 
 
 class DataSpec(BaseModel, frozen=True, extra="forbid"):
-    """What must be known about a dataset before a single image is read."""
+    """What must be known about a dataset before its images are read. Pixels go from 0 to 1."""
 
     name: str
-    classes: int = Field(ge=1)
+    classes: int = Field(ge=2)
     image_size: int = Field(ge=4, multiple_of=4)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Share, Share, Share]
+    std: tuple[Deviation, Deviation, Deviation]
     root: str = ""
+    given: bool = False  #: mean and std are the user's own: no teacher file changes them
+
+    def fit_classes(self, classes: int) -> "DataSpec":
+        """Return what a network of so many classes sees. Raises UserError if the data have another number.
+
+        For 1,000 a folder with a part of ImageNet has the labels of the whole.
+        """
+        if classes != self.classes and not (classes == len(IMAGENET_IDS) and self.has_imagenet_ids()):
+            raise UserError(f"the network's weights tell {classes} classes apart, but {self.name} has {self.classes}")
+        return self.model_copy(update={"classes": classes})
+
+    def has_imagenet_ids(self) -> bool:
+        """Say whether these are class folders that are all named as ImageNet's."""
+        return self.name.startswith("folder:") and {*class_names(split_folder(self.root, "test"))} <= {*IMAGENET_IDS}
+
+    def label_names(self) -> list[str]:
+        """Return the names of the class folders by label: of a part of ImageNet those of all 1,000."""
+        whole = self.name == "imagenet" or (self.classes == len(IMAGENET_IDS) and self.has_imagenet_ids())
+        return IMAGENET_IDS if whole else class_names(split_folder(self.root, "test"))
 
 
 def data_root() -> Path:
@@ -45,22 +69,37 @@ def data_root() -> Path:
     return Path(os.environ.get("GRANQ_DATA", "~/.cache/granq")).expanduser()
 
 
-def describe_data(name: str, network: str = "", image_size: int | None = None) -> DataSpec:
-    """Describe a dataset without reading any image. Raises UserError for an unknown name or a folder without a test.
+def describe_data(
+    name: str, network: str = "", image_size: int | None = None, *, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> DataSpec:  # fmt: skip
+    """Describe a dataset. Raises UserError for an unknown name, or a folder without a test split.
 
-    A folder has no known normalization: for a ``network`` named like CIFAR's or SVHN's it is CIFAR's at 32 pixels, else
-    ImageNet's at 224. A teacher file brings its own (``models.load_teacher``).
+    ``mean`` and ``std`` of the three channels, from 0 to 1, are those that the teacher was trained with. Without them a
+    teacher file or timm's ``pretrained_cfg`` brings its own (``models.load_teacher``); else those of the data are
+    taken. A folder has none: for a ``network`` named like CIFAR's or SVHN's they are CIFAR's at 32 pixels, else
+    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the images, if 20 of the test images are
+    squares of one size up to 64, else 224.
     """
+    if (mean is None) != (std is None):
+        raise UserError("mean and std go together: give both or none of them")
     if name.startswith("folder:"):
         root = str(Path(name.removeprefix("folder:")).expanduser())
-        classes = len(class_names(split_folder(root, "test")))
-        facts = _CIFAR if "cifar" in network or "svhn" in network else _IMAGENET
+        names = class_names(test := split_folder(root, "test"))
+        function = network.rpartition(":")[2]  # a file's path says nothing of images
+        classes, facts = len(names), _CIFAR if "cifar" in function or "svhn" in function else _IMAGENET
+        if ".py:" in network and image_size is None:
+            paths = [path for path, _ in _read_folder(test, names).samples]
+            sizes = {_open_image(path).size for path in paths[:: -(-len(paths) // 20)]}
+            width, height = sizes.pop() if len(sizes) == 1 else (0, 0)
+            image_size = width - width % 4 if 4 <= width == height <= 64 else 224
     else:
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))
         classes, facts = _KNOWN[name]
-    size = facts["image_size"] if image_size is None else image_size
-    return DataSpec(**facts | {"name": name, "classes": classes, "root": root, "image_size": size})
+    facts = facts | {"name": name, "classes": classes, "root": root}
+    facts |= {} if image_size is None else {"image_size": image_size}
+    return DataSpec(**facts | ({} if mean is None else {"mean": mean, "std": std, "given": True}))
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -74,7 +113,22 @@ def split_folder(root: str | Path, split: str) -> Path:
 
 def class_names(folder: Path) -> list[str]:
     """Return the names of the class folders, in the order of their labels."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _read_folder(folder: Path, names: list[str], transform: Any = None) -> Any:
+    """Return the images of class folders, labelled by their places in ``names``; nothing that is hidden."""
+    from torchvision.datasets import ImageFolder  # takes a second
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    class Folder(ImageFolder):
+        def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+            return names, {name: names.index(name) for name in class_names(folder)}
+
+    def shown(path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path.removeprefix(str(folder))
+
+    return Folder(str(folder), transform, loader=_open_image, is_valid_file=shown)
 
 
 def load_split(spec: DataSpec, split: str) -> ImageData:
@@ -92,10 +146,12 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         cifar = getattr(datasets, spec.name.upper())
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
     else:
-        folder, test = split_folder(spec.root, split), split_folder(spec.root, "test")
-        if (names := class_names(folder)) != class_names(test) or len(names) != spec.classes:  # labels are numbers
-            raise UserError(f"{folder} must hold {spec.classes} class folders, those of {test}; it holds {len(names)}")
-        data = datasets.ImageFolder(str(folder), transform=transform, loader=_open_image)
+        folder, names = split_folder(spec.root, split), spec.label_names()
+        found = class_names(folder)
+        if len(names) != spec.classes or not {*found} <= {*names}:
+            whose = "WordNet ids" if spec.name == "imagenet" else f"those of {split_folder(spec.root, 'test')}"
+            raise UserError(f"{folder} must hold {spec.classes} class folders, {whose}; it holds {len(found)}")
+        data = _read_folder(folder, names, transform)
     if not small:
         return data
     images, labels = zip(*DataLoader(data, batch_size=500), strict=True)

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and that can do no harm when they are read."""
 
+import json
 import os
 import pickle
 import zipfile
@@ -25,6 +26,11 @@ def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return ``value`` as JSON: numbers and arrays of numpy and torch as numbers, paths as text."""
+    return json.dumps(value, indent=indent, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
 
 
 def write_csv(path: Path, table: "pd.DataFrame", float_format: str | None = None) -> None:

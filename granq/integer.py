@@ -6,7 +6,6 @@ A BatchNorm after the layer is part of the rescale. ReLU, sums and pooling stay 
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from granq.convert import ActQuantizer, activation_places, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError, require
+from granq.files import to_json
 from granq.graph import layer_names, norm_after
 from granq.hooks import eval_mode, watch
 from granq.plain import LAYERS, module_of
@@ -91,10 +91,11 @@ class IntegerLayer(nn.Module):
 
 def integer_model(student: fx.GraphModule) -> fx.GraphModule:
     """Return the integer twin of a calibrated student. Raises UserError unless all its layers are folded."""
+    student = copy.deepcopy(student)  # what the two would share, such as pooling, would follow either's mode
     layers = layer_quantizers(student)
     if not all(layer.weight and layer.weight.source for layer in layers.values() if layer.inputs):
         raise UserError("only a student of a foldable scheme that skips no layer runs in integers")
-    twin, folded = fx.GraphModule(student, copy.deepcopy(student.graph)), dict[str, nn.Module]()
+    twin, folded = fx.GraphModule(student, student.graph), dict[str, nn.Module]()
     for node in list(twin.graph.nodes):
         name, module = str(node.target), module_of(student, node)
         if isinstance(module, ActQuantizer):
@@ -174,7 +175,7 @@ def _beyond_rounding(student: fx.GraphModule, twin: fx.GraphModule, images: Tens
 
 def save_integers(model: fx.GraphModule, path: Path, facts: dict[str, Any]) -> None:
     """Write the state of ``integer_model`` as safetensors, and ``facts`` (network, data, bits, ...) in the header."""
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(path), {"granq": json.dumps(facts)})
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(path), {"granq": to_json(facts)})
 
 
 class _Portable(nn.Module):

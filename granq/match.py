@@ -20,7 +20,7 @@ from granq.errors import UserError
 from granq.fast import channel_var_mean
 from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
 from granq.graph import reader
-from granq.hooks import watch
+from granq.hooks import eval_mode, watch
 from granq.losses import layer_loss, soft_label_loss
 from granq.plain import module_of, relu_ceiling
 from granq.qat import CALIBRATION, GDFQ, Game, describe_images
@@ -30,6 +30,7 @@ from granq.schemes import get_scheme
 
 QUANTILE = 0.99  # share of the values inside static ranges
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
+CONSTANT = 1e-10  # variance of a channel over its squared mean, up to which it is but rounding errors
 NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # weight and temperature of the soft labels
@@ -128,7 +129,7 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, 
     pixels = images.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], lr)
     for _ in range(steps):
-        with batchnorm_inputs(teacher) as norms:
+        with eval_mode(teacher), batchnorm_inputs(teacher) as norms:
             # a copy: autocast takes a leaf for a weight, and would keep the first step's pixels in its cache
             logits = teacher(pixels.clone())
         loss = batchnorm_loss(norms) + REFINED_LABELS * F.cross_entropy(logits, labels)
@@ -185,8 +186,10 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
     Quantized weights and inputs shift the mean and scale the variance of every channel. In one forward, layer after
     layer, a BatchNorm gets the teacher's running mean plus the difference, and its running variance times the ratio,
     of what student and teacher see on the same images: what sets these apart from real images cancels. The ratio is
-    kept between 1/4 and 4. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2). A
-    BatchNorm that is called several times stays as it is: it would need statistics for each call.
+    kept between 1/4 and 4. It is 1 where a channel is constant in student or teacher: there is no contrast to compare,
+    and with the teacher's variance the means agree after the BatchNorm, too. The mean is the empirical bias correction
+    of Nagel et al. (ICCV 2019, section 4.2). A BatchNorm that is called several times stays as it is: it would need
+    statistics for each call. Modes of both networks, and the teacher's statistics, stay.
 
     ``student`` is a quantized copy of ``teacher``; ``images`` (N, 3, H, W) are a few hundred, such as generated ones.
     """
@@ -197,13 +200,16 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
         if len(seen[name]) != 1:
             return
         (var, mean), ((old_var, old_mean),) = channel_var_mean(x), seen[name]
+        constant = torch.minimum(var - CONSTANT * mean.square(), old_var - CONSTANT * old_mean.square()) <= 1e-12
+        ratio = torch.where(constant, 1, (var / old_var).clamp(0.25, 4))
         own, norm = cast(Any, student.get_submodule(name)), cast(Any, norms[name])
         own.running_mean.copy_(norm.running_mean + mean - old_mean)
-        own.running_var.copy_(norm.running_var * (var / old_var.clamp_min(1e-12)).clamp(0.25, 4))
+        own.running_var.copy_(norm.running_var * ratio)
 
-    with watch(teacher, norms, lambda name, x, _: seen[name].append(channel_var_mean(x)), before=True):
+    watching = watch(teacher, norms, lambda name, x, _: seen[name].append(channel_var_mean(x)), before=True)
+    with eval_mode(teacher), watching:
         teacher(images)
-    with watch(student, norms, follow, before=True):
+    with eval_mode(student), watch(student, norms, follow, before=True):
         student(images)
 
 

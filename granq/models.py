@@ -5,7 +5,10 @@ import inspect
 import json
 import pickle
 import re
+import shlex
 import sys
+import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +25,11 @@ from tqdm.auto import tqdm
 from granq.data import DataSpec, ImageData, batches, load_split, normalize
 from granq.devices import expect_bfloat16
 from granq.errors import UserError, one_of, require
+from granq.files import to_json
 from granq.hooks import eval_mode
+
+#: Under which training scripts keep weights. Of a network and its moving average the network is taken.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema")
 
 
 def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Module:
@@ -76,50 +83,77 @@ def _from_file(path: Path, function: str, classes: int) -> nn.Module:
 def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top1: float) -> None:
     """Write a teacher as safetensors with its provenance (network, data, normalization, accuracy) in the header."""
     # where a folder lay on this machine is nobody's business
-    facts = spec.model_dump(exclude={"root"}) | {"name": spec.name.split(":")[0]}
+    facts = spec.model_dump(exclude={"root", "given"}) | {"name": spec.name.split(":")[0]}
     info = {"network": network, "top1": top1, "torch": torch.__version__, **facts}
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}  # tied ones, apart
-    save_file(state, str(path), metadata={"granq": json.dumps(info)})
+    save_file(state, str(path), metadata={"granq": to_json(info)})
 
 
 def load_teacher(
     network: str, spec: DataSpec, path: str | Path | None = None, device: str = "cpu"
 ) -> tuple[nn.Module, DataSpec]:
-    """Return a teacher in eval mode, and ``spec`` with the image size and normalization that belong to it.
+    """Return a teacher in eval mode, and ``spec`` with the image size, normalization and classes that belong to it.
 
-    ``path`` is a safetensors file or ``torch.save`` of a state dict; ``None`` downloads pretrained weights. Raises
-    UserError if it is missing or damaged, or is of another network or number of classes.
+    ``path`` is a safetensors file or ``torch.save`` of a state dict, alone or under one of ``WRAPPERS``; ``None``
+    downloads pretrained weights. Mean and deviation are the user's own, if given; else those in the file; else, where
+    the data have none, those of timm's ``pretrained_cfg``. Raises UserError if the file is missing or damaged, holds
+    more than weights, or is of another network or number of classes.
     """
     if path is None and ".py:" in network:
         raise UserError(f"{network} names no pretrained weights: pass a teacher file")
+    state, known = ({}, {}) if path is None else _read_teacher(Path(path))
+    if spec.has_imagenet_ids() and any(isinstance(v, Tensor) and v.shape[:1] == (1000,) for v in state.values()):
+        spec = spec.fit_classes(1000)
     model = build_network(network, spec.classes, pretrained=path is None)
-    known = getattr(model, "pretrained_cfg", {})  # timm's; all others saw what spec says
+    own = model.state_dict()
     try:
-        if path is not None:
-            state, known = _read_teacher(Path(path))
-            model.load_state_dict(state)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        model.load_state_dict({_own_name(name, own): value for name, value in state.items()} or own)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:250]
         raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
-    spec = DataSpec(**dict(spec) | {key: known[key] for key in ("image_size", "mean", "std") if key in known})
+    if path is None or spec.name.startswith(("folder:", "imagenet")):  # of the others mean and deviation are known
+        known = known or getattr(model, "pretrained_cfg", {})
+    if ".py:" in network and spec.name.startswith("folder:") and not (known or spec.given):
+        warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
+    facts = ("image_size",) if spec.given else ("image_size", "mean", "std")
+    spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
     with torch.no_grad():
         classes = model(torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[1]
-    if classes != spec.classes:
-        raise UserError(f"the weights of {network} tell {classes} classes apart, but {spec.name} has {spec.classes}")
-    return model.to(device), spec
+    return model.to(device), spec.fit_classes(classes)
 
 
-def _read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    info: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        with safe_open(str(path), "pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}
-            info = json.loads((file.metadata() or {}).get("granq", "{}"))
-    else:
+def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Return the weights in a file, and what ``save_teacher`` wrote of them."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get("granq", "{}"))
+                return {key: file.get_tensor(key) for key in file.keys()}, header
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))
-    # what DataParallel and torch.compile put in front of names
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}, info
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = _save_again(path, refused[1]) if refused else " ".join(str(error).split())[:250]
+        raise UserError(f"{path} holds no weights: {reason}") from error
+    while isinstance(state, dict) and (inner := [state[k] for k in WRAPPERS if isinstance(state.get(k), dict)]):
+        state = inner[0]
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no weights: it is a {type(state).__name__}, not a state dict")
+    return state, {}
+
+
+def _own_name(name: Any, own: Container[str]) -> str:
+    """Return a name without what DataParallel, torch.compile and others put in front, unless it is one of ``own``."""
+    rest = re.sub(r"^(module|model|net)\.|_orig_mod\.", "", str(name), count=1)
+    return name if name in own or rest == name else _own_name(rest, own)
+
+
+def _save_again(path: Path, kind: str) -> str:
+    """Return how the weights of a file that holds a ``kind``, too, which only code can read, are saved alone."""
+    old, new, wrappers = map(json.dumps, (str(path), str(path.with_suffix(".weights.pt")), WRAPPERS))
+    program = f'import torch; c = torch.load({old}, "cpu", weights_only=False); '
+    program += 'c = getattr(c, "state_dict", lambda: c)(); '
+    program += f"torch.save(next((c[k] for k in {wrappers} if k in c), c), {new})"
+    return f"only code can read its {kind}; if you trust the author, save them alone: python -c {shlex.quote(program)}"
 
 
 @torch.inference_mode()
@@ -146,6 +180,7 @@ def augment(images: Tensor, flip: bool = True) -> Tensor:
     return padded[image, :, rows[:, :, None], (cols + dx)[:, None]].permute(0, 3, 1, 2)
 
 
+@torch.random.fork_rng()  # the first use of a teacher that is kept must not differ from later ones
 def train_teacher(
     network: str,
     spec: DataSpec,
@@ -156,40 +191,47 @@ def train_teacher(
     seed: int = 0,
     device: str = "cpu",
     bf16: bool = False,
-    init: Path | None = None,
 ) -> tuple[nn.Module, float]:
     """Train a teacher: SGD with Nesterov, OneCycle up to ``lr``, label smoothing, shifts and flips, averaged weights.
 
     Returns it in eval mode, and its top-1 accuracy in percent on the test split, measured once. ``seed`` decides the
-    initial weights (unless ``init`` is a teacher file to start from), the order and the shifts. ``bf16`` is autocast,
-    about 1.9 times faster on a CPU with AVX512-BF16. Raises FloatingPointError if a weight becomes NaN or infinite.
+    initial weights, the order and the shifts; the global random state stays. ``bf16`` is autocast, about 1.9 times
+    faster on a CPU with AVX512-BF16. Raises FloatingPointError if a weight becomes NaN or infinite.
     """
     if bf16:
         expect_bfloat16(device)
     torch.manual_seed(seed)
-    model = load_teacher(network, spec, init)[0] if init else build_network(network, spec.classes)
+    model = build_network(network, spec.classes).to(device)
     train = load_split(spec, "train")
     loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
-    parts = _training(model.to(device), lr, epochs * len(loader))
+    model = model.to(memory_format=torch.channels_last).train()
+    averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
+    optimizer, schedule = _optimizer(model, lr, epochs * len(loader))
     for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch"):
         for images, labels in loader:
-            _step(parts, images.to(device), labels.to(device), spec, bf16)
-        if not all(value.isfinite().all() for value in parts["averaged"].state_dict().values()):
+            images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                logits = model(images.to(memory_format=torch.channels_last))
+            logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
+            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            averaged.update_parameters(model)
+        if not all(value.isfinite().all() for value in averaged.state_dict().values()):
             raise FloatingPointError(f"a weight is not finite: the learning rate {lr} is too high")
-    teacher = parts["averaged"].module.eval()
+    teacher = averaged.module.eval()
     return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
 
 
-def _training(model: nn.Module, lr: float, steps: int) -> dict[str, Any]:
-    """Return what changes while a teacher is trained."""
-    model = model.to(memory_format=torch.channels_last).train()
+def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Return the optimizer of a teacher, and the schedule of its learning rate."""
     decay, plain = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
     groups = [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
-    averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
-    return {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
 
 
 def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:

@@ -19,11 +19,9 @@ from granq.config import QATConfig
 from granq.convert import WeightQuantizer, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
-from granq.files import save_atomically
-from granq.models import build_network
-from granq.qat import quantized
+from granq.files import save_atomically, to_json
 from granq.quantizer import QParams, choose_qparams, dequantize, quantize
-from granq.runs import SavedRun, load_run
+from granq.runs import SavedRun, load_run, student_of
 from granq.schemes import get_scheme
 
 STUDENTS = Path(__file__).with_name("students")
@@ -79,7 +77,7 @@ def save_packed(path: Path, saved: SavedRun) -> None:
     # where a folder lay on this machine is nobody's business
     spec = saved.spec.model_dump(exclude={"root"}) | {"name": saved.spec.name.split(":")[0]}
     header = {"config": saved.config.model_dump(), "spec": spec, "facts": saved.facts, "epoch": saved.epoch}
-    text = json.dumps(header | {"layers": records})
+    text = to_json(header | {"layers": records})
     save_atomically(path, lambda temporary: save_file(tensors, str(temporary), {"granq": text}))
 
 
@@ -111,7 +109,7 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     damaged.
     """
     if Path(name).is_dir():
-        return load_run(name, device)
+        return load_run(name, device, network)
     known = {file.stem: file for file in sorted(STUDENTS.glob("*.safetensors"))}
     if not Path(name).is_file():
         one_of("student or run", str(name), [*known, "FILE.safetensors"])
@@ -123,9 +121,7 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     except (SafetensorError, KeyError, TypeError) as error:  # TypeError: without a header
         raise UserError(f"{name} holds no student of granq export --format packed: {str(error)[:200]}") from error
     config, spec = QATConfig.model_validate_json(json.dumps(header["config"])), DataSpec(**header["spec"])
-    if ".py:" in facts["network"] and not network:
-        raise UserError(f"{name} is of network {facts['network']}; name it with --network (load_student: network=)")
-    student = quantized(build_network(network or facts["network"], spec.classes), config)
+    student = student_of(name, facts["network"], network, config, spec)
     parts = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
     try:
         student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)

@@ -143,6 +143,8 @@ class Game:
             raise UserError(f"the teacher cannot take images of {shape}: {str(error).splitlines()[0]}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.isfinite().all():
             raise UserError("a teacher gives one tensor of finite logits (N, classes), which this one does not")
+        if logits.shape[1] < 2:
+            raise UserError("a teacher with one logit tells no classes apart, so that there is nothing to teach")
         batchnorm_loss(norms)
         with bypassed(self.student):
             difference = (self.student(image) - logits).abs().max()
@@ -210,6 +212,8 @@ class Game:
         c, start = self.config, time.perf_counter()
         training = self.epoch >= c.warmup_epochs
         self.generator.train()
+        for network in (self.teacher, self.student):  # whoever looked at them in between
+            network.eval()
         if not c.warmup_epochs and self.epoch == 0:
             self._begin_training(evaluate)
         sums: dict[str, Tensor] = {}
@@ -247,10 +251,10 @@ class Game:
         self.ptq_top1 = self._measure(evaluate)
 
     def _measure(self, evaluate: Evaluate | None) -> float:
-        """Evaluate the student; a DataLoader draws random numbers, which is undone."""
+        """Evaluate a copy of the student: modes, statistics and ranges stay, and the random numbers of a run, too."""
         cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
         with torch.random.fork_rng(cuda):
-            return float(evaluate(self.student)) if evaluate else math.nan
+            return float(evaluate(copy.deepcopy(self.student))) if evaluate else math.nan
 
     def state(self) -> dict[str, Any]:
         """Return everything needed to continue, as tensors and plain values."""

@@ -24,7 +24,7 @@ from granq.config import QATConfig
 from granq.data import DataSpec
 from granq.devices import resolve_device, versions
 from granq.errors import UserError
-from granq.files import read_checkpoint, save_atomically, write_csv
+from granq.files import read_checkpoint, save_atomically, to_json, write_csv
 from granq.generator import Generator, build_generator
 from granq.match import Match
 from granq.models import build_network
@@ -207,7 +207,7 @@ class RunFolder:
 
     def write_config(self, config: QATConfig, facts: dict[str, Any]) -> None:
         """Write settings and facts of the run as ``config.json``."""
-        text = json.dumps({"config": config.model_dump(mode="json")} | facts, indent=2)
+        text = to_json({"config": config.model_dump(mode="json")} | facts, indent=2)
         save_atomically(self.config, lambda path: path.write_text(text))
 
     def read_config(self) -> dict[str, Any]:
@@ -253,18 +253,27 @@ class SavedRun(NamedTuple):
     epoch: int  #: finished epochs
 
 
-def load_run(run: str | Path, device: str = "cpu") -> SavedRun:
+def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRun:
     """Load the student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
 
-    Raises UserError if it has no finished epoch or a damaged file, or is of ``train`` alone, which knows no network.
+    A network ``FILE.py:FUNCTION`` must be named again: a folder of others runs no code. Raises UserError if it is not,
+    if the folder has no finished epoch or a damaged file, or is of ``train`` alone, which knows no network.
     """
     state, facts = _read_run(run)
     if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
         raise UserError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
     spec = DataSpec.model_validate(facts["spec"])
-    student = quantized(build_network(facts["network"], spec.classes), facts["config"])
+    student = student_of(run, facts["network"], network, facts["config"], spec)
     student.load_state_dict(state["student"])
     return SavedRun(student.to(device), facts["config"], spec, facts, state["epoch"])
+
+
+def student_of(source: str | Path, own: str, named: str, config: QATConfig, spec: DataSpec) -> fx.GraphModule:
+    """Return a student of network ``own``, with other weights. Raises UserError if that is code which nobody named."""
+    moved = ".py:" in own and ".py:" in named and own.rpartition(":")[2] == named.rpartition(":")[2]
+    if not moved and ((named or own) != own or ".py:" in own):
+        raise UserError(f"{source} is of network {own}; name it with --network (in Python: network=)")
+    return quantized(build_network(named or own, spec.classes), config)
 
 
 def load_generator(run: str | Path, device: str = "cpu") -> Generator:

@@ -98,3 +98,14 @@ def teacher(tmp_path, folder):
     spec = describe_data(folder, "resnet20_cifar10")
     save_teacher(tmp_path / "t.safetensors", build_network("resnet20_cifar10", 2), "resnet20_cifar10", spec, 50.0)
     return tmp_path / "t.safetensors"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A network in a file of one's own, and weights of it for two classes, ``t.pth``, that another program saved."""
+    layers = "nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()"
+    text = f"def make(num_classes):\n    return nn.Sequential({layers}, nn.Linear(4, num_classes))\n"
+    (tmp_path / "net.py").write_text(f"from torch import nn\n\n\n{text}")
+    name = f"{tmp_path / 'net.py'}:make"
+    torch.save({"net": build_network(name, 2).state_dict()}, tmp_path / "t.pth")
+    return name

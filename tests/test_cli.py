@@ -393,3 +393,89 @@ def test_a_wrong_twin_is_refused_before_anything_is_written(folder, teacher, tmp
     assert main(["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "integers")]) == 2
     assert "computes something else than the student: network" in capsys.readouterr().err
     assert not (tmp_path / "integers").exists()
+
+
+def test_an_own_network_from_its_images_to_a_repeated_row(own, folder, tmp_path, capsys, monkeypatch):
+    """Every accuracy is that of images which are normalized as the user says; nobody runs code unasked."""
+    seen = set()
+    monkeypatch.setattr(granq, "top1_on", lambda *given: seen.add((given[2].mean, given[2].std)) or top1_on(*given))
+    mean, std = "0.1,0.2,0.3", "0.4,0.5,0.6"
+    said = f"--data {folder} --network {own} --teacher {tmp_path / 't.pth'} --scheme foldable {SHORT} --json".split()
+    assert main(["quantize", *said, "--mean", mean, "--std", std, "--out", str(tmp_path / "run")]) == 0
+    row = answer(capsys)
+    assert (row["mean"], row["std"], row["image_size"]) == (mean, std, 32)
+    evaluate = ["evaluate", str(tmp_path / "run"), "--data", folder, "--device", "cpu", "--json"]
+    assert main(evaluate) == 2 and "net.py:make; name it with --network" in capsys.readouterr().err
+    assert main([*evaluate, "--network", own]) == 0
+    assert answer(capsys)["top1"] == row["last_top1"]
+    assert seen == {((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
+    assert main([*evaluate, "--network", own, "--mean", "0,0,0", "--std", "1,1,1"]) == 0
+    assert answer(capsys)["images"] == 6 and ((0, 0, 0), (1, 1, 1)) in seen
+    export = ["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "int"), "--json"]
+    assert main(export) == 2 and main([*export, "--network", own]) == 0
+    assert answer(capsys)["top1_fake_quantized"] == row["last_top1"]
+
+    pd.DataFrame([row]).to_csv(tmp_path / "rows.csv", index=False)
+    repeat = ["quantize", "--from-row", str(tmp_path / "rows.csv"), "1", "--out", str(tmp_path / "again"), "--json"]
+    with pytest.raises(SystemExit):  # the table names code: only its reader may run it
+        main(repeat)
+    assert "--network" in capsys.readouterr().err
+    assert main([*repeat, "--network", own, "--device", "cpu"]) == 0
+    again = answer(capsys)
+    assert again["difference"] == 0 and (again["mean"], again["std"]) == (mean, std)
+
+
+def test_mean_and_deviation_go_into_a_teacher_file(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        granq, "train_teacher", lambda network, spec, **_: (models.build_network(network, 2), spec.mean[0])
+    )
+    given = f"teacher --data {folder} --network resnet20_cifar10 --out {tmp_path / 't.safetensors'} --device cpu --json"
+    assert main([*given.split(), "--mean", "0.1,0.2,0.3"]) == 2 and "go together" in capsys.readouterr().err
+    assert main([*given.split(), "--mean", "0.1,0.2,x", "--std", "1,1,1"]) == 2
+    assert "--mean and --std take three numbers, such as 0.5,0.5,0.5; got '0.1,0.2,x'" in capsys.readouterr().err
+    assert main([*given.split(), "--mean", "123,117,104", "--std", "1,1,1"]) == 2
+    assert "mean should be less than or equal to 1, got 123.0" in capsys.readouterr().err
+    assert main([*given.split(), "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6"]) == 0
+    assert answer(capsys)["top1"] == 0.1
+    spec = load_teacher("resnet20_cifar10", describe_data(folder, "resnet20_cifar10"), tmp_path / "t.safetensors")[1]
+    assert (spec.mean, spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("command", ["figures synthetic_images", "factorial"])
+def test_figures_and_factorial_take_mean_and_deviation(command, folder, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(granq, "make_figures", lambda names, workbench: seen.append(workbench.spec.mean) or [])
+    monkeypatch.setattr(granq, "measure_granularity_factorial", lambda *_, **__: pd.DataFrame())
+    whole, seen = granq.Workbench, []
+    monkeypatch.setattr(granq, "Workbench", lambda *a, **k: seen.append((w := whole(*a, **k)).spec.mean) or w)
+    monkeypatch.setattr(granq, "train", lambda *_: granq.Result(*[None] * 8))
+    given = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --out {tmp_path / 'out'} --device cpu"
+    assert main([*command.split(), *given.split(), "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6"]) == 0
+    assert {*seen} == {(0.1, 0.2, 0.3)}
+
+
+def test_a_terminal_without_unicode_gets_the_result(tmp_path):
+    """Its encoding cannot hold what the command prints after the work."""
+    program = (
+        "import granq.app.cli as c; c.commands.COMMANDS['bench'] = lambda: {'top1': '80 ± 1 → x'}; c.main(['bench'])"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert (ended.returncode, ended.stdout) == (0, "top1: 80 \\xb1 1 \\u2192 x\n") and not ended.stderr
+
+
+def test_the_folder_of_a_network_decides_nothing(tmp_path):
+    """resnet50 in the path, and cifar100 too: the settings of the paper are those of the function's name."""
+    (tmp_path / "resnet50_cifar100").mkdir()
+    given = f"--data imagenet --network {tmp_path / 'resnet50_cifar100/net.py'}:mobilenet --out run --preset paper"
+    assert jobs.from_arguments([*given.split(), "--bits", "4,4"]).alpha_ds == 0.3  # MobileNetV2's
+
+
+def test_a_teacher_is_audited_at_the_size_of_its_images(own, folder, tmp_path, capsys):
+    """MACs of a convolution grow with the pixels; the file knows them better than the data set's name."""
+    spec = describe_data(folder, own, 16)
+    models.save_teacher(tmp_path / "t.safetensors", models.build_network(own, 2), own, spec, 50.0)
+    audit = f"audit --network {own} --data {folder} --teacher {tmp_path / 't.safetensors'} --json"
+    for given, size in (((), 16), (("--image-size", "8"), 8)):
+        assert main([*audit.split(), *given]) == 0
+        shown = answer(capsys)
+        assert shown["image_size"] == size and shown["layers"][0]["macs"] == (size - 2) ** 2 * 3 * 4 * 9

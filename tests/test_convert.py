@@ -475,3 +475,13 @@ def test_half_precision_runs(tiny, scheme):
     student = quantize_model(tiny, scheme, 8, 8).bfloat16()
     calibrate(student, [images])
     assert student(images).dtype == torch.bfloat16
+
+
+def test_calibration_in_training_mode_moves_ranges_only(tiny):
+    images = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    wanted, student = (quantize_model(tiny, "foldable", 3, 3) for _ in range(2))
+    calibrate(wanted, images)
+    calibrate(student.train(), images)
+    assert student.training and student.bn1.training
+    for (name, value), right in zip(student.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert torch.equal(value, right), name

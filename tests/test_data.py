@@ -9,7 +9,17 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from granq.data import DataSpec, batches, class_names, describe_data, load_split, normalize, pixel_bounds, split_folder
+from granq.data import (
+    IMAGENET_IDS,
+    DataSpec,
+    batches,
+    class_names,
+    describe_data,
+    load_split,
+    normalize,
+    pixel_bounds,
+    split_folder,
+)
 from granq.errors import UserError
 
 
@@ -25,7 +35,8 @@ def test_descriptions(folder, monkeypatch):
     monkeypatch.setenv("GRANQ_DATA", "/somewhere")
     assert describe_data("digits").root == ""
     assert describe_data("cifar100").model_dump() | {"mean": 0, "std": 0} == {
-        "name": "cifar100", "classes": 100, "image_size": 32, "mean": 0, "std": 0, "root": "/somewhere"
+        "name": "cifar100", "classes": 100, "image_size": 32, "mean": 0, "std": 0, "root": "/somewhere",
+        "given": False,
     }  # fmt: skip
     assert describe_data("imagenet").root == "/somewhere/imagenet"
     small, large = describe_data(folder, "resnet20_cifar10"), describe_data(folder, "resnet18", 64)
@@ -119,3 +130,93 @@ def test_images_that_are_no_bytes_are_refused(image):
     """As v2.ToTensor makes them: divided by 255 once more, all would be black."""
     with pytest.raises(UserError, match=r"must be uint8 \(0 to 255\), as load_split gives, got torch.float"):
         next(batches([(image, 0)], describe_data("digits")))
+
+
+# ---- facts on the way in
+
+TENCH, RETRIEVER, TISSUE = "n01440764", "n02099601", "n15075141"  # classes 0, 207 and 999 of ImageNet
+
+
+def picture(path: Path, size: tuple[int, int] = (32, 32), level: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level,) * 3).save(path)
+
+
+@pytest.fixture
+def some_of_imagenet(tmp_path, monkeypatch) -> Path:
+    """Three of 1,000 classes, each image as bright as its class says, and no train split."""
+    monkeypatch.setenv("GRANQ_DATA", str(tmp_path))
+    for level, name in ((50, TISSUE), (10, TENCH), (30, RETRIEVER)):
+        picture(tmp_path / "imagenet/val" / name / "a.png", level=level)
+    return tmp_path / "imagenet"
+
+
+def labels_by_level(spec: DataSpec, split: str = "test") -> dict[int, int]:
+    return {int(image.float().mean()): int(label) for image, label in load_split(spec, split)}
+
+
+def test_labels_of_a_part_of_imagenet_are_those_of_the_whole(some_of_imagenet):
+    wanted = {10: 0, 30: 207, 50: 999}
+    spec = describe_data("imagenet", image_size=32)
+    assert spec.classes == 1000 and labels_by_level(spec) == wanted
+    small = describe_data(f"folder:{some_of_imagenet}", "resnet18", 32)
+    assert small.classes == 3 and labels_by_level(small) == {10: 0, 30: 1, 50: 2}  # for a network of three classes
+    whole = small.fit_classes(1000)
+    assert labels_by_level(whole) == wanted and whole.label_names()[207] == RETRIEVER
+    with pytest.raises(UserError, match="weights tell 4 classes apart, but .* has 3"):
+        small.fit_classes(4)
+    with pytest.raises(UserError, match="no folder train"):
+        load_split(whole, "train")
+    (some_of_imagenet / "val/tench").mkdir()
+    with pytest.raises(UserError, match="must hold 1000 class folders, WordNet ids; it holds 4"):
+        load_split(spec, "test")
+    with pytest.raises(UserError, match="tell 1000 classes apart"):  # another data set, which has folders like these
+        describe_data(f"folder:{some_of_imagenet}", "resnet18", 32).fit_classes(1000)
+
+
+def test_the_list_of_imagenet_s_classes():
+    assert len({*IMAGENET_IDS}) == 1000 and sorted(IMAGENET_IDS) == IMAGENET_IDS
+    assert [IMAGENET_IDS.index(name) for name in (TENCH, RETRIEVER, TISSUE)] == [0, 207, 999]
+
+
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path):
+    """Jupyter's and macOS' leftovers, next to the classes and inside of them, also below a hidden folder."""
+    root = tmp_path / ".cache/data"
+    for level, name in ((10, "cat/a.png"), (30, "dog/a.png"), (30, "dog/more/b.png")):
+        picture(root / "test" / name, level=level)
+    for name in (".ipynb_checkpoints/a.png", "cat/.ipynb_checkpoints/a-checkpoint.png"):
+        picture(root / "test" / name, level=99)
+    (root / "test/dog/._a.png").write_text("no image")
+    spec = describe_data(f"folder:{root}", "resnet20_cifar10")
+    assert spec.classes == 2 and len(load_split(spec, "test")) == 3 and labels_by_level(spec) == {10: 0, 30: 1}
+
+
+def test_a_train_split_without_some_classes_is_labelled_like_the_test(tmp_path):
+    for split, names in {"test": "abc", "train": "ac"}.items():
+        for name in names:
+            picture(tmp_path / split / name / "0.png", level=ord(name))
+    spec = describe_data(f"folder:{tmp_path}", "resnet20_cifar10")
+    assert labels_by_level(spec, "train") == {ord("a"): 0, ord("c"): 2}
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((32, 32), 32), ((30, 30), 28), ((65, 65), 224), ((32, 40), 224)])
+def test_images_of_a_network_of_ones_own_say_their_size(tmp_path, size, wanted):
+    folder, network = f"folder:{tmp_path}", "somewhere/cifar/net.py:make"
+    for name in "ab":
+        picture(tmp_path / "test" / name / "0.png", size)
+    spec = describe_data(folder, network)
+    assert (spec.image_size, spec.mean) == (wanted, describe_data("imagenet").mean)  # the path is not the network
+    assert describe_data(folder, network, 16).image_size == 16 and describe_data(folder, "resnet18").image_size == 224
+    picture(tmp_path / "test/b/0.png", (20, 20))
+    assert describe_data(folder, network).image_size == 224
+
+
+def test_the_user_s_mean_and_deviation(folder):
+    spec = describe_data(folder, "resnet18", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 1))
+    assert (spec.mean, spec.std, spec.given) == ((0.1, 0.2, 0.3), (0.4, 0.5, 1.0), True)
+    for mean, std, said in (
+        ((0.5,) * 3, None, "go together"), ((0.5,), (0.5,), "Field required"), ((0.5,) * 3, (0.5, 0.5, 0), "than 0"),
+        ((123.7, 116.3, 103.5), (0.5,) * 3, "less than or equal to 1"), ((0.5,) * 3, (58.4,) * 3, "than or equal to 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            describe_data("digits", mean=mean, std=std)

@@ -289,3 +289,16 @@ def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
     assert "<td>2</td>" in numbers.value and "<td>50</td>" in numbers.value
     quantity.value = "bn_loss"
     assert picture.value != after and not errors.outputs
+
+
+def test_explorers_of_layers_that_are_called_by_numbers() -> None:
+    """A CSV gives back 0 for the layer "0"."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 3)).eval()
+    batch = torch.randn(2, 3, 8, 8)
+    error = pd.concat([
+        granq.measure_layer_error(model, [batch], ["granq"], 3, per_channel=by_channel) for by_channel in (False, True)
+    ])  # fmt: skip
+    maps = granq.measure_scale_maps(model, batch, ["0", "2"], 3)
+    for explorer, frame in ((granq.layer_explorer, error), (granq.scale_explorer, maps)):
+        named, numbered = (explorer(data).to_dict() for data in (frame, frame.astype({"layer": int})))
+        assert json.dumps(named["params"], sort_keys=True) == json.dumps(numbered["params"], sort_keys=True)

@@ -402,3 +402,41 @@ def test_a_factorial_is_drawn_as_it_is_measured(tiny: nn.Module, tmp_path: Path)
     measured.to_csv(tmp_path / "granularity_factorial.csv", index=False)
     assert redraw_figures(["granularity_factorial"], tmp_path) == ["granularity_factorial"]
     assert FIGURES["granularity_factorial"].grid(measured)[1] == [{"bits": 2}, {"bits": 3}]
+
+
+def numbered() -> nn.Module:
+    """Layers "0", "2" and "4", as those of every ``nn.Sequential`` are called."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+
+
+def test_layers_that_are_called_by_numbers(tmp_path):
+    frames = {
+        "layer_error": measure_layer_error(numbered(), batches(), ["granq"], 3),
+        "channel_scales": measure_channel_scales(numbered(), batches()),
+        "granularity_maps": measure_scale_maps(numbered(), batches()[0], ["0", "2"], 3),
+    }
+    for name, frame in frames.items():
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+        assert redraw_figures([name], tmp_path) == [name]
+    read = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in frames}  # as a reader would: numbers
+    assert read["layer_error"].layer.dtype.kind == "i"
+    for ax in (
+        plot_layer_error(read["layer_error"]),
+        plot_channel_scales(read["channel_scales"], ax=plt.figure().gca()),
+    ):
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "2", "4"]
+    assert short_layer(0) == "0"
+    maps = plot_granularity_maps(read["granularity_maps"], layer="2", ax=plt.figure().gca())
+    wanted = frames["granularity_maps"].query("layer == '2' and granularity == 'per_sample_channel'").scale
+    assert np.allclose(np.sort(maps.images[0].get_array(), None), np.sort(wanted))
+
+
+def test_texts_of_a_csv_stay_texts(tmp_path, monkeypatch):
+    """Layer "1.10" is not "1.1", class "007" not 7, and class "null" not missing."""
+    seen = []
+    monkeypatch.setitem(FIGURES, "layer_error", FIGURES["layer_error"]._replace(
+        plot=lambda data, **_: seen.append(data), rows={}, columns={}))  # fmt: skip
+    pd.DataFrame({"layer": ["1.10", "1.1"], "name": ["007", "null"]}).to_csv(tmp_path / "layer_error.csv", index=False)
+    redraw_figures(["layer_error"], tmp_path)
+    assert seen[0].layer.tolist() == ["1.10", "1.1"] and seen[0].name.tolist() == ["007", "null"]

@@ -250,3 +250,12 @@ def test_a_twin_that_computes_something_else_is_found(what):
         layer.rescale[0] *= torch.nan if what == "nan" else 2
     frame = measure_integer_agreement(student, x, twin)
     assert (frame.beyond_bound[:-1] == 0).all() and frame.beyond_bound.iloc[-1] > 0
+
+
+def test_student_and_twin_do_not_move_each_other(tiny):
+    student = quantize_model(tiny, "foldable", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    modes = [m.training for m in student.train().modules()]
+    twin = integer_model(student)
+    assert [m.training for m in student.modules()] == modes and not any(m.training for m in twin.modules())
+    assert not {*student.modules()} & {*twin.modules()}

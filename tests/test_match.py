@@ -284,3 +284,39 @@ def test_a_weight_is_a_multiple_of_its_learned_step_over_that_of_its_input(tiny)
         codes = student.get_submodule(name).weight * weight.input_step(original) / weight.qparams(original).scale
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
         assert codes.round().abs().max() <= 7
+
+
+def test_teachers_in_training_mode_are_read_as_in_eval_mode(tiny):
+    """Right: what the same functions give, and leave, of a copy that was in eval mode before."""
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
+    student = quantize_model(tiny, "strict", 3, 3)
+    evaluated = copy.deepcopy(tiny), copy.deepcopy(student)
+    for model in (tiny, student):
+        model.train()
+        model.bn1.eval()
+    before, modes = copy.deepcopy(tiny.state_dict()), [m.training for m in (*tiny.modules(), *student.modules())]
+    assert torch.equal(refine(tiny, images, labels, steps=2), refine(evaluated[0], images, labels, steps=2))
+    reestimate_batchnorm(evaluated[1], evaluated[0], images)
+    reestimate_batchnorm(student, tiny, images)
+    for (name, value), wanted in zip(student.state_dict().items(), evaluated[1].state_dict().values(), strict=True):
+        assert torch.equal(value, wanted), name
+    assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
+    assert [m.training for m in (*tiny.modules(), *student.modules())] == modes
+
+
+def test_a_constant_channel_keeps_its_variance():
+    """In both, in the student, in the teacher, in none. Right: the teacher's variance, but for the last one."""
+    x = torch.randn(64, 4, 6, 6)
+    gain = {"teacher": [0.0, 1.0, 0.0, 1.0], "student": [0.0, 0.0, 1.0, 1.5]}
+    nets = {}
+    for name, gains in gain.items():
+        conv, norm = nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4)
+        conv.weight.data = torch.tensor(gains).view(4, 1, 1, 1)
+        conv.bias.data = torch.tensor([0.3, 7.7, -123.4, 2.0])
+        norm.running_mean.normal_(), norm.running_var.copy_(torch.tensor([2.0, 3.0, 4.0, 5.0]))
+        nets[name] = nn.Sequential(conv, norm).eval()
+    nets["student"][1].load_state_dict(nets["teacher"][1].state_dict())
+    wanted = nets["teacher"](x).mean((0, 2, 3))
+    reestimate_batchnorm(nets["student"], nets["teacher"], x)
+    torch.testing.assert_close(nets["student"][1].running_var, torch.tensor([2.0, 3.0, 4.0, 5 * 1.5**2]))
+    torch.testing.assert_close(nets["student"](x).mean((0, 2, 3))[:3], wanted[:3], rtol=1e-4, atol=1e-4)

@@ -357,3 +357,13 @@ def test_layers_that_fx_does_not_trace_are_measured() -> None:
 
     frame = granq.measure_layer_error(Encoded().eval(), images(1), ["strict"], 8)
     assert {"conv", "encoder.linear1", "head"} <= set(frame.layer)
+
+
+def test_generated_images_of_a_plain_teacher(tiny: nn.Module) -> None:
+    """Without a DataSpec: labels of the generator, the same probabilities; pixels of deviation 0.25 around 0.5."""
+    generator, spec = granq.build_generator(3, 8), granq.DataSpec(
+        name="any", classes=3, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3
+    )  # fmt: skip
+    pd.testing.assert_frame_equal(
+        granq.measure_generated_images(generator, tiny), granq.measure_generated_images(generator, tiny, spec)
+    )

@@ -154,7 +154,7 @@ def test_a_layer_under_two_names_is_stored_once(tmp_path, monkeypatch):
             x = self.relu(self.bn1(self.conv1(x)))
             return self.fc((self.conv2(x) + self.conv3(x)).relu().mean((2, 3)))
 
-    monkeypatch.setattr("granq.packed.build_network", lambda *_: Twice())
+    monkeypatch.setattr("granq.runs.build_network", lambda *_: Twice())
     student = granq.quantize_model(Twice(), "strict", 3, 3)
     save(tmp_path / "s", student, granq.QATConfig(scheme="strict"))
     loaded = granq.load_student(tmp_path / "s").student
@@ -189,7 +189,7 @@ def test_what_is_no_student_is_refused(tmp_path):
     )
     again = granq.load_student(path, network=f"{tmp_path / 'mine.py'}:make")
     assert torch.equal(again.student(images()), student(images()))
-    with pytest.raises(granq.UserError, match="is not of network resnet56_cifar10"):
+    with pytest.raises(granq.UserError, match="is of network mine.py:make"):
         granq.load_student(path, network="resnet56_cifar10")
     (tmp_path / "torn.safetensors").write_bytes(path.read_bytes()[:5000])
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")

@@ -376,3 +376,37 @@ def test_diversity_by_hand():
     two = torch.zeros(2, 1, 1, 2)
     two[0, 0, 0] = torch.tensor([1.0, 3.0])  # pixel variances 1/4 and 9/4, mean 5/4; all four values: mean 1, var 1.5
     assert qat.diversity(two).item() == pytest.approx(1.25 / 1.5)
+
+
+def ends_in_training_mode(student: nn.Module) -> float:
+    student.eval()
+    student.train()
+    return 0.0
+
+
+def measures_in_training_mode(student: nn.Module) -> float:
+    student.train()
+    with torch.no_grad():
+        student(5 + IMAGES)  # moves BatchNorm's statistics
+    return 0.0
+
+
+@pytest.mark.parametrize("evaluate", [ends_in_training_mode, measures_in_training_mode])
+@pytest.mark.parametrize("recipe", ["adadfq", "match"])
+def test_an_evaluation_only_measures(tiny, evaluate, recipe):
+    config = (MATCH if recipe == "match" else TINY).change(epochs=3)
+    plain, watched = train(tiny, config), train(tiny, config, evaluate=evaluate)
+    assert same_bits(plain.student, watched.student) and not any(m.training for m in watched.student.modules())
+    assert watched.last_top1 == 0
+
+
+def test_who_looks_at_a_run_after_an_epoch_does_not_change_its_modes(tiny):
+    config = TINY.change(epochs=3)
+    looked = train(tiny, config, after_epoch=lambda game: [net.train() for net in (game.student, game.teacher)])
+    assert same_bits(train(tiny, config).student, looked.student)
+
+
+def test_a_teacher_of_one_logit_has_nothing_to_teach():
+    one = nn.Sequential(*list(tiny_network())[:-1], nn.Linear(144, 1)).eval()
+    with pytest.raises(ValueError, match="one logit tells no classes apart"):
+        train(one, TINY)

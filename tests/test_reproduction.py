@@ -23,6 +23,7 @@ from granq import build_network, models, qat
 from granq.app.cli import main
 from granq.app.jobs import Job, from_arguments
 from granq.app.sweep import read_plan, status
+from granq.data import IMAGENET_IDS
 from granq.files import write_csv
 from granq.measure.workbench import published_lost
 
@@ -88,7 +89,7 @@ def write_imagenet(root: Path, labels: torch.Tensor) -> torch.Tensor:
     """1000 class folders with one JPEG each. Returns those of ``labels`` as torchvision's own transform gives them."""
     shown, files = dict(zip(labels.tolist(), photographs(375, 500), strict=True)), []
     for label in range(1000):
-        folder = root / "imagenet/val" / f"n{label * 7919:08d}"
+        folder = root / "imagenet/val" / IMAGENET_IDS[label]
         folder.mkdir(parents=True)
         encoded = io.BytesIO()
         shown.get(label, Image.new("RGB", (8, 8))).save(encoded, "JPEG")

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -442,17 +443,18 @@ OWN_SCHEME = Scheme(weights="per_out_channel", activations="per_channel", tracke
     ],
     ids=["own scheme", "image bits", "learned steps"],
 )
-def test_a_saved_run_is_read_again(tmp_path, config):
-    source = tmp_path / "own.py"
-    source.write_text(
-        "from torch import nn\n\n\ndef make(num_classes):\n    return nn.Sequential("
-        "nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
-        "nn.Linear(4, num_classes))\n"
-    )
+def test_a_saved_run_is_read_again(own, tmp_path, config):
+    source, proof = tmp_path / "net.py", tmp_path / "executed"
+    source.write_text(f"{source.read_text()}\n\nopen({str(proof)!r}, 'a').close()\n")
     spec = describe_data("digits").model_copy(update={"classes": 3, "image_size": 8})
-    facts = {"network": f"{source}:make", "spec": spec.model_dump(), "data": "digits", "teacher_top1": 50.0}
+    facts = {"network": own, "spec": spec.model_dump(), "data": "digits", "teacher_top1": 50.0}
     result = train(network(), config, out=tmp_path / "run", facts=facts)
-    saved = load_run(tmp_path / "run")
+    for given in ("", "resnet20_cifar10", f"{source}:other"):
+        with pytest.raises(UserError, match="net.py:make; name it with --network"):
+            load_run(tmp_path / "run", network=given)
+    assert not proof.exists()  # code that only a run folder names is not executed
+    moved = source.rename(tmp_path / "moved.py")
+    saved = load_run(tmp_path / "run", network=f"{moved}:make")
     assert same_bits(saved.student.state_dict(), result.student.state_dict())
     assert (saved.config, saved.spec, saved.epoch, saved.facts["teacher_top1"]) == (config, spec, 2, 50.0)
     assert score(saved.student) == score(result.student) == score(saved.student)  # the ranges do not move
@@ -465,3 +467,13 @@ def test_a_run_of_train_alone_does_not_know_its_network(tmp_path):
     with pytest.raises(UserError, match="lacks data, network, spec, teacher_top1"):
         load_run(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["epochs"] == 2
+
+
+def test_numbers_of_numpy_and_torch_are_kept_as_numbers(tmp_path):
+    """As an evaluation of one's own returns them."""
+    facts = {"teacher_top1": np.float32(0.5), "n": np.int64(3), "std": torch.tensor([1.0, 2.0]), "from": Path("a")}
+    result = train(network(), SHORT, out=tmp_path, facts=facts, evaluate=lambda model: np.float32(12.5))
+    assert {key: RunFolder(tmp_path).read_config()[key] for key in facts} == {
+        "teacher_top1": 0.5, "n": 3, "std": [1, 2], "from": "a"
+    }  # fmt: skip
+    assert type(result.last_top1) is float and result.last_top1 == 12.5

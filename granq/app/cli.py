@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 still gets the result
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries tell there what they download
             result = parse(argv)()

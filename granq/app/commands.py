@@ -10,12 +10,13 @@ from pydantic import Field
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
-from granq.app.jobs import Data, Network, TeacherFile, parse_bits
+from granq.app.jobs import Data, Mean, Network, Std, TeacherFile, channels, parse_bits
 from granq.errors import UserError
 from granq.schemes import check_bits
 
 Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
+OwnNetwork = Annotated[str, arg(help="FILE.py:FUNCTION, again, if the run is of one: it is code")]
 Words = tuple[str, ...]
 _PAPER = "paper --schemes granq layerwise per_channel --bits 3,3 4,4 5,5"
 #: What ``granq sweep --preset`` makes of these names: the rows of the paper. Arguments that follow change them.
@@ -49,7 +50,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
         f"{one.device}, torch {one.torch}. Mean ± std in percent; best_top1 selects on the test split.\n\n"
         f"{cells.to_markdown()}\n"
     )
-    (out / "results.md").write_text(table)
+    (out / "results.md").write_text(table, encoding="utf-8")
     model, spec = granq.load_teacher(network, granq.describe_data("digits", network), teachers[0])
     test, layers = granq.batches(granq.load_split(spec, "test"), spec), ["features.stage2.unit1.body.conv2.conv"]
     distortion = granq.measure_activation_distortion(model, test, layers, bits=[2])
@@ -63,16 +64,14 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 
 
 def teacher(
-    *, data: Data, network: Network, out: Path, pretrained: bool = False, init: Path | None = None,
-    epochs: Count = 30, lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
-    image_size: int | None = None, device: Device = "auto",
+    *, data: Data, network: Network, out: Path, epochs: Count = 30,
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, bf16: bool = False,
+    image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
-    """Train a full-precision teacher, or fetch a pretrained one.
+    """Train a full-precision teacher.
 
     Args:
         out: file to write, FILE.safetensors
-        pretrained: download the weights instead of training
-        init: continue from the weights of this teacher file
         lr: peak learning rate
         bf16: train under bfloat16 autocast (faster on AVX512 and GPUs)
     """
@@ -80,34 +79,35 @@ def teacher(
 
     if out.exists() or out.suffix != ".safetensors":
         raise UserError(f"--out must be a new file that ends in .safetensors, got {out}")
-    spec, device = granq.describe_data(data, network, image_size), devices.resolve_device(device)
+    spec = granq.describe_data(data, network, image_size, **channels(mean, std))
+    device = devices.resolve_device(device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if pretrained:
-        model, spec = granq.load_teacher(network, spec, None, device)
-        top1 = granq.top1_on(model, granq.load_split(spec, "test"), spec, device)
-    else:
-        options: dict[str, Any] = dict(epochs=epochs, lr=lr, seed=seed, bf16=bf16, init=init, device=device)
-        model, top1 = granq.train_teacher(network, spec, **options)
+    options: dict[str, Any] = dict(epochs=epochs, lr=lr, seed=seed, bf16=bf16, device=device)
+    model, top1 = granq.train_teacher(network, spec, **options)
     files.save_atomically(out, lambda path: granq.save_teacher(path, model, network, spec, top1))
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | devices.versions(device)
 
 
-def evaluate(run: Positional[Path], *, data: Data, device: Device = "auto") -> Result:
+def evaluate(
+    run: Positional[Path], *, data: Data, network: OwnNetwork = "", mean: Mean = "", std: Std = "",
+    device: Device = "auto",
+) -> Result:  # fmt: skip
     """Measure the accuracy of a finished run, or of a packed student by its file or name."""
     from granq import devices
 
     device = devices.resolve_device(device)
-    saved, spec, test, facts = _run_on(run, data, device)
+    saved, spec, test, facts = _run_on(run, data, network, device, **channels(mean, std))
     return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | devices.versions(device)
 
 
-def _run_on(run: Path, data: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
+def _run_on(
+    run: Path, data: str, network: str, device: str, **given: Any
+) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
-    saved = granq.load_student(run, device)
-    spec, c = granq.describe_data(data, saved.facts["network"]), saved.config
-    if spec.classes != saved.spec.classes:
-        raise UserError(f"{data} has {spec.classes} classes, but the run's network has {saved.spec.classes}")
-    spec = saved.spec.model_copy(update={"name": spec.name, "root": spec.root})
+    saved = granq.load_student(run, device, network)
+    c, mean, std = saved.config, saved.spec.mean, saved.spec.std
+    spec = granq.describe_data(data, network, c.image_size, **given or {"mean": mean, "std": std})
+    spec = spec.fit_classes(saved.spec.classes)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     facts |= {"run": str(run), "data": data, "bits": c.bits}
@@ -131,15 +131,19 @@ def audit(
     from granq import files
 
     _check_new(*[out] if out else [])
-    likely = "cifar100" if "cifar100" in network else "cifar10" if "cifar" in network else "imagenet"
+    name = network.rpartition(":")[2]
+    likely = "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
     widths, spec = parse_bits(bits), granq.describe_data(data or likely, network, image_size)
     torch.manual_seed(0)
-    model = granq.load_teacher(network, spec, teacher)[0] if teacher else granq.build_network(network, spec.classes)
+    model, spec = granq.load_teacher(network, spec, teacher) if teacher else (
+        granq.build_network(network, spec.classes), spec
+    )  # fmt: skip
     torch.manual_seed(0)
-    images = torch.randn(2, 3, spec.image_size, spec.image_size)
+    size = image_size or spec.image_size
+    images = torch.randn(2, 3, size, size)
     frame = granq.audit(granq.quantize_model(model, scheme, **widths), images)
     result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
-    result |= {"weights": str(teacher or "random, seed 0"), "image_size": spec.image_size}
+    result |= {"weights": str(teacher or "random, seed 0"), "image_size": size}
     result |= granq.summarize_audit(frame)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +160,7 @@ def audit(
 def factorial(
     *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
     bits: str = "2,3,4,5,8", images: Annotated[int, Field(ge=2)] | None = None, seeds: Count = 1,
-    resume: bool = False, device: Device = "auto",
+    resume: bool = False, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure the accuracy of every weight granularity with every activation granularity.
 
@@ -169,7 +173,7 @@ def factorial(
     """
     from granq.measure import factorial as cells
 
-    source: Result = dict(data=data, network=network, teacher=teacher, device=device)
+    source: Result = dict(data=data, network=network, teacher=teacher, device=device, **channels(mean, std))
     widths, shared, facts = _grown_table(out, resume, bits, run, source)
     count = min(images or len(shared.test), len(shared.test))
     generator = shared.zero_shot[0]
@@ -184,7 +188,8 @@ def factorial(
 def sensitivity(
     *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
     scheme: str = "strict", bits: str = "3", images: Count = 256, kinds: Words = ("alone",),
-    parts: Words = ("weights", "activations", "both"), resume: bool = False, device: Device = "auto",
+    parts: Words = ("weights", "activations", "both"), resume: bool = False, mean: Mean = "", std: Std = "",
+    device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure what the quantization of every layer costs.
 
@@ -196,7 +201,7 @@ def sensitivity(
         images: how many
         resume: measure what --out lacks
     """
-    source: Result = dict(data=data, network=network, teacher=teacher, device=device)
+    source: Result = dict(data=data, network=network, teacher=teacher, device=device, **channels(mean, std))
     widths, shared, facts = _grown_table(out, resume, bits, run, source)
     facts["source"] = f"generated, {run.name}" if run else "test"
     drawn = granq.generated_batches(shared.zero_shot[0], 0, images, 32) if run else shared.sample(0, images, 32)
@@ -223,8 +228,9 @@ def _grown_table(
 
 
 def export(
-    run: Positional[Path], *, data: Data, out: Path, format: Literal["integers", "packed"] = "integers"
-) -> Result:
+    run: Positional[Path], *, data: Data, out: Path, network: OwnNetwork = "",
+    format: Literal["integers", "packed"] = "integers",
+) -> Result:  # fmt: skip
     """Write the student of a run: a foldable one as integers and ONNX, and any as one small file.
 
     Args:
@@ -234,9 +240,9 @@ def export(
     from granq import devices, files, runs
 
     if format == "packed":
-        return _export_packed(run, data, out)
+        return _export_packed(run, data, network, out)
     runs.RunFolder(out).check_free(resumable=False)
-    saved, spec, test, facts = _run_on(run, data, "cpu")
+    saved, spec, test, facts = _run_on(run, data, network, "cpu")
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
     agreement = granq.measure_integer_agreement(saved.student, images, twin)
     if (wrong := agreement.layer[agreement.beyond_bound > 0]).any():
@@ -254,7 +260,7 @@ def export(
     return facts | {"out": str(out)}
 
 
-def _export_packed(run: Path, data: str, out: Path) -> Result:
+def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
     from scipy.stats import binomtest
 
     from granq import devices
@@ -262,7 +268,7 @@ def _export_packed(run: Path, data: str, out: Path) -> Result:
     _check_new(out)
     if out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {out}")
-    saved, spec, test, facts = _run_on(run, data, "cpu")
+    saved, spec, test, facts = _run_on(run, data, network, "cpu")
     facts["top1"] = top1 = granq.top1_on(saved.student, test, spec)
     ends = binomtest(round(top1 * len(test) / 100), len(test)).proportion_ci(method="wilson")
     facts |= {"top1_low": 100 * ends.low, "top1_high": 100 * ends.high}
@@ -277,7 +283,8 @@ def _export_packed(run: Path, data: str, out: Path) -> Result:
 def figures(
     names: Positional[Words] = (), *, from_csv: bool = False, budget: Literal["quick", "full"] = "quick",
     data: str | None = None, network: Network = "resnet20_cifar10", teacher: Path | None = None,
-    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: int = 0, device: Device = "auto",
+    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: int = 0, mean: Mean = "",
+    std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure figures, write their CSV, and draw them from it; all of them without names.
 
@@ -294,6 +301,7 @@ def figures(
         drawn = granq.redraw_figures(names, folder)
     else:
         options: dict[str, Any] = dict(data=data, network=network, teacher=teacher, device=device, seed=seed)
+        options |= channels(mean, std)
         drawn = granq.make_figures(names, granq.Workbench(budget, runs=run, out=folder, **options))
     return {"out": str(folder), "figures": ", ".join(drawn)}
 
@@ -341,7 +349,7 @@ def sweep(
     out = out.resolve()  # as the plan keeps it
     if network or schemes or bits or options or teacher or recipes != ("adadfq",) or seeds != (0,):
         plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
-    table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster)
+    table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster, network)
     print(table.to_string(index=False, na_rep=""))
     left = 0 if status else int((table.state != "done").sum())
     failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left else {}

@@ -24,6 +24,8 @@ Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME
 TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it pretrained weights are downloaded")]
 BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images of --bits auto
 BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
+Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
+Std = Annotated[str, arg(help="likewise, the standard deviation")]
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -36,6 +38,8 @@ class Files(BaseModel):
     network: Network
     out: Path = Field(description="run folder, new or empty")
     teacher: TeacherFile = None
+    mean: Mean = ""
+    std: Std = ""
     generator: Path | None = Field(None, description="start from the generator of this run, without a warm-up")
     preset: Literal["quick", "paper"] = Field("quick", description="the settings that the other options change")
     resume: bool = Field(False, description="continue the run in --out")
@@ -65,7 +69,7 @@ class Job(QATConfig, Files):
         runs.RunFolder(self.out).check_free(self.resume)
         device = devices.resolve_device(self.device)
         generator = granq.load_generator(self.generator, device) if self.generator else None
-        spec = granq.describe_data(self.data, self.network, self.image_size)
+        spec = granq.describe_data(self.data, self.network, self.image_size, **channels(self.mean, self.std))
         teacher, spec = granq.load_teacher(self.network, spec, self.teacher, device)
         if spec.image_size != self.image_size:
             raise UserError(f"{self.teacher} was trained at {spec.image_size} pixels, not at {self.image_size}")
@@ -86,15 +90,14 @@ class Job(QATConfig, Files):
         )  # fmt: skip
         row = result.row(self.data, self.network, facts["teacher_top1"], len(test)) | source
         row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
+        row |= {name: ",".join(map(str, facts["spec"][name])) for name in ("mean", "std")}
         image, _ = next(granq.batches(test, spec, batch_size=1))
         row |= granq.summarize_audit(granq.audit(result.student, image.to(device)))
         del row["summary"]
         if self.from_row:
             before = float(read_row(*self.from_row)["last_top1"])
             row |= {"row_last_top1": before, "difference": row["last_top1"] - before}
-        files.save_atomically(
-            self.out / "result.json", lambda path: path.write_text(json.dumps(row, indent=2, default=str))
-        )
+        files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
 
     def _choose_bits(self, config: QATConfig, teacher: Any) -> tuple[QATConfig, Path]:
@@ -138,6 +141,15 @@ def _asked_bits(text: str) -> dict[str, Any]:
     if not BIT_CHOICES[0] <= average <= BIT_CHOICES[-1]:
         raise UserError(f"--bits auto:AVERAGE takes an average from 2 to 8, such as auto:3.0; got {text!r}")
     return {"weight_bits": int(average), "act_bits": int(average), "auto_bits": average}
+
+
+def channels(mean: str, std: str) -> dict[str, Any]:
+    """Return ``"0.5,0.5,0.5"`` as keywords of ``granq.describe_data``. Raises UserError unless these are numbers."""
+    try:
+        given = {name: [float(x) for x in text.split(",")] for name, text in (("mean", mean), ("std", std)) if text}
+    except ValueError:
+        raise UserError(f"--mean and --std take three numbers, such as 0.5,0.5,0.5; got {mean!r}, {std!r}") from None
+    return given
 
 
 def from_arguments(argv: Sequence[str]) -> Job:
@@ -203,7 +215,8 @@ def defaults(argv: Sequence[str]) -> dict[str, Any]:
         return start | dict(QATConfig.for_recipe(**changes))
     if changes["recipe"] == "match":
         raise UserError("--preset paper is for recipes adadfq and gdfq; match takes --epochs and --iterations")
-    return start | dict(QATConfig.paper(data, network, changes.pop("weight_bits"), **changes))
+    name = network.rpartition(":")[2]  # a folder's name says nothing of the network
+    return start | dict(QATConfig.paper(data, name, changes.pop("weight_bits"), **changes))
 
 
 def read_row(table: str | Path, number: str | int) -> dict[str, str]:
@@ -236,5 +249,6 @@ def _settings(row: dict[str, str]) -> dict[str, Any]:
     settings |= dict(zip(("weight_bits", "act_bits"), widths, strict=True))
     start = dict(QATConfig.model_validate(settings, strict=False))
     start |= {name: Path(row[name]) for name in ("teacher", "generator") if name in row}
-    start |= {name: row[name] for name in ("network", "preset") if name in row}
+    start |= {name: row[name] for name in ("preset", "mean", "std") if name in row}
+    start |= {"network": row["network"]} if ".py:" not in row["network"] else {}  # code of a table runs if named again
     return start | {"data": row.get("data", row["dataset"])}

@@ -44,8 +44,18 @@ def combine(
         name = re.sub(r"[^\w.-]+", "_", f"{network} {recipe} {scheme} w{width.replace(',', 'a')} s{seed}")
         argv = ["--network", network, "--recipe", recipe, "--scheme", scheme, "--bits", width, "--seed", str(seed)]
         argv += ["--out", str(out / name), *(["--teacher", str(teacher)] if teacher else [])]
-        jobs.append(from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)]))
+        job = from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)])
+        # whole paths: the plan may be continued from another folder
+        files = {key: path.resolve() for key in ("teacher", "generator") if (path := getattr(job, key))}
+        jobs.append(job.model_copy(update=files | {k: absolute(getattr(job, k)) for k in ("data", "network")}))
     return jobs
+
+
+def absolute(text: str) -> str:
+    """Return ``folder:PATH`` and ``FILE.py:FUNCTION`` with whole paths, and anything else as it is."""
+    found = re.fullmatch(r"(folder:)(.*)()|()(.*\.py)(:.*)", text)
+    before, path, after = [part for part in found.groups() if part is not None] if found else (text, "", "")
+    return f"{before}{Path(path).expanduser().resolve()}{after}" if found else text
 
 
 def write_plan(out: Path, jobs: Iterable[Job]) -> None:
@@ -108,19 +118,22 @@ def execute(job: Job) -> None:
         error.write_text(traceback.format_exc())
 
 
-def run_sweep(out: Path, jobs: int = 1, cluster: str = "") -> pd.DataFrame:
+def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[str] = ()) -> pd.DataFrame:
     """Execute what the plan lacks, and return the status.
 
     Args:
         out: folder of ``write_plan``; workers on other machines must see it too.
         jobs: runs at once on this machine, each in a process with one thread.
         cluster: address of the scheduler of a ``dask.distributed`` cluster, whose workers execute the runs instead.
+        networks: those of the plan that are code, ``FILE.py:FUNCTION``: only what is named here is executed.
 
     Raises:
         UserError: no plan in ``out``, or workers with several threads, which would share torch's random numbers.
     """
     states = status(out).state
     left = [job for job, state in zip(read_plan(out), states, strict=True) if state not in ("done", "running")]
+    if code := {job.network for job in left if ".py:" in job.network} - {absolute(name) for name in networks}:
+        raise UserError(f"the plan in {out} runs the code {min(code)}: give the command that planned it again")
     if cluster:
         require("distributed", "cluster")
         from distributed import Client

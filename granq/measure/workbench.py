@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from granq import models
 from granq.config import QATConfig
-from granq.data import DataSpec, batches, class_names, data_root, describe_data, load_split, split_folder
+from granq.data import DataSpec, batches, data_root, describe_data, load_split
 from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError, one_of
 from granq.files import write_csv
@@ -62,17 +62,18 @@ class Workbench:
             the first gives the generator, all give training curves.
         out: folder of the figures, where ``full`` finds the results of long runs.
         seed: of everything that draws.
+        mean, std: of the three channels, as in ``describe_data``.
     """
 
     def __init__(
         self, budget: str = "quick", *, data: str | None = None, network: str = "resnet20_cifar10",
         teacher: str | Path | None = None, runs: Sequence[str | Path] = (), out: str | Path = "figures",
-        device: str = "auto", seed: int = 0,
+        device: str = "auto", seed: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         one_of("budget", budget, BUDGETS)
         self.name, self.budget, self.network, self.seed = budget, BUDGETS[budget], network, seed
         self.data, self.out, self.device = data or self.budget.data, Path(out), resolve_device(device)
-        self._described = describe_data(self.data, network)
+        self._described = describe_data(self.data, network, mean=mean, std=std)
         self._teacher, self._runs = teacher, [RunFolder(run) for run in runs]
         for run in self._runs:
             if (other := run.read_config().get("network")) != network:
@@ -97,8 +98,8 @@ class Workbench:
     @property
     def class_names(self) -> list[str]:
         """Names of the labels, where the data have them, else their numbers."""
-        if self.spec.name.startswith("folder:"):  # small images are kept without their class names
-            return class_names(split_folder(self.spec.root, "test"))
+        if self.spec.name.startswith(("folder:", "imagenet")):  # small images are kept without their class names
+            return self.spec.label_names()
         return [str(name) for name in getattr(self.test, "classes", range(self.spec.classes))]
 
     @property

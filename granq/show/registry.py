@@ -49,7 +49,8 @@ class Figure(NamedTuple):
 
     def draw(self, name: str, folder: Path) -> None:
         """Draw ``folder/name.csv`` as SVG and PNG without dates: every panel that has rows, and one legend above."""
-        data = pd.read_csv(folder / f"{name}.csv", dtype={"pixels": str})  # black ones would be the number 0
+        texts = dict.fromkeys(("pixels", "layer", "name"), str)  # a black image, layer "0", class "null"
+        data = pd.read_csv(folder / f"{name}.csv", dtype=texts, keep_default_na=False, na_values=[""])
         if data.empty:
             raise UserError(f"{folder / name}.csv has no rows")
         rows, columns = self.grid(data)

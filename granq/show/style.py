@@ -74,7 +74,9 @@ def role(name: str) -> Role:
 def select(data: DataFrame, **values: Any) -> DataFrame:
     """Return the rows with these values; ``None`` means the first that is left. Raises UserError if there is none."""
     for column, value in values.items():
-        rows = data[data[column] == (data[column].iloc[0] if value is None else value)]
+        known = data[column].astype(str) if column == "layer" else data[column]  # of a CSV "0" comes back as 0
+        value = str(value) if column == "layer" and value is not None else value
+        rows = data[known == (known.iloc[0] if value is None else value)]
         if rows.empty:
             raise UserError(f"the data hold no row with {column} = {value!r}")
         data = rows
@@ -104,7 +106,7 @@ def plain_log(axis: Any) -> None:
 
 def short_layer(name: str) -> str:
     """Shorten a layer's name to what tells it apart: ``features.stage2.unit1.body.conv1.conv`` -> ``s2.u1.conv1``."""
-    words = [w for w in name.split(".") if w not in ("features", "body", "layers", "model")]
+    words = [w for w in str(name).split(".") if w not in ("features", "body", "layers", "model")]
     if len(words) > 1 and words[-1] in ("conv", "0"):
         words.pop()
     words = ["skip" if w in ("identity_conv", "downsample") else w for w in words]
