@@ -80,8 +80,7 @@ class Job(QATConfig, Files):
 
         config, start = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields}), self.generator
         if choose := bool(self.auto_bits and not self.layer_bits):
-            config, start = self._choose_bits(config, teacher)
-            generator = granq.load_generator(start, device)
+            config, start, generator = self._choose_bits(config, teacher, device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
         result = granq.train(
@@ -100,30 +99,29 @@ class Job(QATConfig, Files):
         files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
 
-    def _choose_bits(self, config: QATConfig, teacher: Any) -> tuple[QATConfig, Path]:
-        """Allocate bits on generated images; return the settings of what is left of the run, and where it starts.
+    def _choose_bits(self, c: QATConfig, teacher: Any, device: str) -> tuple[QATConfig, Path, Any]:
+        """Allocate bits on generated images. Return the settings of what is left of the run, its start and generator.
 
         Without ``--generator`` the warm-up comes first, as a run of its own in the folder.
         """
         from granq import runs
 
-        folder, start, c = runs.RunFolder(self.out), self.generator or self.out / "warmup", config
+        folder, start = runs.RunFolder(self.out), self.generator or self.out / "warmup"
         with folder.claimed():
             if not folder.config.is_file():
                 folder.write_config(c, {})  # so that it can be resumed from here on
             if not self.generator:
-                warmup = dict(epochs=c.warmup_epochs, recipe="adadfq" if c.recipe == "adadfq" else "gdfq")
-                warm = c.change(**warmup, refined_images=0, auto_bits=0.0)
+                alone: Any = dict(recipe="gdfq", refined_images=0) if c.recipe == "match" else {}
+                warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
                 granq.train(teacher, warm, out=start, resume=start.exists())
                 later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
                 c = c.change(epochs=c.epochs - c.warmup_epochs, warmup_epochs=0, milestones=later)
-            generator = granq.load_generator(start, str(next(teacher.parameters()).device))
-            images = list(granq.generated_batches(generator, c.seed, BIT_IMAGES))
+            images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
+            how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
             table = granq.measure_sensitivity(
-                teacher, images, c.scheme, BIT_CHOICES, kinds=["alone"], parts=["weights", "activations"],
-                calibration=images, out=self.out / "sensitivity.csv",
-            )  # fmt: skip
-            return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start
+                teacher, images, c.scheme, BIT_CHOICES, **how, out=self.out / "sensitivity.csv"
+            )
+            return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
 
 
 def parse_bits(text: str) -> dict[str, Any]:
@@ -165,10 +163,7 @@ def options(argv: Sequence[str]) -> type:
     It checks nothing: tyro would put a box around pydantic's messages.
     """
     start, groups = defaults(argv), []
-
-    def given(name: str) -> list[Any]:
-        return [field(default_factory=partial(start.get, name))] if name in start else []
-
+    given = {name: [field(default_factory=partial(start.get, name))] for name in [*start, "bits"]}
     start["bits"] = ("auto:{auto_bits}" if start["auto_bits"] else "{weight_bits},{act_bits}").format_map(start)
     bases: tuple[Any, ...] = (Files, *reversed(QATConfig.__bases__))
     for model in bases:
@@ -177,7 +172,7 @@ def options(argv: Sequence[str]) -> type:
             shown |= {"scheme": (str, shown["scheme"][1]), "bits": (str, BITS_HELP)}
             del shown["weight_bits"], shown["act_bits"], shown["auto_bits"]
         fields = [
-            (name, Annotated[kind, arg(help=text)] if text else kind, *given(name))
+            (name, Annotated[kind, arg(help=text)] if text else kind, *given.get(name, ()))
             for name, (kind, text) in shown.items()
         ]
         group = make_dataclass(model.__name__, fields, kw_only=True, namespace={"__doc__": model.__doc__})

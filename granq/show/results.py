@@ -190,10 +190,9 @@ def plot_accuracy_true_bits(data: DataFrame, *, dataset: str | None = None, lege
     ax = ax or plt.gca()
     rows = select(data, dataset=dataset) if "dataset" in data else data
     for (scheme, how), line in rows.groupby(["scheme", "how"], sort=False):
-        look = role(str(scheme))._replace(label=f"{scheme}, {how}", dash="-" if how == "allocated" else ":")
-        face = look.color if how == "allocated" else "white"
-        style = look.line | {"markersize": 4.5, "markerfacecolor": face}
-        ax.plot(line.true_bits_per_weight, line.top1, **style)
+        allocated = how == "allocated"
+        look = role(str(scheme))._replace(label=f"{scheme}, {how}", dash="-" if allocated else ":").line
+        ax.plot(line.true_bits_per_weight, line.top1, fillstyle="full" if allocated else "none", **look)
     if "teacher_test_top1" in rows:
         ax.axhline(rows.teacher_test_top1.iloc[0], color=GREY, linestyle="--", label="teacher", zorder=0)
     title = f"{rows.dataset.iloc[0]}, {rows.network.iloc[0]}" if "dataset" in rows else ""
