@@ -35,7 +35,7 @@ def prepare(data: str, weights: Path, images: Path, work: Path) -> tuple[Any, An
     """Return teacher, test images, 256 generated images and the description of the data."""
     network, file = NETWORKS[data]
     mean, std = public_networks.normalization[network]
-    spec = granq.describe_data(f"folder:{images / data}", "cifar").model_copy(update={"mean": mean, "std": std})
+    spec = granq.describe_data(f"folder:{images / data}", "cifar", mean=mean, std=std)
     teacher, _ = granq.load_teacher(f"{ROOT}/examples/public_networks.py:{network}", spec, weights / file)
     warmup, run = dict(epochs=20, warmup_epochs=20, iterations=50, batch_size=32), work / f"warm_{data}"
     full = granq.Scheme(weights=None, activations=None)  # in recipe gdfq the generator does not look at the student
@@ -75,7 +75,7 @@ def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str,
             few = [*granq.batches(Subset(test, order[:512]), spec, 64)]
             frame = granq.measure_sensitivity(teacher, few, "strict", 3, kinds=["alone", "all_but"])
             write_csv(out / "sensitivity.csv", frame.assign(**known), "%.6g")
-    rows = pd.concat([pd.read_csv(work / f"budgets_{name}.csv") for name in data])
+    rows = pd.concat([pd.read_csv(work / f"budgets_{name}.csv") for name in data]).drop(columns="summary")
     write_csv(out / "accuracy_true_bits.csv", rows, "%.6g")
     granq.redraw_figures(["accuracy_true_bits", "sensitivity"], out)
 

@@ -192,7 +192,9 @@ def plot_accuracy_true_bits(data: DataFrame, *, dataset: str | None = None, lege
     for (scheme, how), line in rows.groupby(["scheme", "how"], sort=False):
         allocated = how == "allocated"
         look = role(str(scheme))._replace(label=f"{scheme}, {how}", dash="-" if allocated else ":").line
-        ax.plot(line.true_bits_per_weight, line.top1, fillstyle="full" if allocated else "none", **look)
+        ax.plot(
+            line.true_bits_per_weight, line.top1, fillstyle="full" if allocated else "none", **look | {"markersize": 5}
+        )
     if "teacher_test_top1" in rows:
         ax.axhline(rows.teacher_test_top1.iloc[0], color=GREY, linestyle="--", label="teacher", zorder=0)
     title = f"{rows.dataset.iloc[0]}, {rows.network.iloc[0]}" if "dataset" in rows else ""
