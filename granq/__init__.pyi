@@ -33,6 +33,8 @@ from .measure.activations import measure_integer_walk as measure_integer_walk
 from .measure.activations import measure_ranges as measure_ranges
 from .measure.activations import measure_scale_maps as measure_scale_maps
 from .measure.activations import measure_weight_scales as measure_weight_scales
+from .measure.allocation import allocate_bits as allocate_bits
+from .measure.allocation import measure_budgets as measure_budgets
 from .measure.audit import audit as audit
 from .measure.audit import summarize_audit as summarize_audit
 from .measure.factorial import measure_granularity_factorial as measure_granularity_factorial
@@ -44,7 +46,6 @@ from .measure.images import measure_synthetic_gap as measure_synthetic_gap
 from .measure.latency import measure_latency_quantizer as measure_latency_quantizer
 from .measure.latency import measure_latency_scaling as measure_latency_scaling
 from .measure.layer_error import measure_layer_error as measure_layer_error
-from .measure.remedies import allocate_bits as allocate_bits
 from .measure.remedies import measure_remedies as measure_remedies
 from .measure.running import sqnr_db as sqnr_db
 from .measure.sensitivity import measure_sensitivity as measure_sensitivity
@@ -94,6 +95,7 @@ from .show.registry import redraw_figures as redraw_figures
 from .show.registry import save_figure as save_figure
 from .show.report import report as report
 from .show.results import plot_accuracy_bits as plot_accuracy_bits
+from .show.results import plot_accuracy_true_bits as plot_accuracy_true_bits
 from .show.results import plot_granularity_factorial as plot_granularity_factorial
 from .show.results import plot_quantizer_latency as plot_quantizer_latency
 from .show.results import plot_results_table as plot_results_table

@@ -41,6 +41,16 @@ class Quantization(BaseModel):
     image_bits: Bits | Literal[0] = Field(
         0, description="width of the image, such as 6: two passes of a 3-bit first layer; 0: that of activations"
     )
+    layer_bits: dict[str, tuple[Bits | Literal[0], Bits | Literal[0]]] = Field(
+        {}, description="widths of single layers, such as conv1 8 8 fc 4 3: weights, activations; 0: full precision"
+    )
+    auto_bits: float = Field(0.0, ge=0, le=8, description="average for which layer_bits were chosen; 0: by hand")
+
+    @property
+    def bits(self) -> str:
+        """Return a name: W3A3, or W2.5A2.5 for an average."""
+        weights, activations = (self.auto_bits or bits for bits in (self.weight_bits, self.act_bits))
+        return f"W{weights:g}A{activations:g}"
 
 
 class Game(BaseModel):

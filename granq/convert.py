@@ -6,7 +6,7 @@ graph, so that a ReLU module used twice, ``F.relu`` and ``x.relu_()`` each count
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from granq.errors import UserError
-from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_input, layer_names, to_module, trace
+from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, to_module, trace
 from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.plain import LAYERS, has_channels, is_plain, module_of
 from granq.quantizer import QParams, fake_quantize, fake_quantize_with, min_max, qparams_from_range
@@ -135,25 +135,27 @@ class ActQuantizer(TrackedRanges, Quantizer):
 
 
 def quantize_model(
-    model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int, image_bits: int | None = None
-) -> fx.GraphModule:
+    model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int, image_bits: int | None = None,
+    bits: Mapping[str, tuple[int, int]] | None = None,
+) -> fx.GraphModule:  # fmt: skip
     """Return a fake-quantized copy of ``model``; the model itself is not touched.
 
     Every Conv2d and Linear keeps its name and its state-dict keys, so a teacher's state dict loads into the copy. One
     that computes something else (``granq.plain``), or is only read (``F.linear(x, normalize(self.head.weight))``),
     stays in full precision; a warning names it.
 
-    ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``image_bits`` is ``act_bits`` unless
-    given: hardware for k bits runs the first layer on 2k as two passes, one for each half of the bits, and adds them
-    shifted (as Hubara et al., NeurIPS 2016, do with 8).
+    ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own,
+    ``{layer: (weight, activation)}``, 0 for full precision; layers that read one place share its width. The image has
+    ``image_bits``, if given: hardware for k bits runs the first layer on 2k as two passes, one for each half of the
+    bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
     Raises:
-        UserError: unknown scheme or width, nothing to quantize, a network that is wrapped or quantized already, a
-            weight that is computed, a forward that cannot be traced, or ``image_bits`` where the image is not
-            quantized.
+        UserError: unknown scheme, width or layer, nothing to quantize, a network that is wrapped or quantized already,
+            a weight that is computed, a forward that cannot be traced, ``bits`` that contradict each other or that
+            nothing in the scheme can have, or ``image_bits`` where the image is not quantized.
     """
     scheme = get_scheme(scheme)
-    weight_bits, act_bits, image_width = map(check_bits, (weight_bits, act_bits, image_bits or act_bits))
+    widths = check_bits(weight_bits), check_bits(act_bits), check_bits(image_bits) if image_bits else 0
     names = _layers_to_quantize(model, scheme)
     student = copy.deepcopy(model).eval()
     graph = trace(student)
@@ -161,23 +163,42 @@ def quantize_model(
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     left = [name for name in names if name in read - called or not is_plain(student.get_submodule(name))]
     layers = {name: student.get_submodule(name) for name in names if name not in left}
-    student.act_quant = quantizers = nn.ModuleDict()
-    for node in find_places(graph, student, scheme.places, set(layers)) if scheme.activations else ():
-        linear = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
-        channels = False if linear else has_channels(student, node) or None
-        place = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
-        quantizers[place] = ActQuantizer(image_width if is_image(student, node) else act_bits, scheme, channels)
-        insert_call(graph, node, f"act_quant.{place}", scheme.places, set(layers))
+    own = {name: (w and check_bits(w), a and check_bits(a)) for name, (w, a) in (bits or {}).items()}
+    if unknown := [name for name in own if name not in (layers if any(own[name]) else layer_names(model))]:
+        raise UserError(f"bits name what is no layer that can be quantized: {', '.join(unknown)}")
+    _quantize_activations(student, graph, set(layers), own, *widths[1:], scheme)
     if left:
         warnings.warn(f"in full precision, as they compute something else: {', '.join(left)}", stacklevel=2)
-    if scheme.activations and scheme.places == "relu" and not quantizers:
+    if scheme.activations and scheme.places == "relu" and not student.act_quant:
         warnings.warn(f"the scheme quantizes no activation of {type(model).__name__}: it has no ReLU", stacklevel=2)
     quantized = to_module(student, graph)
     if image_bits:
         image_place(quantized)  # refuses a model that does not quantize its image
     if scheme.weights is not None:
-        _quantize_weights(quantized, layers, weight_bits, scheme)
+        _quantize_weights(quantized, {layer: own.get(name, widths)[0] for name, layer in layers.items()}, scheme)
     return quantized.eval()
+
+
+def _quantize_activations(
+    student: Any, graph: fx.Graph, layers: set[str], own: dict[str, tuple[int, int]], act_bits: int, image_bits: int,
+    scheme: Scheme,
+) -> None:  # fmt: skip
+    """Put a quantizer at every place: of the image's width, of the one that its layers have, or of ``act_bits``."""
+    student.act_quant = quantizers = nn.ModuleDict()
+    places = find_places(graph, student, scheme.places, layers) if scheme.activations else []
+    if lacking := {name for name in own if own[name][1]} - {user.target for node in places for user in node.users}:
+        raise UserError(f"the scheme has no quantizer directly in front of {min(lacking)}: its activations take 0 bits")
+    for node in places:
+        asked = {own[user.target][1]: user.target for user in node.users if user.target in own}
+        if len(asked) > 1:
+            raise UserError(f"{' and '.join(asked.values())} read one place, which cannot have {set(asked)} bits")
+        width = image_bits if image_bits and is_image(student, node) else next(iter(asked), act_bits)
+        if width:
+            linear = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
+            channels = False if linear else has_channels(student, node) or None
+            name = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
+            quantizers[name] = ActQuantizer(width, scheme, channels)
+            insert_call(graph, node, f"act_quant.{name}", scheme.places, layers)
 
 
 def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> list[str]:
@@ -206,15 +227,16 @@ def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> list[str]:
     return names
 
 
-def _quantize_weights(model: fx.GraphModule, layers: dict[str, nn.Module], bits: int, scheme: Scheme) -> None:
+def _quantize_weights(model: fx.GraphModule, widths: dict[nn.Module, int], scheme: Scheme) -> None:
     sources: dict[nn.Module, ActQuantizer] = {}
     for name, source in calls_of_layers(model) if scheme.fold else ():
-        if isinstance(source, ActQuantizer) and name in layers:
-            if sources.setdefault(layers[name], source) is not source:
+        layer = model.get_submodule(name)
+        if isinstance(source, ActQuantizer) and layer in widths:
+            if sources.setdefault(layer, source) is not source:
                 raise UserError(f"layer {name} is called on two inputs: the scales of both cannot fold into it")
-    for layer in dict.fromkeys(layers.values()):  # a layer under two names once
+    for layer in (layer for layer in widths if widths[layer]):
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-        quantizer = WeightQuantizer(bits, scheme, groups, sources.get(layer))
+        quantizer = WeightQuantizer(widths[layer], scheme, groups, sources.get(layer))
         parametrize.register_parametrization(layer, "weight", quantizer)
         layer.register_load_state_dict_pre_hook(_rename_on_load)
         layer.register_state_dict_post_hook(_rename_on_save)
@@ -274,7 +296,7 @@ def image_place(model: nn.Module) -> ActQuantizer:
     """Return the place where a quantized model quantizes the image. Raises UserError if it does not."""
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else []:
         place = module_of(model, node)
-        if isinstance(place, ActQuantizer) and is_image(model, layer_input(node)):
+        if isinstance(place, ActQuantizer) and is_image(model, node.all_input_nodes[0]):
             return place
     raise UserError("the image is not quantized: needs a scheme with places 'inputs' and a layer that reads the image")
 

@@ -88,7 +88,10 @@ class GDFQ(AdaDFQ):
 
 def quantized(model: nn.Module, config: QATConfig) -> fx.GraphModule:
     """Return a copy of ``model`` quantized as the settings say."""
-    return quantize_model(model, config.scheme, config.weight_bits, config.act_bits, config.image_bits or None)
+    c = config
+    if c.auto_bits and not c.layer_bits:
+        raise UserError("auto_bits is a record of how layer_bits were chosen, which are not given; see allocate_bits")
+    return quantize_model(model, c.scheme, c.weight_bits, c.act_bits, c.image_bits or None, c.layer_bits)
 
 
 class Game:

@@ -52,10 +52,10 @@ class Result:
         """Return what a results table keeps of a run: accuracies, every setting that repeats it, versions."""
         c, tops = self.config, ("ptq_top1", "last_top1", "best_top1")
         facts: dict[str, Any] = {"dataset": dataset, "network": network, "scheme": c.scheme}
-        facts["bits"] = f"W{c.weight_bits}A{c.act_bits}"
-        facts |= {"recipe": c.recipe, "seed": c.seed, "teacher_top1": teacher_top1}
+        facts |= {"bits": c.bits, "recipe": c.recipe, "seed": c.seed, "teacher_top1": teacher_top1}
         facts |= {name: getattr(self, name) for name in tops} | {"seconds": round(self.seconds, 1)}
         settings = c.model_dump(exclude={*facts, "weight_bits", "act_bits", "device"})
+        settings["layer_bits"] = json.dumps(c.layer_bits) if c.layer_bits else ""  # a cell of a table
         return facts | {"test_images": test_images} | settings | versions(resolve_device(c.device))
 
 
@@ -130,7 +130,7 @@ def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: 
 def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", identity: str, after_epoch: Any) -> None:
     """Run the epochs that are left, and keep each."""
     c, trouble = game.config, ""
-    name = f"{c.scheme} W{c.weight_bits}A{c.act_bits} seed {c.seed}"
+    name = f"{c.scheme} {c.bits} seed {c.seed}"
     with tqdm(total=c.epochs, initial=game.epoch, desc=name, unit="epoch") as progress:
         while game.epoch < c.epochs:
             row = game.run_epoch(evaluate)

@@ -79,7 +79,7 @@ def test_the_gallery_shows_every_picture_with_text_and_command() -> None:
     assert {name for name in sections if name in pictures} == pictures
     for name in pictures:
         assert re.search(rf"!\[[^\]]{{40,}}\]\({name}\.png\)", sections[name]), f"{name} needs a text for the blind"
-        assert re.search(r"^Made by `granq .*`\.$", sections[name], re.MULTILINE), name
+        assert re.search(r"^Made by `(granq|python benchmarks/\S+) .*`\.$", sections[name], re.MULTILINE), name
         assert re.search(r"^Provenance: ", sections[name], re.MULTILINE), name
         table = pd.read_csv(ROOT / f"figures/{name}.csv", dtype=str)
         for column in {"torch", "commit", "images"} & {*table}:

@@ -21,6 +21,7 @@ from granq.measure.activations import (
     measure_data_flow,
     measure_scale_maps,
 )
+from granq.measure.allocation import measure_budgets
 from granq.measure.factorial import factorial_cells, measure_granularity_factorial
 from granq.measure.images import measure_generated_images, measure_synthetic_gap
 from granq.measure.layer_error import measure_layer_error
@@ -93,6 +94,7 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
         "layer_error": pd.concat(error, ignore_index=True),
         "sensitivity": measure_sensitivity(tiny, [(x, torch.zeros(4)) for x in batches()], "strict", 2),
         "accuracy_bits": accuracy(),
+        "accuracy_true_bits": measure_budgets(tiny, batches(), lambda _: 50.0, schemes=["strict"], choices=(2, 3, 4)),
         "training_curves": history(),
         "synthetic_images": pd.concat([drawn.assign(epoch=e) for e in (1, 2)], ignore_index=True),
         "synthetic_gap": gap.assign(pair="synthetic against real"),
@@ -102,7 +104,8 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
 
 
 MEASURED_HERE = ("method", "granularity_maps", "activation_distortion", "channel_scales", "layer_error", "sensitivity",
-                 "accuracy_bits", "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
+                 "accuracy_bits", "accuracy_true_bits",
+                 "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEASURED_HERE)

@@ -277,7 +277,9 @@ def table(seed: int = 0, layers: int = 4, widths: tuple[int, ...] = (2, 3, 4)) -
     rng, rows = np.random.default_rng(seed), []
     places = ["x", "y", "y", *(f"p{i}" for i in range(layers - 4)), ""]
     for i in range(layers):
-        sizes = dict(layer=f"l{i}", place=places[i], weights=int(rng.integers(10, 99)), macs=int(rng.integers(99, 999)))
+        sizes = dict(
+            layer=f"l{i}", place=places[i], grid="x", weights=int(rng.integers(10, 99)), macs=int(rng.integers(99, 999))
+        )
         for part, k in itertools.product(("weights", "activations"), widths):
             kl = rng.uniform(0.5, 2) * 4.0**-k if places[i] or part == "weights" else 0.0
             rows.append(dict(kind="alone", part=part, bits=k, kl=kl) | sizes)

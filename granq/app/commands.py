@@ -98,7 +98,7 @@ def _run_on(
     spec = spec.fit_classes(saved.spec.classes)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
-    facts |= {"run": str(run), "data": data, "bits": f"W{c.weight_bits}A{c.act_bits}"}
+    facts |= {"run": str(run), "data": data, "bits": c.bits}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
 
 

@@ -6,12 +6,13 @@ import json
 import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import make_dataclass
+from dataclasses import field, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tyro.conf import arg
 
 import granq  # its names are imported at first use: the command line answers without torch
@@ -21,6 +22,8 @@ from granq.errors import UserError
 Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PATH")]
 Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION")]
 TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it pretrained weights are downloaded")]
+BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images of --bits auto
+BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
 Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
 Std = Annotated[str, arg(help="likewise, the standard deviation")]
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -48,6 +51,13 @@ class Files(BaseModel):
 class Job(QATConfig, Files):
     """Everything that ``granq quantize`` needs."""
 
+    @model_validator(mode="after")
+    def _draws_images(self) -> Job:
+        """Bits are chosen on the images of a generator that learned to draw them."""
+        if self.auto_bits and not (self.layer_bits or self.generator or 0 < self.warmup_epochs < self.epochs):
+            raise ValueError("--bits auto needs a warm-up and an epoch after it, or --generator")
+        return self
+
     def run(self) -> dict[str, Any]:
         """Quantize a teacher without its training data.
 
@@ -68,15 +78,17 @@ class Job(QATConfig, Files):
         def evaluate(model: Any) -> float:
             return granq.top1_on(model, test, spec, device)
 
-        config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
+        config, start = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields}), self.generator
+        if choose := bool(self.auto_bits and not self.layer_bits):
+            config, start, generator = self._choose_bits(config, teacher, device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
         result = granq.train(
-            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume, facts=facts, generator=generator,
-            pixels=granq.pixel_bounds(spec),
+            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume or choose, facts=facts,
+            generator=generator, pixels=granq.pixel_bounds(spec),
         )  # fmt: skip
         row = result.row(self.data, self.network, facts["teacher_top1"], len(test)) | source
-        row |= {"generator": str(self.generator or ""), "preset": self.preset, "out": str(self.out)}
+        row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
         row |= {name: ",".join(map(str, facts["spec"][name])) for name in ("mean", "std")}
         image, _ = next(granq.batches(test, spec, batch_size=1))
         row |= granq.summarize_audit(granq.audit(result.student, image.to(device)))
@@ -87,12 +99,46 @@ class Job(QATConfig, Files):
         files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
 
+    def _choose_bits(self, c: QATConfig, teacher: Any, device: str) -> tuple[QATConfig, Path, Any]:
+        """Allocate bits on generated images. Return the settings of what is left of the run, its start and generator.
 
-def parse_bits(text: str) -> dict[str, int]:
+        Without ``--generator`` the warm-up comes first, as a run of its own in the folder.
+        """
+        from granq import runs
+
+        folder, start = runs.RunFolder(self.out), self.generator or self.out / "warmup"
+        with folder.claimed():
+            if not folder.config.is_file():
+                folder.write_config(c, {})  # so that it can be resumed from here on
+            if not self.generator:
+                alone: Any = dict(recipe="gdfq", refined_images=0) if c.recipe == "match" else {}
+                warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
+                granq.train(teacher, warm, out=start, resume=start.exists())
+                later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
+                c = c.change(epochs=c.epochs - c.warmup_epochs, warmup_epochs=0, milestones=later)
+            images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
+            how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
+            table = granq.measure_sensitivity(
+                teacher, images, c.scheme, BIT_CHOICES, **how, out=self.out / "sensitivity.csv"
+            )
+            return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
+
+
+def parse_bits(text: str) -> dict[str, Any]:
     """Return the widths in ``"3,3"``. Raises UserError unless these are two numbers from 2 to 8."""
     if not re.fullmatch("[2-8],[2-8]", text):
         raise UserError(f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}")
     return {"weight_bits": int(text[0]), "act_bits": int(text[2])}
+
+
+def _asked_bits(text: str) -> dict[str, Any]:
+    """Return what ``--bits`` says: two widths, or the average of ``auto:3.0``, from 2 to 8."""
+    if not text.startswith("auto:"):
+        return parse_bits(text) | {"auto_bits": 0.0}
+    average = float(text[5:]) if re.fullmatch(r"auto:\d(\.\d+)?", text) else 0.0
+    if not BIT_CHOICES[0] <= average <= BIT_CHOICES[-1]:
+        raise UserError(f"--bits auto:AVERAGE takes an average from 2 to 8, such as auto:3.0; got {text!r}")
+    return {"weight_bits": int(average), "act_bits": int(average), "auto_bits": average}
 
 
 def channels(mean: str, std: str) -> dict[str, Any]:
@@ -108,7 +154,7 @@ def from_arguments(argv: Sequence[str]) -> Job:
     """Return the run that ``argv``, options of ``granq quantize``, describes. Raises ValidationError or UserError."""
     groups = vars(tyro.cli(options(argv), args=argv, config=MARKERS, prog="granq quantize")).values()
     values: dict[str, Any] = {name: value for group in groups for name, value in vars(group).items()}
-    return Job(**values | parse_bits(values.pop("bits")))
+    return Job(**values | _asked_bits(values.pop("bits")))
 
 
 def options(argv: Sequence[str]) -> type:
@@ -117,15 +163,16 @@ def options(argv: Sequence[str]) -> type:
     It checks nothing: tyro would put a box around pydantic's messages.
     """
     start, groups = defaults(argv), []
-    start["bits"] = "{weight_bits},{act_bits}".format_map(start)
+    given = {name: [field(default_factory=partial(start.get, name))] for name in [*start, "bits"]}
+    start["bits"] = ("auto:{auto_bits}" if start["auto_bits"] else "{weight_bits},{act_bits}").format_map(start)
     bases: tuple[Any, ...] = (Files, *reversed(QATConfig.__bases__))
     for model in bases:
-        shown = {name: (field.rebuild_annotation(), field.description) for name, field in model.model_fields.items()}
-        if "scheme" in shown:  # named here, and both widths are one option
-            shown |= {"scheme": (str, shown["scheme"][1]), "bits": (str, "width of weights,activations")}
-            del shown["weight_bits"], shown["act_bits"]
+        shown = {name: (known.rebuild_annotation(), known.description) for name, known in model.model_fields.items()}
+        if "scheme" in shown:  # named here, and widths are one option
+            shown |= {"scheme": (str, shown["scheme"][1]), "bits": (str, BITS_HELP)}
+            del shown["weight_bits"], shown["act_bits"], shown["auto_bits"]
         fields = [
-            (name, Annotated[kind, arg(help=text)] if text else kind, *([start[name]] if name in start else []))
+            (name, Annotated[kind, arg(help=text)] if text else kind, *given.get(name, ()))
             for name, (kind, text) in shown.items()
         ]
         group = make_dataclass(model.__name__, fields, kw_only=True, namespace={"__doc__": model.__doc__})
@@ -145,12 +192,16 @@ def defaults(argv: Sequence[str]) -> dict[str, Any]:
     for name in ("image-bits", "image-size", "batch-size", "refined-images"):
         first.add_argument(f"--{name}", type=int)
     first.add_argument("--from-row", nargs=2)
+    first.add_argument("--layer-bits", nargs="*")
     given = {name: value for name, value in vars(first.parse_known_args(argv)[0]).items() if value is not None}
-    start = {name: field.default for name, field in Files.model_fields.items() if not field.is_required()}
+    start = {name: known.default for name, known in Files.model_fields.items() if not known.is_required()}
+    if given.pop("layer_bits", ()) and given.get("bits", "").startswith("auto:"):
+        raise UserError("--bits auto chooses what --layer-bits gives; leave one of them out")
     if "from_row" in given:
-        return start | _settings(read_row(*given["from_row"]))
+        row = read_row(*given["from_row"])
+        return start | _settings(row if "bits" not in given else row | {"layer_bits": "{}"})
     data, network, preset = (given.pop(name, "") for name in ("data", "network", "preset"))
-    changes: dict[str, Any] = {"recipe": "adadfq", "scheme": "granq"} | parse_bits(given.pop("bits", "3,3"))
+    changes: dict[str, Any] = {"recipe": "adadfq", "scheme": "granq"} | _asked_bits(given.pop("bits", "3,3"))
     changes |= {"warmup_epochs": 0} if given.pop("generator", "") else {}
     if data and network:
         given["image_size"] = granq.describe_data(data, network, given.get("image_size")).image_size
@@ -182,13 +233,15 @@ def _settings(row: dict[str, str]) -> dict[str, Any]:
     def value(text: str) -> Any:
         try:
             # spreadsheets write TRUE, and 4.0 where a column lacks some values; pandas writes tuples
-            read = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", text.lower()))
+            text = text.lower() if text.lower() in ("true", "false") else text
+            read = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", text))
         except ValueError:
             return text
         return int(read) if isinstance(read, float) and read.is_integer() else read
 
     settings = {name: value(row[name]) for name in QATConfig.model_fields.keys() - {"device"} if name in row}
-    settings |= dict(zip(("weight_bits", "act_bits"), map(int, re.findall(r"\d+", row["bits"])), strict=True))
+    widths = (int(float(number)) for number in re.findall(r"[\d.]+", row["bits"]))
+    settings |= dict(zip(("weight_bits", "act_bits"), widths, strict=True))
     start = dict(QATConfig.model_validate(settings, strict=False))
     start |= {name: Path(row[name]) for name in ("teacher", "generator") if name in row}
     start |= {name: row[name] for name in ("preset", "mean", "std") if name in row}

@@ -72,10 +72,16 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     activation (mean over the operands of all multiply-adds); layers, layers_input_quantized (counts).
     """
     weights = 100 * frame.weight_share[frame.weight_quantized].sum()
-    wide = frame.low_bit & (frame.act_bits > frame.act_bits[frame.low_bit].min())  # an image with bits of its own
-    macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     bits = sorted(set(frame.weight_bits[frame.weight_bits > 0])) or ["low"]
+    wide = frame.low_bit & (frame.act_bits > frame.act_bits[frame.low_bit].min())  # an image with bits of its own
+    mixed = len(bits) > 1 or frame.act_bits[frame.low_bit].nunique() > 2  # each layer has its own
+    wide &= not mixed
+    macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
+    if mixed:
+        low = frame[frame.low_bit]
+        average = (np.average(low.weight_bits, weights=low.weights), np.average(low.act_bits, weights=low.macs))
+        text += ", on average {:.2f} and {:.2f}".format(*average)
     if wide.any():
         text += f", {100 * frame.macs_share[wide].sum():.1f} % on inputs of {frame.act_bits[wide].max()} bits"
     off = frame[~frame.low_bit & (frame.macs > 0)].sort_values("macs_share", ascending=False, kind="stable")

@@ -1,4 +1,4 @@
-"""What to do about the layers that cost most: remedies, tried and not guessed, and how many bits each should get."""
+"""Cause and cure: what is wrong with the guiltiest layers, and what each remedy brings, tried and not guessed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 from granq.convert import layer_quantizers
-from granq.errors import UserError, one_of
 from granq.hooks import Batch
 from granq.measure import running
 from granq.measure.sensitivity import Side, compare, full_precision, measure_sensitivity, prepare
@@ -19,7 +17,6 @@ from granq.schemes import Scheme, get_scheme
 QUANTILE = 0.999  #: of the remedy for static ranges
 _FINER = {"per_tensor": "per_channel", "per_channel": "per_sample_channel", "per_sample": "per_sample_channel"}
 _FINER_WEIGHTS = {"per_tensor": "per_out_channel", "per_out_channel": "per_kernel"}
-BUDGETS = ("average", "bit_operations")
 
 
 def measure_remedies(
@@ -92,57 +89,3 @@ def _causes(model: nn.Module, student: nn.Module, batch: Batch, names: Sequence[
             "depthwise": weight.dim() == 4 and weight.shape[1] == 1,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer").reset_index()
-
-
-def allocate_bits(table: pd.DataFrame, budget: float, kind: str = "average") -> dict[str, tuple[int, int]]:
-    """Choose the bits of every layer's weights and activations by integer programming (scipy's ``milp``, exact).
-
-    The loss of a layer is the KL of its weights quantized ``alone`` plus that of its activations: rounding errors
-    hardly correlate, and the KL grows with their square, so that it adds up. So it does over layers.
-
-    Args:
-        table: of ``measure_sensitivity`` with kind ``alone``, parts ``weights`` and ``activations``; the bits it holds
-            are those to choose from.
-        budget: at most so many bits, or so many operations an image.
-        kind: ``average`` of the nominal bits: of weights by their count, and of activations by the multiply-adds that
-            read them, each at most ``budget``. Or ``bit_operations``: bits of weight times bits of activation, summed
-            over the multiply-adds; full precision counts 32.
-
-    Returns:
-        ``{layer: (weight_bits, act_bits)}``; layers that read one place get one width, and those in front of which no
-        quantizer stands get 0, full precision.
-
-    Raises:
-        UserError: the table lacks rows, or its bits cannot give the budget.
-    """
-    one_of("kind of budget", kind, BUDGETS)
-    rows = table[table.kind == "alone"].fillna({"place": ""})  # an empty cell of a CSV
-    rows = rows.assign(bits=rows.bits.where((rows.part == "weights") | (rows.place != ""), 0))
-    weights, acts = (rows[rows.part == part].drop_duplicates(["layer", "bits"]) for part in ("weights", "activations"))
-    if weights.empty or {*weights.layer} != {*acts.layer}:
-        raise UserError("allocate_bits needs rows 'alone' of every layer, of parts 'weights' and 'activations'")
-    if kind == "average":  # of weights and of activations apart, as the losses add up
-        chosen = list[pd.Series]()
-        for part, size in ((weights.assign(place=""), weights.weights), (acts, acts.macs.where(acts.bits > 0, 0))):
-            share = size / max(size[~part.layer.duplicated()].sum(), 1)
-            chosen.append(_choose(part.assign(act_bits=part.bits, cost=part.bits * share), budget).bits)
-        return {name: (int(chosen[0][name]), int(chosen[1][name])) for name in chosen[0].index}
-    pairs = weights.merge(acts[["layer", "bits", "kl"]].set_axis(["layer", "act_bits", "act_kl"], axis=1), on="layer")
-    cost = pairs.bits * pairs.act_bits.replace(0, 32) * pairs.macs
-    best = _choose(pairs.assign(kl=pairs.kl + pairs.act_kl, cost=cost), budget)
-    return {name: (int(best.bits[name]), int(best.act_bits[name])) for name in best.index}
-
-
-def _choose(options: pd.DataFrame, budget: float) -> pd.DataFrame:
-    """Return one row a layer: the smallest sum of ``kl`` whose sum of ``cost`` is within ``budget``."""
-    layer, by_layer = options.layer, options.cost.groupby(options.layer)
-    low, high = by_layer.min().sum(), by_layer.max().sum()
-    if high and not low * (1 - 1e-9) <= budget <= high * (1 + 1e-9):
-        raise UserError(f"a budget of {budget:g} is not within what the table's bits can give, {low:g} to {high:g}")
-    once = np.array([layer == name for name in layer.unique()], float)
-    limits = [LinearConstraint(once, 1, 1), LinearConstraint(options.cost, ub=budget)]
-    for _, readers in options[options.place != ""].groupby(["place", "act_bits"]):  # one place, one width
-        first, *others = (layer.eq(name) & options.index.isin(readers.index) for name in readers.layer.unique())
-        limits += [LinearConstraint(first.astype(float) - other, 0, 0) for other in others]
-    best = milp(options.kl, integrality=1, bounds=Bounds(0, 1), constraints=limits, options={"mip_rel_gap": 0})
-    return options[best.x > 0.5].set_index("layer").loc[layer.unique()]

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from granq.convert import ActQuantizer, activation_places, calibrate, quantize_model
 from granq.errors import one_of
 from granq.files import write_csv
-from granq.graph import layer_input, layer_names
+from granq.graph import calls_of_layers, layer_input, layer_names
 from granq.hooks import Batch, eval_mode, images_of
 from granq.measure import running
 from granq.measure.audit import audit
@@ -28,7 +28,12 @@ from granq.plain import LAYERS, module_of
 from granq.schemes import Scheme
 
 KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")
-_SIZES = {"input_quantized": "place", "weights": "weights", "macs": "macs"}  # columns of an audit, and their names here
+_SIZES = {
+    "input_quantized": "place",
+    "weight_granularity": "grid",
+    "weights": "weights",
+    "macs": "macs",
+}  # columns of an audit, and their names here
 
 
 class Side(NamedTuple):
@@ -59,11 +64,11 @@ def measure_sensitivity(
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
 
     Returns:
-        Columns layer, place (of the quantizer in front of it, "" without), weights, macs (per image), kl (teacher to
-        student, mean over images, nats), agreement (percent of images with the teacher's prediction), sqnr_db (of the
-        logits), with labels top1, lost (points below the teacher, and the ends ``_low`` and ``_high`` of its 95 %
-        bootstrap interval, paired by image), right_to_wrong and wrong_to_right (images), kind, part, bits, recovered
-        (share of the KL of the whole quantized network that is gone; NaN for ``alone``), images, scheme, ``facts``.
+        Columns layer, place (of the quantizer in front of it, "" without), grid (granularity of its weight, likewise),
+        weights, macs (per image), kl (teacher to student, mean over images, nats), agreement (percent of images with
+        the teacher's prediction), sqnr_db (of the logits), with labels top1, lost (points below the teacher, and its
+        95 % bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images),
+        kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme.
     """
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
@@ -76,7 +81,7 @@ def measure_sensitivity(
     for k in (bits,) if isinstance(bits, int) else bits:
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
-        sizes = audit(root, images_of(batches[0])[:2].to(next(model.parameters()).device))[["layer", *_SIZES]]
+        sizes = _sizes(root, images_of(batches[0])[:2].to(next(model.parameters()).device))
         for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
             noisy = Side(plain if part == "activations" else student, None if part == "weights" else student)
             clean = Side(noisy.layers if kind == "patched" else plain, None)
@@ -84,10 +89,18 @@ def measure_sensitivity(
             frame = compare(model, batches, root, *sides, layer_names(model), f"{kind}, {part}", kind == "patched")
             whole = np.nan if kind == "alone" else frame.kl.iloc[-1]
             frame = frame[:-1].assign(kind=kind, part=part, bits=k, recovered=1 - frame.kl / whole)
-            rows += sizes.rename(columns=_SIZES).merge(frame).assign(**known).to_dict("records")
+            rows += sizes.merge(frame).assign(**known).to_dict("records")
             if out:
                 write_csv(out, pd.DataFrame(rows))
     return pd.DataFrame(rows)
+
+
+def _sizes(root: nn.Module, images: Tensor) -> pd.DataFrame:
+    """Return what an audit says of the size of layers, and the place that stands directly in front of each."""
+    frame, calls = audit(root, images), calls_of_layers(root)
+    direct = {name for name, source in calls if isinstance(source, ActQuantizer)}
+    frame["input_quantized"] = frame.input_quantized.where(frame.layer.isin(direct), "")
+    return frame[["layer", *_SIZES]].rename(columns=_SIZES)
 
 
 def full_precision(model: nn.Module) -> fx.GraphModule:

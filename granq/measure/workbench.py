@@ -132,7 +132,7 @@ class Workbench:
         runs, histories = self._runs or [self._short_run()], []
         for run in runs:
             c = run.read_config()["config"]
-            told = dict(scheme=str(c.scheme), bits=f"W{c.weight_bits}A{c.act_bits}", seed=c.seed, recipe=c.recipe)
+            told = dict(scheme=str(c.scheme), bits=c.bits, seed=c.seed, recipe=c.recipe)
             histories.append(pd.read_csv(run.history).assign(**told))
         generator = load_generator(runs[0].path, self.device).train()
         if (drawn := runs[0].path / "images.csv").is_file():
@@ -197,10 +197,12 @@ def dataset_name(name: str) -> str:
 
 def method_name(row: Mapping[Any, Any]) -> str:
     """Return the scheme, and in what else a run differs from the plain recipe: such a run is a method of its own."""
-    match, image_bits = row["recipe"] == "match", row.get("image_bits", 0)  # NaN where a table has no such column
+    match, image_bits, auto = row["recipe"] == "match", row.get("image_bits", 0), row.get("auto_bits", 0)
+    by_layer = str(row.get("layer_bits", "")).startswith("{")
     differs = {
         f"match, {row['epochs'] * row['iterations']:.0f} steps" if match else row["recipe"]: row["recipe"] != "adadfq",
-        f"image {image_bits:.0f} bits": image_bits > 0,
+        f"image {image_bits:.0f} bits": image_bits > 0,  # NaN where a table has no such column
+        f"auto {auto:.1f}" if auto > 0 else "bits by layer": by_layer,
         "bfloat16": row.get("bf16") is True and not match,
     }
     return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])

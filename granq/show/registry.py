@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from granq.convert import quantize_model
 from granq.errors import UserError, one_of
 from granq.files import write_csv
-from granq.measure import activations, audit, factorial, images, latency, layer_error, sensitivity
+from granq.measure import activations, allocation, audit, factorial, images, latency, layer_error, sensitivity
 from granq.measure.workbench import RESULTS, Workbench
 from granq.models import build_network
 from granq.schemes import SCHEMES
@@ -151,6 +151,10 @@ FIGURES: dict[str, Figure] = {
     "true_bits": Figure(
         "How many bits is a 3-bit network?", _true_bits, results.plot_true_bits, (6.8, 3.0), {},
         {"quantity": results.TRUE_BITS_LABELS}, {"sharey": True}, teacher=False),
+    "accuracy_true_bits": Figure(
+        "What do bits for each layer bring?",
+        lambda w: allocation.measure_budgets(w.teacher, [*w.synthetic()], w.evaluate),
+        results.plot_accuracy_true_bits, (6.8, 3.0), {}, {"dataset": None}),
     "quantizer_latency": Figure(
         "What does it cost to quantize activations?",
         lambda w: latency.measure_latency_quantizer(latency.SHAPES[: w.budget.sizes], w.budget.bits, device=w.device),

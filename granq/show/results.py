@@ -179,6 +179,24 @@ def plot_true_bits(
     return finish(ax, legend)
 
 
+def plot_accuracy_true_bits(data: DataFrame, *, dataset: str | None = None, legend: bool = True, ax: Ax = None) -> Axes:
+    """Draw ``measure_budgets``: accuracy over true bits per weight; filled and joined: allocated, open: uniform."""
+    ax = ax or plt.gca()
+    rows = select(data, dataset=dataset) if "dataset" in data else data
+    for (scheme, how), line in rows.groupby(["scheme", "how"], sort=False):
+        allocated = how == "allocated"
+        look = role(str(scheme))._replace(label=f"{scheme}, {how}", dash="-" if allocated else ":").line
+        ax.plot(
+            line.true_bits_per_weight, line.top1, fillstyle="full" if allocated else "none", **look | {"markersize": 5}
+        )
+    if "teacher_test_top1" in rows:
+        ax.axhline(rows.teacher_test_top1.iloc[0], color=GREY, linestyle="--", label="teacher", zorder=0)
+    title = f"{rows.dataset.iloc[0]}, {rows.network.iloc[0]}" if "dataset" in rows else ""
+    ax.set(xlabel="true bits per weight", ylabel="test top-1 (%)\nbefore training", title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return finish(ax, legend)
+
+
 def plot_quantizer_latency(data: DataFrame, *, ax: Ax = None) -> Axes:
     """Draw ``measure_latency_quantizer``: median and quartiles; the method ``copy`` is the floor, the bytes cloned."""
     ax = ax or plt.gca()
