@@ -219,9 +219,9 @@ def test_a_saved_notebook_without_a_kernel(lab: str, browser: Any, charts: dict[
 
 def test_a_lesson_in_the_browser(lab: str, browser: Any) -> None:
     """Run all, then drag the explorers that it made."""
-    path = ROOT / "notebooks/02_anatomy_of_the_quantizer.ipynb"
+    path = ROOT / "notebooks/01_anatomy_of_the_quantizer.ipynb"
     before = path.read_bytes()
-    page = open_lab(lab, "notebooks/02_anatomy_of_the_quantizer", browser, viewport={"width": 1280, "height": 1000})
+    page = open_lab(lab, "notebooks/01_anatomy_of_the_quantizer", browser, viewport={"width": 1280, "height": 1000})
     try:
         page.wait_for_function(
             "() => window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel", timeout=90_000

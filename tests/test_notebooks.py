@@ -112,8 +112,8 @@ def test_three_exercises_with_hints(name: str) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_trap_catches_and_every_cure_cures(bits: int) -> None:
-    """The six cells of notebook 02, which assert both, at every width."""
-    cells = read("02_anatomy_of_the_quantizer").cells
+    """The six cells of lesson 01, which assert both, at every width."""
+    cells = read("01_anatomy_of_the_quantizer").cells
     start = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Seven traps"))
     end = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
     traps = [cell.source for cell in cells[start:end] if cell.cell_type == "code"]
