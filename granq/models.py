@@ -171,7 +171,7 @@ def train_teacher(
     train = load_split(spec, "train")
     loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     parts = _training(model.to(device), lr, epochs * len(loader))
-    for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch"):
+    for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch", leave=False):
         for images, labels in loader:
             _step(parts, images.to(device), labels.to(device), spec, bf16)
         if not all(value.isfinite().all() for value in parts["averaged"].state_dict().values()):
