@@ -136,5 +136,6 @@ def _number(value: str) -> str:
 
 def check_exercise(name: str, answer: Any) -> None:
     """Say whether an answer is right, and give a hint if it is not; ``name`` is "00-1": lesson 00, exercise 1."""
-    hint = exercises.CHECKS[name](answer)
-    print(f"{name}: right." if not hint else f"{name}: not yet. {hint}")
+    hint = "" if answer is ... else exercises.CHECKS[name](answer)
+    said = "put your answer in place of the dots" if answer is ... else f"not yet. {hint}" if hint else "right."
+    print(f"{name}: {said}")
