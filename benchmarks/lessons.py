@@ -1,4 +1,4 @@
-"""Run lessons, write their outputs into them, and print how long each took: ``python benchmarks/lessons.py [NAME ...]``.
+"""Run lessons, write outputs into them, and print how long each took: ``python benchmarks/lessons.py [NAME ...]``.
 
 What is written is text, tables and pictures. Progress bars and widgets stay out: they mean nothing without a kernel.
 """
