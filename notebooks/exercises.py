@@ -6,8 +6,9 @@ It takes an answer, and returns a hint, or an empty text if the answer is right.
 from collections.abc import Callable
 from typing import Any
 
+from lesson import LESSON, make_student  # noqa: F401
+
 CHECKS: dict[str, Callable[[Any], str]] = {}
-LESSON: dict[str, Any] = {}  #: the parameters of the lesson that runs: bench, bits, widths, schemes, data, network
 
 
 def exercise(name: str) -> Callable[[Callable[[Any], str]], Callable[[Any], str]]:
