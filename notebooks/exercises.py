@@ -97,8 +97,9 @@ def _live_scales() -> pd.DataFrame:
 
 @exercise("05-1")
 def _(answer: str) -> str:
-    scales = _live_scales()
-    return "" if answer == scales.layer[scales.scale.idxmax()] else "Its full name, as in the column layer."
+    scales = _live_scales()  # layers that read the same tensor share their channels
+    widest = {*scales.layer[scales.scale == scales.scale.max()]}
+    return "" if answer in widest else "Its full name, as in the column layer."
 
 
 @exercise("05-2")
@@ -150,7 +151,8 @@ def _(answer: str) -> str:
 @exercise("06-2")
 def _(answer: str) -> str:
     sqnr = _local(["granq", "strict"]).sqnr_db
-    return "" if answer == (sqnr.granq - sqnr.strict).idxmax() else "The largest difference, granq minus strict."
+    gain = sqnr.granq - sqnr.strict  # within a tenth of a decibel two layers are equal
+    return "" if gain.get(answer, -np.inf) > gain.max() - 0.1 else "The largest difference, granq minus strict."
 
 
 @exercise("06-3")
