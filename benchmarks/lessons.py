@@ -20,12 +20,12 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def execute(name: str, to: Path, **parameters: Any) -> NotebookNode:
-    """Return notebook ``name`` after a fresh run, also written to ``to``; the first cell that fails raises."""
+def execute(name: str, **parameters: Any) -> NotebookNode:
+    """Return notebook ``name`` after a fresh run; the first cell that fails raises."""
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["PYTHONPATH"] = f"{FOLDER.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # this checkout's granq
     options: dict[str, Any] = dict(cwd=FOLDER, progress_bar=False, kernel_name="python3")
-    notebook = papermill.execute_notebook(FOLDER / f"{name}.ipynb", to, parameters, **options)
+    notebook = papermill.execute_notebook(FOLDER / f"{name}.ipynb", None, parameters, **options)
     for key in ("papermill", "widgets"):
         notebook.metadata.pop(key, None)
     for cell in notebook.cells:
@@ -50,6 +50,6 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", default=sorted(path.stem for path in FOLDER.glob("*.ipynb")))
     for name in parser.parse_args().names:
         start, path = time.perf_counter(), FOLDER / f"{name}.ipynb"
-        result = execute(name, Path(os.devnull))
+        result = execute(name)
         nbformat.write(result, path)
         print(f"{name}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.2f} MB", flush=True)

@@ -6,6 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ def dataset(data: str) -> str:
     return "an image folder" if data.startswith("folder:") else data
 
 
-def make_student(bench: granq.Workbench, scheme: str, bits: int) -> nn.Module:
-    """Return a student of the teacher that was never trained, its static ranges set on generated images."""
+def make_student(bench: granq.Workbench, scheme: str, bits: int, batches: int | None = None) -> nn.Module:
+    """Return a student that was never trained; static ranges are set on generated images, on all ``batches`` or few."""
     student = granq.quantize_model(bench.teacher, scheme, bits, bits)
     if granq.SCHEMES[scheme].tracked:
-        granq.calibrate(student, bench.synthetic())
+        granq.calibrate(student, islice(bench.synthetic(), batches))
     return student
 
 

@@ -221,12 +221,12 @@ def test_wrong_parameters_are_refused_before_the_work(wrong: dict[str, Any], sai
 @pytest.mark.notebooks
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ORDER)
-def test_a_fresh_run_prints_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_run_prints_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell runs. Outputs of cells tagged ``stable`` are the committed ones; others differ between processors."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from lessons import execute
 
-    fresh = {cell.id: text_of(cell) for cell in execute(name, tmp_path / "run.ipynb").cells if tagged(cell, "stable")}
+    fresh = {cell.id: text_of(cell) for cell in execute(name).cells if tagged(cell, "stable")}
     assert fresh == {cell.id: text_of(cell) for cell in read(name).cells if tagged(cell, "stable")}
 
 
@@ -240,12 +240,10 @@ OTHER = [
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name, parameters", OTHER)
 def test_a_lesson_follows_its_parameters(
-    name: str, parameters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from lessons import execute
 
-    printed = "".join(
-        text_of(cell) for cell in execute(name, tmp_path / "run.ipynb", **parameters).cells if "outputs" in cell
-    )
+    printed = "".join(text_of(cell) for cell in execute(name, **parameters).cells if "outputs" in cell)
     assert all(scheme in printed for scheme in parameters["schemes"])
