@@ -1,6 +1,7 @@
 """What every lesson uses: its workbench, a box that answers a prediction, and exercises that check themselves."""
 
 import io
+import logging
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from granq.show.style import GREY, STYLE
 
 LESSON: dict[str, Any] = {}  #: the parameters of the lesson that runs: bench, bits, widths, schemes, data, network
 warnings.filterwarnings("ignore", category=DeprecationWarning)  # of other packages; nothing a reader can mend
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
 
 
 def start(
