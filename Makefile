@@ -55,7 +55,8 @@ else
 	$(BIN)/granq figures --from-csv --out figures
 endif
 
-# without the user's configuration, which may have switched the token off
+# without the user's configuration, which may have switched the token off; its terminals find granq
+lab: export PATH := $(CURDIR)/$(BIN):$(PATH)
 lab: $(STAMP) ## Open JupyterLab on 127.0.0.1, with a token, at the first notebook
 	JUPYTER_NO_CONFIG=1 $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/00_start_here.ipynb
 
