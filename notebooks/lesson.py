@@ -125,7 +125,7 @@ def predict(question: str, measured: float, unit: str = "", words: str = "") -> 
     one = chart.transform_filter("datum.who == 'measured'").transform_calculate(
         text=f"guess === '' ? 'Type a number into the box below.' : ({near} ? 'Right.' : {far}) + {chr(10) + words!r}"
     )
-    told = one.mark_text(align="left", baseline="top", lineBreak="\n", fontSize=13, color=TEXT)
+    told = one.mark_text(align="left", baseline="top", lineBreak="\n", fontSize=12, color=TEXT)
     told = told.encode(text="text:N", x=alt.value(0), y=alt.value(50))
     chart = alt.layer(bars, names, numbers, told).properties(width=WIDTH, height=72 + 17 * len(words.splitlines()))
     return finish(chart, question, f"A question to answer with a number: {question}", guess)
