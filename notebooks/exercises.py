@@ -159,15 +159,17 @@ def least_loss(answer: float) -> str:
 
 
 @exercise("03-3")
-def moved(answer: float) -> str:
-    bench, bits = LESSON["bench"], LESSON["bits"]
-    layer, found = next(iter(granq.layer_quantizers(train_once(bench, LESSON["schemes"][-1], bits).student).items()))
-    assert found.weight is not None
-    steps = 1 / granq.choose_qparams(found.original, bits, found.weight.granularity).scale_inv
-    moves = (found.original - bench.teacher.get_submodule(layer).weight).abs()
-    return near(
-        answer, (moves > steps / 2).float().mean().item(), 0.005, "Compare |after - before| with half of 1 / scale_inv."
-    )
+def changed_codes(answer: float) -> str:
+    bench, scheme, bits = LESSON["bench"], LESSON["schemes"][-1], LESSON["bits"]
+
+    def codes(model: torch.nn.Module) -> torch.Tensor:
+        layers = [(found.original, found.weight) for found in granq.layer_quantizers(model).values() if found.weight]
+        every = [granq.quantize(w, *granq.choose_qparams(w, bits, q.granularity), bits) for w, q in layers]
+        return torch.cat([one.flatten() for one in every])
+
+    before = codes(granq.quantize_model(bench.teacher, scheme, bits, bits))
+    truth = (codes(train_once(bench, scheme, bits).student) != before).float().mean().item()
+    return near(answer, truth, 0.001, "Count the codes that differ, over all layers, and divide by all weights.")
 
 
 # lesson 04
