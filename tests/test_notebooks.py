@@ -209,6 +209,17 @@ def test_an_exercise_is_told_right_from_wrong(lessons: Any, capsys: pytest.Captu
     assert "your answer" in waiting and wrong.endswith("Count the levels.") and right == "99-1: right."
 
 
+@pytest.mark.notebooks
+@pytest.mark.timeout(600)
+def test_no_exercise_takes_a_wrong_answer(lessons: Any) -> None:
+    """Right ones are in the solutions, whose fresh run must print "right" for each."""
+    import exercises
+
+    lessons.start(2, ["layerwise", "granq"])
+    names = {"00-3": ["stem"], "06-3": ["stem", "body", "head"]}
+    assert [name for name, check in exercises.CHECKS.items() if not check(names.get(name, -1))] == []
+
+
 @pytest.mark.parametrize(
     "wrong, said", [({"bits": 9}, "2 to 8"), ({"schemes": ["release"]}, "unknown scheme"),
                     ({"data": "folder:x"}, "teacher")]
