@@ -200,7 +200,7 @@ def train_teacher(
     optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
     rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
-    for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch"):
+    for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch", leave=False):
         for images, labels in loader:
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
             logits = model(images.to(memory_format=torch.channels_last))

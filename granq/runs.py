@@ -131,7 +131,7 @@ def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", iden
     """Run the epochs that are left, and keep each."""
     c, trouble = game.config, ""
     name = f"{c.scheme} {c.bits} seed {c.seed}"
-    with tqdm(total=c.epochs, initial=game.epoch, desc=name, unit="epoch") as progress:
+    with tqdm(total=c.epochs, initial=game.epoch, desc=name, unit="epoch", leave=False) as progress:
         while game.epoch < c.epochs:
             row = game.run_epoch(evaluate)
             test, teacher, bn = f"{row['test_top1']:.1f}%", f"{row['teacher_top1']:.0f}%", f"{row['bn_loss']:.2f}"

@@ -247,11 +247,38 @@ def test_a_saved_notebook_without_a_kernel(lab: str, browser: Any, charts: dict[
     page.close()
 
 
+def test_a_prediction_is_answered(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed into the box below the question, without a kernel; nothing of the answer is cut off."""
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    from lesson import predict
+
+    told = "The widest channel sets the step for everybody, and a narrow one falls on few levels, or on a single one."
+    predict("How many levels are left?", 1, "levels", told).save(tmp_path / "box.html", inline=True)
+    page = browser.new_page(viewport={"width": 700, "height": 400})
+    page.goto((tmp_path / "box.html").as_uri())
+    box = page.locator(".vega-bindings input[type=number]")
+    assert "Type a number" in picture(page) and told[:30] not in picture(page)
+    for typed, answer in (("2.5", "1.5 levels too high."), ("1", "Right."), ("", "Type a number")):
+        box.fill(typed)
+        page.wait_for_function(f"() => document.querySelector('svg.marks').textContent.includes({answer!r})")
+        page.screenshot(path=SHOTS / f"prediction {typed}.png")
+        frame, words = page.locator("svg.marks").bounding_box(), page.locator("svg.marks .mark-text").all()
+        ends = [one.bounding_box() for one in words]
+        assert all(b["x"] + b["width"] <= frame["x"] + frame["width"] + 1 for b in ends if b)
+        assert all(b["y"] + b["height"] <= frame["y"] + frame["height"] + 1 for b in ends if b)
+    page.close()
+
+
 def test_a_lesson_in_the_browser(lab: str, browser: Any) -> None:
     """Run all, then drag the explorers that it made."""
-    path = ROOT / "notebooks/02_anatomy_of_the_quantizer.ipynb"
+    path = ROOT / "notebooks/01_anatomy_of_the_quantizer.ipynb"
     before = path.read_bytes()
-    page = open_lab(lab, "notebooks/02_anatomy_of_the_quantizer", browser, viewport={"width": 1280, "height": 1000})
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:  # what is seen at the end is of this run
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, path)
+    page = open_lab(lab, "notebooks/01_anatomy_of_the_quantizer", browser, viewport={"width": 1280, "height": 1000})
     try:
         page.wait_for_function(
             "() => window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel", timeout=90_000

@@ -233,6 +233,8 @@ def test_the_wheel_alone_works(tmp_path: Path) -> None:
     assert audit["weights_low_bit"] == pytest.approx(100)
     where = "import granq, sys; print(granq.__file__); assert granq.digits_teacher().is_file()"
     assert str(tmp_path / "env") in run("python", "-c", where)
-    (empty / "lesson.py").write_text(lesson_start(ROOT / "notebooks/00_start_here.ipynb"))
-    assert "teacher" in run("python", "lesson.py")
+    for helper in (ROOT / "notebooks").glob("*.py"):
+        shutil.copy(helper, empty)
+    (empty / "first.py").write_text(lesson_start(ROOT / "notebooks/00_start_here.ipynb"))
+    assert "teacher" in run("python", "first.py")
     assert not any(empty.glob("runs")), "a lesson's first cells write nothing"

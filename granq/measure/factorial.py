@@ -71,7 +71,7 @@ def measure_granularity_factorial(
     known = {"images": len(reference), "batch_size": max(len(labels) for _, labels in batches)} | (facts or {})
     rows = running.kept_rows(out, known)
     found = {tuple(row[name] for name in Cell._fields) for row in rows}
-    for cell in tqdm([c for c in cells if c not in found], desc="factorial", unit="cell"):
+    for cell in tqdm([c for c in cells if c not in found], desc="factorial", unit="cell", leave=False):
         weights, activations = (None if g == "full" else g for g in cell[:2])
         scheme = dict(weights=weights, activations=activations, tracked=cell.ranges == "static")
         student = quantize_model(model, Scheme.model_validate(scheme), cell.bits, cell.bits)

@@ -76,7 +76,7 @@ def measure_latency_quantizer(
         ``copy`` is the floor, ``x.clone()``. Methods that end in ``NHWC`` get the tensor as channels_last.
     """
     frames = []
-    for shape in tqdm(shapes, desc="quantizer", unit="shape"):
+    for shape in tqdm(shapes, desc="quantizer", unit="shape", leave=False):
         nchw = torch.rand(shape, generator=torch.Generator(device).manual_seed(0), device=device).requires_grad_()
         nhwc = nchw.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
 
@@ -129,7 +129,7 @@ def measure_latency_scaling(
     """
     frames = []
     shapes = dict.fromkeys([(c, fixed[1]) for c in channels] + [(fixed[0], n) for n in batches])
-    for c, n in tqdm(shapes, desc="scaling", unit="shape"):
+    for c, n in tqdm(shapes, desc="scaling", unit="shape", leave=False):
         runs = _executions(c, n, size, bits, device)
         frame = quartiles(alternate(runs, repetitions), channels=c, batch=n, size=size, bits=bits)
         frame["peak_mb"] = [peak_mb(run, device) for run in runs.values()]

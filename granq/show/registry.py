@@ -206,7 +206,7 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo} and not (out / RESULTS).is_file():
         raise UserError(f"{out / RESULTS} is missing: a row for each run of granq quantize --json")
     out.mkdir(parents=True, exist_ok=True)
-    for name in tqdm(todo, desc="figures", unit="figure"):
+    for name in tqdm(todo, desc="figures", unit="figure", leave=False):
         data = FIGURES[name].measure(workbench)
         facts = workbench.facts(FIGURES[name].teacher and "teacher_test_top1" not in data)
         write_csv(out / f"{name}.csv", data.assign(**{k: v for k, v in facts.items() if k not in data}), "%.6g")

@@ -50,7 +50,7 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
 def _strip(images: DataFrame) -> alt.Chart:
     """Return the first ten labels as columns of pictures, a row for each source."""
     rows = images[images.label < 10]
-    rows = rows.assign(picture=[_data_url(row) for row in rows.to_dict("records")]).drop(columns="pixels")
+    rows = rows.assign(picture=[data_url(row) for row in rows.to_dict("records")]).drop(columns="pixels")
     hover = ["source:N", "label:O", "predicted:O", alt.Tooltip("confidence:Q", format=".0%")]
     plain = alt.Axis(labelAngle=0, ticks=False, domain=False, title=None)
     pictures = alt.Chart(rows).mark_image(width=46, height=46).encode(
@@ -58,7 +58,8 @@ def _strip(images: DataFrame) -> alt.Chart:
     return pictures.properties(width=WIDTH - 40, height=50 * rows.source.nunique())
 
 
-def _data_url(row: dict[Any, Any]) -> str:
+def data_url(row: dict[Any, Any]) -> str:
+    """Return the image of a row of ``measure_images`` as an address that a chart can draw."""
     buffer, image = BytesIO(), Image.fromarray(decode_pixels(row["pixels"], row["size"]))
     image.resize((64, 64), Image.Resampling.NEAREST).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
