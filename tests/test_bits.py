@@ -247,7 +247,7 @@ def test_auto_allocates_resumes_and_is_repeated(
     assert main([*run, "--out", str(out)]) == 130
     capsys.readouterr()
     monkeypatch.setattr(granq, "measure_sensitivity", measure)
-    assert main([*run, "--out", str(out)]) == 2 and "pass --resume" in capsys.readouterr().err
+    assert main([*run, "--out", str(out)]) == 2 and "or --resume a run" in capsys.readouterr().err
     assert main([*run, "--out", str(out), "--resume"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["layer_bits"] == row["layer_bits"] and again["last_top1"] == row["last_top1"]

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from granq.convert import activation_places, calibrate, quantize_model
 from granq.errors import UserError
 from granq.measure import sensitivity
+from granq.measure.allocation import allocate_bits
 from granq.measure.layer_error import measure_layer_error
-from granq.measure.remedies import allocate_bits, measure_remedies
+from granq.measure.remedies import measure_remedies
 from granq.measure.sensitivity import KINDS, PARTS, measure_sensitivity
 from granq.schemes import SCHEMES
 from granq.show.layers import plot_sensitivity
