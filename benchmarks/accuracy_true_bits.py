@@ -47,7 +47,7 @@ def prepare(data: str, weights: Path, images: Path, work: Path) -> tuple[Any, An
 
 
 def correlation(generated: pd.DataFrame, real: pd.DataFrame) -> dict[str, float]:
-    """Return Spearman's correlation of the KL on generated images with the points lost on real ones, over layers."""
+    """Return Spearman's correlation of the KL on generated images with ``lost`` on real ones, over layers."""
     pairs = generated.merge(real, on="layer")[["kl_x", "lost"]].to_numpy().T
     random = np.random.default_rng(0)
     found = bootstrap(pairs, lambda x, y: spearmanr(x, y).statistic, paired=True, vectorized=False, random_state=random)
@@ -70,8 +70,8 @@ def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str,
             both: dict[str, Any] = {"kinds": ["alone"], "parts": ["both"]}
             generated = granq.measure_sensitivity(teacher, drawn, "strict", 3, **both)
             order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist()
-            real = [*granq.batches(Subset(test, order[:2500]), spec, 250)]
-            print(correlation(generated, granq.measure_sensitivity(teacher, real, "strict", 3, **both)))
+            real = granq.measure_sensitivity(teacher, [*granq.batches(test, spec)], "strict", 3, **both)
+            print("points lost", correlation(generated, real), "KL", correlation(generated, real.assign(lost=real.kl)))
             few = [*granq.batches(Subset(test, order[:512]), spec, 64)]
             frame = granq.measure_sensitivity(teacher, few, "strict", 3, kinds=["alone", "all_but"])
             write_csv(out / "sensitivity.csv", frame.assign(**known), "%.6g")
