@@ -141,7 +141,11 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
 
     small = spec.image_size <= 64
     resize = v2.Resize((spec.image_size,) * 2) if small else v2.Resize(round(spec.image_size * 256 / 224))
-    transform = v2.Compose([resize, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
+
+    def shrink(image: Image.Image) -> Image.Image:  # what somebody shrank already is not enlarged again
+        return image if not small and spec.image_size <= min(image.size) <= resize.size[0] else resize(image)
+
+    transform = v2.Compose([shrink, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
     if spec.name in ("cifar10", "cifar100"):
         cifar = getattr(datasets, spec.name.upper())
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)

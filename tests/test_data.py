@@ -220,3 +220,15 @@ def test_the_user_s_mean_and_deviation(folder):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             describe_data("digits", mean=mean, std=std)
+
+
+@pytest.mark.parametrize(("size", "shown"), [(227, 224), (300, 224 / 256 * 300)])
+def test_an_image_that_was_shrunk_already_is_only_cropped(tmp_path, size, shown):
+    """A ramp from left to right: how much of it the crop shows says how the image was resized."""
+    pixels = np.tile(np.linspace(0, 255, size).astype(np.uint8)[None, :, None], (size, 1, 3))
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / name / "0.png")
+    image, _ = load_split(describe_data(f"folder:{tmp_path}"), "test")[0]
+    assert image.shape == (3, 224, 224)
+    assert float(image[0, 0, -1]) - float(image[0, 0, 0]) == pytest.approx(255 * shown / size, abs=3)

@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from granq.config import QATConfig
-from granq.data import DataSpec
+from granq.data import DataSpec, batches
 from granq.errors import UserError
 from granq.measure import workbench
 from granq.measure.workbench import BUDGETS, Budget, Workbench
@@ -94,3 +95,14 @@ def test_bad_input_is_one_sentence() -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             Workbench(**call)
+
+
+def test_a_network_itself_is_a_teacher(monkeypatch) -> None:
+    images = TensorDataset(torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 10)
+    monkeypatch.setattr(workbench, "load_split", lambda spec, split: images)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 10))
+    shared = Workbench(teacher=net, device="cpu")
+    with torch.no_grad():
+        top1 = [(net.eval()(x).argmax(1) == y).float().mean().item() for x, y in batches(images, shared.spec)]
+    assert shared.top1 == pytest.approx(100 * sum(top1) / len(top1)) and shared.facts()["dataset"] == "digits"
+    assert net.training is False and shared.teacher is not net

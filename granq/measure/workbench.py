@@ -1,5 +1,6 @@
 """What a lesson or a figure starts from: a teacher, images and one zero-shot run, each made once, at first use."""
 
+import copy
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class Workbench:
     """What measurements share: ``quick`` on digits, with the package's teacher unless given, or ``full`` on cifar10.
 
     Args:
-        data, network, teacher: dataset and network by name, and a checkpoint file.
+        data, network, teacher: dataset and network by name, and a checkpoint file or the network itself.
         runs: folders of finished ``granq quantize`` runs with this teacher, instead of a short one that is made here:
             the first gives the generator, all give training curves.
         out: folder of the figures, where ``full`` finds the results of long runs.
@@ -63,7 +64,7 @@ class Workbench:
 
     def __init__(
         self, budget: str = "quick", *, data: str | None = None, network: str = "resnet20_cifar10",
-        teacher: str | Path | None = None, runs: Sequence[str | Path] = (), out: str | Path = "figures",
+        teacher: str | Path | nn.Module | None = None, runs: Sequence[str | Path] = (), out: str | Path = "figures",
         device: str = "auto", seed: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         one_of("budget", budget, BUDGETS)
@@ -77,9 +78,12 @@ class Workbench:
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec, float]:
-        spec = self._described
-        file = models.digits_teacher() if self.name == "quick" and not self._teacher else self._teacher
-        model, spec = models.load_teacher(self.network, spec, file, self.device)
+        spec, given = self._described, self._teacher
+        if isinstance(given, nn.Module):
+            model = copy.deepcopy(given).eval().to(self.device)
+        else:
+            file = models.digits_teacher() if self.name == "quick" and not given else given
+            model, spec = models.load_teacher(self.network, spec, file, self.device)
         return model, spec, models.top1_on(model, load_split(spec, "test"), spec, self.device)
 
     teacher = property(lambda self: self._loaded[0], doc="The full-precision network in eval mode.")
