@@ -10,7 +10,7 @@ from pydantic import Field
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
-from granq.app.jobs import Data, Mean, Network, Std, TeacherFile, channels, parse_bits
+from granq.app.jobs import Data, Mean, Network, Std, TeacherFile, channels, likely_data, parse_bits
 from granq.app.reporting import report
 from granq.errors import UserError
 from granq.schemes import check_bits
@@ -118,9 +118,7 @@ def audit(
 
     if out:
         _check_new(out)
-    name = network.rpartition(":")[2]
-    likely = "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
-    widths, spec = parse_bits(bits), granq.describe_data(data or likely, network, image_size)
+    widths, spec = parse_bits(bits), granq.describe_data(data or likely_data(network), network, image_size)
     torch.manual_seed(0)
     model = granq.build_network(network, spec.classes)
     if teacher:
@@ -267,7 +265,7 @@ def figures(
         from_csv: draw again from the CSV files in --out, compute nothing
         budget: quick (digits, minutes) or full (cifar10)
         data: images instead of the budget's, such as folder:PATH
-        teacher: checkpoint; without it quick trains one
+        teacher: checkpoint; without it quick takes that of the digits
         run: finished granq quantize runs to show
         out: by default figures, and figures/quick for the quick budget
     """

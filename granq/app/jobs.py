@@ -141,6 +141,12 @@ def _asked_bits(text: str) -> dict[str, Any]:
     return {"weight_bits": int(average), "act_bits": int(average), "auto_bits": average}
 
 
+def likely_data(network: str) -> str:
+    """Return the data that a network's name speaks of; the path of a file says nothing."""
+    name = network.rpartition(":")[2]
+    return "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
+
+
 def channels(mean: str, std: str) -> dict[str, Any]:
     """Return ``"0.5,0.5,0.5"`` as keywords of ``granq.describe_data``. Raises UserError unless these are numbers."""
     try:
@@ -187,9 +193,9 @@ def defaults(argv: Sequence[str]) -> dict[str, Any]:
     """
     argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), part) for part in argv]  # tyro takes both
     first = ArgumentParser(prog="granq", add_help=False, allow_abbrev=False)
-    for name in ("data", "network", "bits", "recipe", "scheme", "preset", "generator"):
+    for name in ("data", "network", "bits", "recipe", "preset", "generator"):
         first.add_argument(f"--{name}")
-    for name in ("image-bits", "image-size", "batch-size", "refined-images"):
+    for name in ("image-size", "batch-size"):
         first.add_argument(f"--{name}", type=int)
     first.add_argument("--from-row", nargs=2)
     first.add_argument("--layer-bits", nargs="*")
@@ -201,7 +207,7 @@ def defaults(argv: Sequence[str]) -> dict[str, Any]:
         row = read_row(*given["from_row"])
         return start | _settings(row if "bits" not in given else row | {"layer_bits": "{}"})
     data, network, preset = (given.pop(name, "") for name in ("data", "network", "preset"))
-    changes: dict[str, Any] = {"recipe": "adadfq", "scheme": "granq"} | _asked_bits(given.pop("bits", "3,3"))
+    changes: dict[str, Any] = {"recipe": "adadfq"} | _asked_bits(given.pop("bits", "3,3"))
     changes |= {"warmup_epochs": 0} if given.pop("generator", "") else {}
     if data and network:
         given["image_size"] = granq.describe_data(data, network, given.get("image_size")).image_size

@@ -8,7 +8,7 @@ from typing import Any
 from tyro.conf import Positional
 
 import granq
-from granq.app.jobs import Mean, Std, channels, parse_bits
+from granq.app.jobs import Mean, Std, channels, likely_data, parse_bits
 
 
 def report(
@@ -38,16 +38,14 @@ def report(
         saved = granq.load_student(run, device, network)
         network, spec, c = network or saved.facts["network"], saved.spec, saved.config
         options |= {"scheme": saved.student}
-        facts |= {"quantized": f"{c.scheme} W{c.weight_bits}A{c.act_bits}", "student": run.name}
+        facts |= {"quantized": f"{c.scheme} {c.bits}", "student": run.name}
         if data:
             given = given or {"mean": spec.mean, "std": spec.std}
             spec = granq.describe_data(data, network, c.image_size, **given).fit_classes(spec.classes)
         model = granq.build_network(network, spec.classes).to(device)
         model.load_state_dict(saved.student.state_dict(), strict=False)  # which also holds what quantizes
     else:
-        name = network.rpartition(":")[2]
-        likely = "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
-        spec = granq.describe_data(data or likely, network, image_size, **given)
+        spec = granq.describe_data(data or likely_data(network), network, image_size, **given)
     if teacher or not run:
         model, spec = granq.load_teacher(network, spec, teacher, device)
     facts |= {"network": Path(network).name, "data": (data or "none").split(":")[0]}

@@ -65,7 +65,6 @@ def write_plan(out: Path, jobs: Iterable[Job]) -> None:
         if plan.setdefault(job.out.name, job) != job:
             raise UserError(f"{out} plans {job.out.name} with other settings; choose another --out for these")
     text = "".join(f"{job.model_dump_json()}\n" for job in plan.values())
-    out.mkdir(parents=True, exist_ok=True)
     save_atomically(out / "runs.jsonl", lambda path: path.write_text(text))
 
 

@@ -81,7 +81,6 @@ def save_figure(
     name: str, data: pd.DataFrame, plot: Callable[..., Axes], folder: Path, size: tuple[float, float] = (3.3, 2.4)
 ) -> None:
     """Write ``name.csv`` into ``folder`` and draw it from there as SVG and PNG, ``size`` inches wide and high."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / f"{name}.csv", data, float_format="%.6g")
     Figure("", lambda _: data, plot, size).draw(name, folder)
 
@@ -205,7 +204,6 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
             raise UserError(f"{path} was measured with another budget or command; choose another --out")
     if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo} and not (out / RESULTS).is_file():
         raise UserError(f"{out / RESULTS} is missing: a row for each run of granq quantize --json")
-    out.mkdir(parents=True, exist_ok=True)
     for name in tqdm(todo, desc="figures", unit="figure", leave=False):
         data = FIGURES[name].measure(workbench)
         facts = workbench.facts(FIGURES[name].teacher and "teacher_test_top1" not in data)

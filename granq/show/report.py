@@ -74,7 +74,6 @@ def report(
     parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle())  # type: ignore[call-arg]
     title = escape(f"What quantization does to {told['network']}: {told['quantized']}")
     text = Template(PAGE.read_text(encoding="utf-8")).substitute(parts, title=title)
-    out.parent.mkdir(parents=True, exist_ok=True)
     save_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
     return found | {"bytes": out.stat().st_size}
 
