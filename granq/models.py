@@ -8,6 +8,7 @@ import runpy
 import shlex
 import warnings
 from collections.abc import Container
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from granq.data import DataSpec, ImageData, batches, load_split, normalize
 from granq.errors import UserError, one_of, require
-from granq.files import read_tensors, write_tensors
+from granq.files import read_checkpoint, read_tensors, save_atomically, write_tensors
 from granq.hooks import eval_mode
 
 #: Under which training scripts keep weights. Of a network and its moving average the network is taken.
@@ -182,13 +183,17 @@ def train_teacher(
     batch_size: int = 128,
     seed: int = 0,
     device: str = "cpu",
+    bf16: bool = False,
+    checkpoint: Path | None = None,
 ) -> tuple[nn.Module, float]:
     """Train a teacher: SGD with Nesterov, OneCycle up to ``lr``, label smoothing, shifts and flips, averaged weights.
 
     Returns it in eval mode, and its top-1 accuracy in percent on the test split, measured once. ``seed`` decides the
-    initial weights, the order and the shifts; the global random state stays. Raises FloatingPointError if a weight
-    becomes NaN or infinite.
+    initial weights, the order and the shifts; the global random state stays. ``bf16`` trains under bfloat16 autocast.
+    ``checkpoint`` is a file that every epoch replaces; where there is one, training goes on from it, on the CPU to the
+    same bits. Raises UserError if it is of other settings, FloatingPointError if a weight becomes NaN or infinite.
     """
+    settings = dict(network=network, data=spec.name, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, bf16=bf16)
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device)
     train = load_split(spec, "train")
@@ -200,12 +205,15 @@ def train_teacher(
     optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
     rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
-    for _ in tqdm(range(epochs), desc=f"teacher {network}", unit="epoch", leave=False):
+    parts: dict[str, Any] = dict(model=model, averaged=averaged, optimizer=optimizer, schedule=schedule)
+    begun = _continue(checkpoint, settings, parts, device) if checkpoint and checkpoint.is_file() else 0
+    for epoch in tqdm(range(begun, epochs), f"teacher {network}", epochs, False, unit="epoch", initial=begun):
         for images, labels in loader:
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
-            logits = model(images.to(memory_format=torch.channels_last))
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                logits = model(images.to(memory_format=torch.channels_last))
             logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
-            loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)
+            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -213,8 +221,23 @@ def train_teacher(
             averaged.update_parameters(model)
         if not all(value.isfinite().all() for value in averaged.state_dict().values()):
             raise FloatingPointError(f"a weight is not finite: the learning rate {lr} is too high")
+        if checkpoint:
+            now = {name: part.state_dict() for name, part in parts.items()}
+            now |= {"settings": settings, "epoch": epoch + 1, "rng": torch.get_rng_state()}
+            save_atomically(checkpoint, partial(torch.save, now))
     teacher = averaged.module.eval()
     return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
+
+
+def _continue(checkpoint: Path, settings: dict[str, Any], parts: dict[str, Any], device: str) -> int:
+    """Load what ``train_teacher`` saved, and return how many epochs it has."""
+    saved = read_checkpoint(checkpoint, device)
+    if saved.get("settings") != settings:
+        raise UserError(f"{checkpoint} is of another training: {saved.get('settings')}, not {settings}")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["rng"].cpu())
+    return saved["epoch"]
 
 
 def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:

@@ -62,19 +62,26 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 def teacher(
     *, data: Data, network: Network, out: Path, epochs: Count = 30,
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, image_size: int | None = None,
-    mean: Mean = "", std: Std = "", device: Device = "auto",
+    mean: Mean = "", std: Std = "", device: Device = "auto", bf16: bool = False, resume: bool = False,
 ) -> Result:  # fmt: skip
     """Train a full-precision teacher.
 
     Args:
-        out: file to write, FILE.safetensors
+        out: file to write, FILE.safetensors; FILE.checkpoint has the last epoch until then
         lr: peak learning rate
+        bf16: train under bfloat16 autocast
+        resume: go on from FILE.checkpoint
     """
     _check_new(out, ".safetensors")
+    if (checkpoint := out.with_suffix(".checkpoint")).exists() != resume:
+        what = "is not there: nothing to resume" if resume else "is there: --resume it, or delete it"
+        raise UserError(f"{checkpoint} {what}")
     spec = granq.describe_data(data, network, image_size, **channels(mean, std))
     device = granq.devices.resolve_device(device)
-    model, top1 = granq.train_teacher(network, spec, epochs=epochs, lr=lr, seed=seed, device=device)
+    how: Result = dict(epochs=epochs, lr=lr, seed=seed, device=device, bf16=bf16, checkpoint=checkpoint)
+    model, top1 = granq.train_teacher(network, spec, **how)
     granq.save_teacher(out, model, network, spec, top1)
+    checkpoint.unlink()
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | granq.devices.versions(device)
 
 
