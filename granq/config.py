@@ -59,6 +59,7 @@ class Game(BaseModel):
     recipe: Literal["adadfq", "gdfq", "match"] = Field("adadfq", description="whose losses; match is our own")
     student_lr: Rate = Field(1e-4, description="peak learning rate of the student")
     generator_lr: Rate = Field(1e-3, description="learning rate of the generator")
+    generator_epochs: int = Field(0, ge=0, description="epochs after which the generator no longer learns; 0: never")
     milestones: tuple[int, ...] = Field((), description="epochs at which both rates fall to a tenth")
     temperature: Rate = Field(20.0, description="of the student's loss")
     alpha_ds: Weight = Field(0.2, description="weight of the disagreement loss")

@@ -15,14 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from granq.errors import UserError
-from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, to_module, trace
+from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, quantizable, to_module, trace
 from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.plain import LAYERS, has_channels, is_plain, module_of
-from granq.quantizer import QParams, fake_quantize, fake_quantize_with, min_max, qparams_from_range
+from granq.quantizer import QParams, choose_qparams, fake_quantize_with, float_codes, min_max, qparams_from_range
 from granq.ranges import LearnedSteps, TrackedRanges, fake_quantize_learned
 from granq.schemes import Scheme, check_bits, get_scheme
-
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Quantizer(nn.Module):
@@ -59,7 +57,7 @@ class WeightQuantizer(Quantizer):
         if self.bypassed:
             return weight
         if self.learned is None and self.source is None:
-            return fake_quantize(weight, self.bits, self.granularity, self.clamp, promote=self.promote)
+            return fake_quantize_with(weight, self.qparams(weight), self.bits, self.clamp)
         step = self.input_step(weight)
         if self.learned is not None:  # the input's step learns from here too: folded, it scales the grid of the weight
             value = fake_quantize_learned(weight * step, self.learned(), self.bits)
@@ -68,11 +66,18 @@ class WeightQuantizer(Quantizer):
         return (value / step).to(weight.dtype)
 
     def qparams(self, weight: Tensor) -> QParams:
-        """Return the parameters of ``weight * input_step``; ranges hold zero: ``q + z`` then fits k bits and a sign."""
+        """Return the parameters of ``weight * input_step``."""
         if self.learned is not None:
             return self.learned()
+        if self.source is None:
+            return choose_qparams(weight, self.bits, self.granularity, promote=self.promote)
         low, high = min_max(weight * self.input_step(weight), self.granularity)
+        # a folded range holds zero: ``q + z`` then fits k bits and a sign
         return qparams_from_range(low.clamp_max(0), high.clamp_min(0), self.bits, promote=self.promote)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the codes in floating point, in the shape of ``weight``."""
+        return float_codes(weight * self.input_step(weight), *self.qparams(weight), self.bits, self.clamp)
 
     def input_step(self, weight: Tensor) -> Tensor:
         """Return the step of every input channel, laid out against ``weight``: (1 or O, I/groups, 1, 1) or (1, I)."""
@@ -120,7 +125,8 @@ class ActQuantizer(TrackedRanges, Quantizer):
             return fake_quantize_with(x, self.qparams(), self.bits, self.clamp)
         # training under autocast asks for speed, not for the release's arithmetic in half precision
         promote = self.promote or torch.is_autocast_enabled(x.device.type)
-        return fake_quantize(x, self.bits, self.granularity, self.clamp, promote=promote)
+        qparams = choose_qparams(x, self.bits, self.granularity, promote=promote)
+        return fake_quantize_with(x, qparams, self.bits, self.clamp)
 
     def qparams(self) -> QParams:
         """Return learned parameters, or those of the tracked ranges. Raises UserError before the first batch."""
@@ -156,7 +162,7 @@ def quantize_model(
     """
     scheme = get_scheme(scheme)
     widths = check_bits(weight_bits), check_bits(act_bits), check_bits(image_bits) if image_bits else 0
-    names = _layers_to_quantize(model, scheme)
+    names = quantizable(model, scheme.skip)
     student = copy.deepcopy(model).eval()
     graph = trace(student)
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
@@ -199,32 +205,6 @@ def _quantize_activations(
             name = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
             quantizers[name] = ActQuantizer(width, scheme, channels)
             insert_call(graph, node, f"act_quant.{name}", scheme.places, layers)
-
-
-def _layers_to_quantize(model: nn.Module, scheme: Scheme) -> list[str]:
-    """Return the names of all layers that the scheme does not skip; refuse a model that is no plain network."""
-    kind, names = type(model).__name__, layer_names(model)
-    for name, module in model.named_modules():
-        inner = "_orig_mod" if hasattr(module, "_orig_mod") else "module" if isinstance(module, _WRAPPERS) else ""
-        if inner:
-            raise UserError(f"{name or 'the model'} is a {type(module).__name__}: quantize its .{inner} instead")
-        if any(base.__name__.startswith("FakeQuant") for base in type(module).__mro__):
-            raise UserError(f"{name} of {kind} quantizes already: pass the network before torch's quantization")
-    if model._forward_pre_hooks or model._forward_hooks:
-        warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
-    if not any(names):  # "" is a network that is one layer itself
-        raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
-    skipped = {skip: [name for name in names if f"{name}.".startswith(f"{skip}.")] for skip in scheme.skip}
-    if unknown := [skip for skip, below in skipped.items() if not below]:
-        raise UserError(f"scheme.skip names what holds no layer of the model: {', '.join(unknown)}")
-    names = [name for name in names if not any(name in below for below in skipped.values())]
-    for name in names:
-        layer = model.get_submodule(name)
-        if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
-            raise UserError(f"the weight of {name} is parametrized already: remove that first")
-    if hasattr(model, "act_quant"):
-        raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
-    return names
 
 
 def _quantize_weights(model: fx.GraphModule, widths: dict[nn.Module, int], scheme: Scheme) -> None:

@@ -1,22 +1,51 @@
 """The traced graph (torch.fx): where activations are quantized, what a layer reads, and what stands after it."""
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from granq.errors import UserError
 from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, same_pad, trace_plain
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 SHAPE = {"shape", "ndim", "size", "dim"}
 
 
 def layer_names(model: nn.Module) -> list[str]:
     """Return the names of the Conv2d and Linear layers of ``model``, in the order of definition."""
     return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+
+def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
+    """Return the names of the layers that ``skip`` does not name; a model that is no plain network is a UserError."""
+    kind, names = type(model).__name__, layer_names(model)
+    for name, module in model.named_modules():
+        inner = "_orig_mod" if hasattr(module, "_orig_mod") else "module" if isinstance(module, _WRAPPERS) else ""
+        if inner:
+            raise UserError(f"{name or 'the model'} is a {type(module).__name__}: quantize its .{inner} instead")
+        if any(base.__name__.startswith("FakeQuant") for base in type(module).__mro__):
+            raise UserError(f"{name} of {kind} quantizes already: pass the network before torch's quantization")
+    if model._forward_pre_hooks or model._forward_hooks:
+        warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
+    if not any(names):  # "" is a network that is one layer itself
+        raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
+    skipped = {one: [name for name in names if f"{name}.".startswith(f"{one}.")] for one in skip}
+    if unknown := [one for one, below in skipped.items() if not below]:
+        raise UserError(f"scheme.skip names what holds no layer of the model: {', '.join(unknown)}")
+    names = [name for name in names if not any(name in below for below in skipped.values())]
+    for name in names:
+        layer = model.get_submodule(name)
+        if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
+            raise UserError(f"the weight of {name} is parametrized already: remove that first")
+    if hasattr(model, "act_quant"):
+        raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
+    return names
 
 
 def layer_input(node: fx.Node) -> Any:

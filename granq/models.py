@@ -175,17 +175,9 @@ def augment(images: Tensor, flip: bool = True) -> Tensor:
 
 @torch.random.fork_rng()  # the first use of a teacher that is kept must not differ from later ones
 def train_teacher(
-    network: str,
-    spec: DataSpec,
-    *,
-    epochs: int,
-    lr: float = 0.2,
-    batch_size: int = 128,
-    seed: int = 0,
-    device: str = "cpu",
-    bf16: bool = False,
-    checkpoint: Path | None = None,
-) -> tuple[nn.Module, float]:
+    network: str, spec: DataSpec, *, epochs: int, lr: float = 0.2, batch_size: int = 128, seed: int = 0,
+    device: str = "cpu", bf16: bool = False, checkpoint: Path | None = None,
+) -> tuple[nn.Module, float]:  # fmt: skip
     """Train a teacher: SGD with Nesterov, OneCycle up to ``lr``, label smoothing, shifts and flips, averaged weights.
 
     Returns it in eval mode, and its top-1 accuracy in percent on the test split, measured once. ``seed`` decides the
@@ -200,8 +192,8 @@ def train_teacher(
     loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     model = model.to(memory_format=torch.channels_last).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
-    decay, plain = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
-    groups = [{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 5e-4}]
+    groups += [{"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
     rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)

@@ -19,7 +19,7 @@ from granq.convert import WeightQuantizer, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
 from granq.files import read_tensors, write_tensors
-from granq.quantizer import QParams, choose_qparams, dequantize, quantize
+from granq.quantizer import QParams, dequantize, quantize
 from granq.runs import SavedRun, load_run, student_of
 from granq.schemes import get_scheme
 
@@ -85,8 +85,6 @@ def _packed_weight(layer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     ratio = original.double().square().sum() / (original.double() - value.double()).square().sum()
     record = {"sqnr_db": quantizer.sqnr_db if isinstance(quantizer, PackedWeight) else 10 * ratio.log10().item()}
     qparams: QParams = quantizer.qparams(original)
-    if quantizer.learned is None and quantizer.source is None and not isinstance(quantizer, PackedWeight):
-        qparams = choose_qparams(original, quantizer.bits, quantizer.granularity, promote=quantizer.promote)
     step, clamp = quantizer.input_step(original), quantizer.clamp or quantizer.learned is not None
     codes = quantize(original * step, *qparams, quantizer.bits, clamp).long()
     low = int(codes.min())

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import bypassed, calibrate, quantize_model, tracking
+from granq.convert import bypassed, calibrate, layer_quantizers, quantize_model, tracking
 from granq.devices import resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
@@ -128,6 +128,7 @@ class Game:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": adam}
         self.optimize_student()
         self.epoch, self.rows, self.ptq_top1, self.seconds = 0, list[dict[str, float]](), math.nan, 0.0
+        self.codes = list[Tensor]()  # of all weights, after the last epoch and the one before
 
     @torch.no_grad()
     def _check_networks(self) -> int:
@@ -192,7 +193,8 @@ class Game:
         bn = batchnorm_loss(norms)
         generator_loss = recipe.generator_loss(t, s, labels) + c.gamma * bn
         student_loss = recipe.student_loss(t.detach(), s, labels)
-        self.update("generator", self.generator_params, generator_loss, retain_graph=train_student)
+        if self.epoch < (c.generator_epochs or c.epochs):
+            self.update("generator", self.generator_params, generator_loss, retain_graph=train_student)
         if train_student:
             self.update("student", self.student_params, student_loss)
         losses = {"generator_loss": generator_loss.detach(), "student_loss": student_loss.detach()}
@@ -223,6 +225,7 @@ class Game:
         if not all(math.isfinite(row.get(loss, 0.0)) for loss in ("generator_loss", "student_loss")):
             raise FloatingPointError(f"a loss is not finite in epoch {self.epoch + 1}; lower the learning rates")
         self.epoch += 1
+        row |= self._moved_codes()
         row["test_top1"] = self._measure(evaluate) if training else math.nan
         if self.epoch == c.warmup_epochs:
             self._begin_training(evaluate)
@@ -230,6 +233,22 @@ class Game:
         self.seconds += time.perf_counter() - start
         self.rows.append(row)
         return row
+
+    @torch.no_grad()
+    def _moved_codes(self) -> dict[str, float]:
+        """Return the share of weights that have another code than an epoch ago, and of these, that of two epochs ago.
+
+        In percent, NaN where there is nothing to compare. A weight that never crosses a rounding boundary does not
+        learn, and one that goes back and forth does not settle.
+        """
+        layers = [(q.weight, q.original) for q in layer_quantizers(self.student).values()]
+        rows = [quantizer.codes(weight).flatten().to(torch.int16) for quantizer, weight in layers if quantizer]
+        codes = torch.cat([torch.empty(0, dtype=torch.int16, device=self.device), *rows])
+        before, *earlier = self.codes or [codes[:0]]
+        changed = codes != before if self.codes else before > 0
+        back = codes[changed] == earlier[0][changed] if earlier else before[:0] > 0
+        self.codes = [codes, *self.codes[:1]]
+        return {"codes_changed": 100 * changed.float().mean().item(), "codes_back": 100 * back.float().mean().item()}
 
     def _set_rates(self, iteration: int) -> None:
         """Learning rates decay tenfold at the milestones, and as the recipe says."""
@@ -262,7 +281,7 @@ class Game:
             **{f"{k}_optimizer": o.state_dict() for k, o in self.optimizers.items()},
             "rng": torch.get_rng_state(),
             "device_rng": torch.cuda.get_rng_state() if self.device.startswith("cuda") else None,
-            **{k: getattr(self, k) for k in ("epoch", "rows", "ptq_top1", "seconds")},
+            **{k: getattr(self, k) for k in ("epoch", "rows", "ptq_top1", "seconds", "codes")},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -275,7 +294,7 @@ class Game:
         torch.set_rng_state(state["rng"].cpu())
         if state["device_rng"] is not None:
             torch.cuda.set_rng_state(state["device_rng"].cpu())
-        for k in ("epoch", "rows", "ptq_top1", "seconds"):
+        for k in ("epoch", "rows", "ptq_top1", "seconds", "codes"):
             setattr(self, k, state[k])
 
 

@@ -108,6 +108,10 @@ def test_teacher_command_on_digits(tmp_path, capsys):
     shown = answer(capsys)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert main(args) == 2
+    other = [str(tmp_path / "u.safetensors") if arg == str(out) else arg for arg in args]
+    assert main([*other, "--resume"]) == 2 and "u.checkpoint is not there" in capsys.readouterr().err
+    (tmp_path / "u.checkpoint").touch()
+    assert main(other) == 2 and "u.checkpoint is there: --resume it" in capsys.readouterr().err
     model, spec = load_teacher("resnet20_cifar10", describe_data("digits"), out)
     assert shown["top1"] == top1_on(model, load_split(spec, "test"), spec)
 

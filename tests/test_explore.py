@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import vl_convert
+from PIL import Image
 from torch import nn
 
 import granq
@@ -276,7 +278,7 @@ def test_real_images_are_measured_like_generated_ones(tiny: nn.Module) -> None:
 
 def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
     monitor = granq.training_monitor(tmp_path / "run")
-    controls, picture, numbers, errors = monitor.children
+    controls, picture, images, numbers, errors = monitor.children
     quantity, play = controls.children
     assert "no epoch is finished yet" in numbers.value
     before = picture.value
@@ -286,6 +288,7 @@ def test_monitor_follows_a_run(tiny: nn.Module, tmp_path: Path) -> None:
     play.value = 1  # as the browser does every two seconds
     after = picture.value
     assert after != before and not errors.outputs
+    assert Image.open(BytesIO(images.value)).size == (3 * 64, 64)  # an image of each label
     assert "<td>2</td>" in numbers.value and "<td>50</td>" in numbers.value
     quantity.value = "bn_loss"
     assert picture.value != after and not errors.outputs

@@ -73,7 +73,7 @@ def accuracy() -> pd.DataFrame:
 def history() -> pd.DataFrame:
     rows = [
         dict(epoch=e, warmup=e < 2, generator_loss=2.0 / e, student_loss=-e, bn_loss=1 / e, teacher_top1=10.0 * e,
-             test_top1=20.0 * e, scheme=s, seed=k)
+             diversity=1 / e, codes_changed=9.0 / e, codes_back=5.0, test_top1=20.0 * e, scheme=s, seed=k)
         for s, k, e in itertools.product(("granq", "strict"), (0, 1), (1, 2, 3))
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -96,6 +96,7 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
         "accuracy_bits": accuracy(),
         "accuracy_true_bits": measure_budgets(tiny, batches(), lambda _: 50.0, schemes=["strict"], choices=(2, 3, 4)),
         "training_curves": history(),
+        "paper_run": pd.concat([history()[:3].assign(run=run) for run in ("whole", "frozen")], ignore_index=True),
         "synthetic_images": pd.concat([drawn.assign(epoch=e) for e in (1, 2)], ignore_index=True),
         "synthetic_gap": gap.assign(pair="synthetic against real"),
         "results_table": results_table(accuracy()),
@@ -105,7 +106,7 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
 
 MEASURED_HERE = ("method", "granularity_maps", "activation_distortion", "channel_scales", "layer_error", "sensitivity",
                  "accuracy_bits", "accuracy_true_bits",
-                 "training_curves", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
+                 "training_curves", "paper_run", "synthetic_images", "synthetic_gap", "results_table")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEASURED_HERE)
@@ -296,7 +297,7 @@ def test_short_layer_names(name: str, short: str) -> None:
 
 
 def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
-    row = {"scheme": "foldable", "recipe": "adadfq", "epochs": 2, "iterations": 60}
+    row = {"scheme": "foldable", "recipe": "adadfq", "epochs": 2, "iterations": 60, "warmup_epochs": 0}
     blank = float("nan")  # a table that has no such column
     name = method_name
     assert name(row) == name(row | {"bf16": blank, "image_bits": blank}) == "foldable"
@@ -305,6 +306,9 @@ def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
     match = row | {"recipe": "match", "bf16": True}
     assert name(match | {"image_bits": 6.0}) == "foldable + match, 120 steps + image 6 bits"
     assert name(match) == "foldable + match, 120 steps"
+    assert name(match | {"warmup_epochs": 1}) == "foldable + match, 60 steps"
+    assert name(row | {"warmup_epochs": 2, "recipe": "gdfq"}) == "foldable + untrained"
+    assert name(row | {"preset": "paper", "epochs": 200}) == "foldable + paper, 200 epochs"
 
 
 def test_what_another_command_measured_is_left_as_it_is(tmp_path, monkeypatch) -> None:
@@ -343,6 +347,9 @@ def test_training_curves_are_one_line_a_run() -> None:
     assert dashes[0] != dashes[1] and dashes[2] != dashes[3]
     with pytest.raises(ValueError, match="duplicate entries"):
         plot_training_curves(history().drop(columns="seed"))
+    twice = [history()[:3].assign(run=run) for run in ("whole", "frozen")]
+    ax = plot_training_curves(pd.concat(twice, ignore_index=True), ax=plt.figure().gca())
+    assert [line.get_label() for line in ax.lines] == ["granq whole", "granq frozen"]
 
 
 def test_one_panel_shows_one_layer_granularity_and_width(tiny: nn.Module) -> None:

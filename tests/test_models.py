@@ -22,6 +22,7 @@ from torch import nn
 from granq import models
 from granq.data import describe_data, load_split
 from granq.errors import UserError
+from granq.files import save_atomically
 from granq.models import augment, build_network, load_teacher, save_teacher, top1_on, train_teacher
 
 
@@ -327,6 +328,33 @@ def learn(monkeypatch):
 def test_a_diverged_teacher_is_told(learn):
     with pytest.raises(FloatingPointError, match=r"the learning rate 1e\+30 is too high"):
         learn(lr=1e30)
+
+
+def test_training_that_was_stopped_ends_with_the_same_bits(learn, tmp_path, monkeypatch):
+    whole, _ = learn(checkpoint=tmp_path / "whole")
+    saves = []
+
+    def save(path, write):
+        save_atomically(path, write)
+        saves.append(path)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "save_atomically", save)
+    with pytest.raises(KeyboardInterrupt):
+        learn(checkpoint=tmp_path / "c")
+    again, _ = learn(checkpoint=tmp_path / "c")
+    assert len(saves) == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(UserError, match="of another training"):
+        learn(checkpoint=tmp_path / "c", lr=0.1)
+
+
+def test_bfloat16_trains_float32_weights(learn):
+    model, _ = learn(bf16=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    plain, _ = learn()
+    assert not torch.equal(next(model.parameters()), next(plain.parameters()))
 
 
 def test_training_leaves_the_random_numbers_of_others(learn):

@@ -1,5 +1,7 @@
 """Losses and generators by hand, one step of the game, same seed same bits, and parts of one's own."""
 
+import copy
+import itertools
 import json
 import math
 
@@ -8,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from granq import QATConfig, Scheme, build_generator, fake_quantize, qat, synthesize, train
-from granq.convert import ActQuantizer, activation_places, weight_quantizer
+from granq import QATConfig, Scheme, build_generator, choose_qparams, fake_quantize, qat, quantize, synthesize, train
+from granq.convert import ActQuantizer, activation_places, layer_quantizers, weight_quantizer
 from granq.fast import channel_var_mean, upsample_conv
 from granq.generator import batchnorm_inputs, batchnorm_loss
 from granq.losses import (
@@ -202,6 +204,32 @@ def test_resume_equals_an_uninterrupted_run(tiny, tmp_path, config):
     resumed = train(tiny, config, evaluate=lambda _: 0.0, out=tmp_path, resume=True)
     assert whole.history.equals(resumed.history) and len(whole.history) == 3
     assert same_bits(whole.student, resumed.student) and same_bits(whole.generator, resumed.generator)
+
+
+def test_codes_that_change_and_go_back():
+    """The same from the weights of every epoch, by the quantizer's own formula."""
+    codes, config = [], TINY.change(epochs=4, scheme="strict", weight_bits=2)
+
+    def keep(game):
+        weights = [layer.original for layer in layer_quantizers(game.student).values()]
+        codes.append(torch.cat([quantize(w, *choose_qparams(w, 2, "per_out_channel"), 2).flatten() for w in weights]))
+
+    history = train(tiny_network(), config, after_epoch=keep).history
+    assert history.codes_changed[1:].tolist() == pytest.approx(
+        [100 * (b != a).float().mean().item() for a, b in itertools.pairwise(codes)]
+    )
+    back = [(c == a)[c != b].float().mean().item() for a, b, c in zip(codes, codes[1:], codes[2:], strict=False)]
+    assert history.codes_back[2:].tolist() == pytest.approx([100 * share for share in back], nan_ok=True)
+    assert history.codes_changed[1:].max() > 0 and math.isnan(history.codes_changed[0])
+
+
+def test_a_generator_that_stops_to_learn(tiny):
+    generators = []
+    config = TINY.change(epochs=4, generator_epochs=2)
+    result = train(tiny, config, after_epoch=lambda game: generators.append(copy.deepcopy(game.generator.state_dict())))
+    weights = [{k: v for k, v in state.items() if "running" not in k and "num_" not in k} for state in generators]
+    moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise(weights)]
+    assert moved == [True, False, False] and result.history.generator_loss.notna().all()
 
 
 def test_paper_presets():

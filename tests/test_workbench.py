@@ -78,13 +78,17 @@ def test_accuracy_has_a_row_for_every_scheme_and_seed(bench: Workbench) -> None:
     assert set(rows.teacher_top1) == {12.5} and rows.test_images.eq(40).all()
 
 
-def test_full_reads_long_runs_and_published_results(tmp_path: Path) -> None:
-    shipped = Path(__file__).parents[1] / "figures"
-    rows = pd.read_csv(shipped / workbench.RESULTS)
-    table = Workbench("full", device="cpu", out=shipped).accuracy
-    measured, published = table[table.source.isna()], table[table.source.notna()]
-    assert len(measured) == len(rows) and {"granq + match, 600 steps", "strict"} <= set(measured.scheme)
-    assert set(published.bits) <= set(measured.bits) and "GDFQ" in set(published.scheme)
+def test_full_reads_long_runs_and_published_results(folder: str, tmp_path: Path) -> None:
+    data, network = f"folder:{(tmp_path / 'data').rename(tmp_path / 'cifar10')}", "a/nets.py:resnet20"
+    own = dict(dataset="cifar10", network="nets.py:resnet20", scheme="strict", bits="W3A3", seed=0, teacher_top1=91.7)
+    rows = [own | {"method": "strict + match, 600 steps", "last_top1": 90.0}, own | {"network": "resnet20_cifar10"}]
+    pd.DataFrame(rows).to_csv(tmp_path / "results_cifar10.csv")
+    for out in (tmp_path, tmp_path / "variants"):
+        table = Workbench("full", device="cpu", data=data, network=network, out=out).accuracy
+        measured, published = table[table.source.isna()], table[table.source.notna()]
+        assert measured.scheme.tolist() == ["strict + match, 600 steps"] and measured.last_top1.tolist() == [90.0]
+        assert set(published.bits) == {"W3A3"} and {"GDFQ", "AdaDFQ"} <= set(published.scheme)
+        assert len(published[published.scheme == "HAST"]) == 2  # two papers give two numbers
 
 
 def test_bad_input_is_one_sentence() -> None:

@@ -19,13 +19,6 @@ Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 OwnNetwork = Annotated[str, arg(help="FILE.py:FUNCTION, again, if the run is of one: it is code")]
 Words = tuple[str, ...]
-_PAPER = "paper --schemes granq layerwise per_channel --bits 3,3 4,4 5,5"
-#: What ``granq sweep --preset`` makes of these names: the rows of the paper. Arguments that follow change them.
-PRESETS = {
-    "paper-cifar10": f"{_PAPER} --data cifar10 --network resnet20_cifar10",
-    "paper-cifar100": f"{_PAPER} --data cifar100 --network resnet20_cifar100",
-    "paper-imagenet": f"{_PAPER} --data imagenet --network resnet18 resnet50 mobilenetv2_w1",
-}
 Result = dict[str, Any]
 
 
@@ -81,7 +74,7 @@ def teacher(
     how: Result = dict(epochs=epochs, lr=lr, seed=seed, device=device, bf16=bf16, checkpoint=checkpoint)
     model, top1 = granq.train_teacher(network, spec, **how)
     granq.save_teacher(out, model, network, spec, top1)
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | granq.devices.versions(device)
 
 

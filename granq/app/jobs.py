@@ -26,6 +26,13 @@ BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images
 BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
 Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
 Std = Annotated[str, arg(help="likewise, the standard deviation")]
+_PAPER = "paper --schemes granq layerwise per_channel --bits 3,3 4,4 5,5"
+#: What ``granq sweep --preset`` makes of these names: the rows of the paper. Arguments that follow change them.
+PRESETS = {
+    "paper-cifar10": f"{_PAPER} --data cifar10 --network resnet20_cifar10",
+    "paper-cifar100": f"{_PAPER} --data cifar100 --network resnet20_cifar100",
+    "paper-imagenet": f"{_PAPER} --data imagenet --network resnet18 resnet50 mobilenetv2_w1",
+}
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -65,6 +72,7 @@ class Job(QATConfig, Files):
             The run's row of a results table, which ``result.json`` keeps too.
         """
         from granq import devices, files, runs
+        from granq.measure import workbench
 
         runs.RunFolder(self.out).check_free(self.resume)
         device = devices.resolve_device(self.device)
@@ -87,8 +95,10 @@ class Job(QATConfig, Files):
             teacher, config, evaluate=evaluate, out=self.out, resume=self.resume or choose, facts=facts,
             generator=generator, pixels=granq.pixel_bounds(spec),
         )  # fmt: skip
-        row = result.row(self.data, self.network, facts["teacher_top1"], len(test)) | source
+        names = workbench.dataset_name(self.data), Path(self.network).name
+        row = source | result.row(*names, facts["teacher_top1"], len(test))
         row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
+        row["method"] = workbench.method_name(row)
         row |= {name: ",".join(map(str, facts["spec"][name])) for name in ("mean", "std")}
         image, _ = next(granq.batches(test, spec, batch_size=1))
         row |= granq.summarize_audit(granq.audit(result.student, image.to(device)))

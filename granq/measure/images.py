@@ -94,18 +94,20 @@ def measure_generated_images(
 
 
 @torch.no_grad()
-def measure_images(
-    images: Tensor, labels: Tensor, teacher: nn.Module, spec: DataSpec | None = None
-) -> pd.DataFrame:  # fmt: skip
+def measure_images(images: Tensor, labels: Tensor, teacher: nn.Module, spec: DataSpec | None = None) -> pd.DataFrame:
     """Measure what the teacher thinks of images, as ``measure_generated_images`` does."""
     with eval_mode(teacher):
         probability = teacher(images.to(next(teacher.parameters()).device)).softmax(1).cpu()
-    normalized = (spec.mean, spec.std) if spec else ((0.5,) * 3, (0.25,) * 3)
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in normalized)
-    pixels = ((images.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    columns = {"label": labels, "predicted": probability.argmax(1)}
-    columns |= {"confidence": probability[range(len(labels)), labels].tolist(), "size": pixels.shape[1]}
-    return pd.DataFrame(columns | {"pixels": [image.contiguous().numpy().tobytes().hex() for image in pixels]})
+    columns = {"label": labels, "predicted": probability.argmax(1), "size": images.shape[-1]}
+    columns |= {"confidence": probability[range(len(labels)), labels].tolist()}
+    return pd.DataFrame(columns | {"pixels": [image.tobytes().hex() for image in to_pixels(images, spec)]})
+
+
+def to_pixels(images: Tensor, spec: DataSpec | None = None) -> np.ndarray:
+    """Return normalized images (N, 3, H, W) as people see them, uint8 (N, H, W, 3); ``spec`` as above."""
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in ((spec.mean, spec.std) if spec else (0.5, 0.25)))
+    pixels = ((images.detach().cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def decode_pixels(pixels: str, size: int) -> np.ndarray:

@@ -28,12 +28,8 @@ from granq.plain import LAYERS, module_of
 from granq.schemes import Scheme
 
 KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")
-_SIZES = {
-    "input_quantized": "place",
-    "weight_granularity": "grid",
-    "weights": "weights",
-    "macs": "macs",
-}  # columns of an audit, and their names here
+#: columns of an audit, and their names here
+_SIZES = dict(input_quantized="place", weight_granularity="grid", weights="weights", macs="macs")
 
 
 class Side(NamedTuple):

@@ -26,7 +26,6 @@ from granq.qat import Game
 from granq.runs import RunFolder, fingerprint, load_generator, train
 from granq.schemes import SCHEMES
 
-RESULTS = "results_cifar10.csv"
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 
 
@@ -136,7 +135,7 @@ class Workbench:
         runs, histories = self._runs or [self._short_run()], []
         for run in runs:
             c = run.read_config()["config"]
-            told = dict(scheme=str(c.scheme), bits=c.bits, seed=c.seed, recipe=c.recipe)
+            told = dict(scheme=str(c.scheme), bits=c.bits, seed=c.seed, recipe=c.recipe, run=run.path.name)
             histories.append(pd.read_csv(run.history).assign(**told))
         generator = load_generator(runs[0].path, self.device).train()
         if (drawn := runs[0].path / "images.csv").is_file():
@@ -165,15 +164,23 @@ class Workbench:
                 write_csv(run.path / "images.csv", pd.concat(drawn))
         return run
 
+    def results(self) -> Path:
+        """Return the table of long runs on these data, in ``out`` or above it. Raises UserError without one."""
+        name = f"results_{dataset_name(self.data)}.csv"
+        found = [path for folder in (self.out, self.out.parent) if (path := folder / name).is_file()]
+        if not found:
+            raise UserError(f"{self.out / name} is missing: a row for each run of granq quantize --json")
+        return found[0]
+
     @cached_property
     def accuracy(self) -> pd.DataFrame:
         """Rows of ``granq quantize`` for every scheme, width and seed; ``full`` reads them, and published results."""
+        rows, names = [], (dataset_name(self.data), Path(self.network).name)
         if self.name == "full":
-            measured = pd.read_csv(self.out / RESULTS)
-            measured["scheme"] = [method_name(row) for row in measured.to_dict("records")]
-            table = pd.concat([measured, published_results(measured.bits)], ignore_index=True)
+            measured = pd.read_csv(self.results()).query("dataset == @names[0] and network == @names[1]")
+            measured = measured.assign(scheme=measured.method)
+            table = pd.concat([measured, published_results(measured.bits, *names)], ignore_index=True)
             return table.assign(teacher_test_top1=measured.teacher_top1.mean(), commit="")  # of many commits
-        rows, names = [], (dataset_name(self.data), self.network)
         for bits, scheme, seed in itertools.product(self.budget.widths, SCHEMES, (self.seed, self.seed + 1)):
             config = self.config(scheme=scheme, weight_bits=bits, act_bits=bits, seed=seed)
             result = train(self.teacher, config, evaluate=self.evaluate)
@@ -195,16 +202,19 @@ class Workbench:
 
 
 def dataset_name(name: str) -> str:
-    """Return ``folder:/some/where`` without the path, which means nothing to a reader."""
-    return "image folder" if name.startswith("folder:") else name
+    """Return the last part of ``folder:/some/where``: the rest means nothing to a reader."""
+    return Path(name.removeprefix("folder:")).expanduser().resolve().name if name.startswith("folder:") else name
 
 
 def method_name(row: Mapping[Any, Any]) -> str:
     """Return the scheme, and in what else a run differs from the plain recipe: such a run is a method of its own."""
     match, image_bits, auto = row["recipe"] == "match", row.get("image_bits", 0), row.get("auto_bits", 0)
     by_layer = str(row.get("layer_bits", "")).startswith("{")
+    steps = (row["epochs"] - row["warmup_epochs"]) * row["iterations"]
+    recipe = f"paper, {row['epochs']:.0f} epochs" if row.get("preset") == "paper" else row["recipe"]
     differs = {
-        f"match, {row['epochs'] * row['iterations']:.0f} steps" if match else row["recipe"]: row["recipe"] != "adadfq",
+        "untrained": not steps,
+        f"match, {steps:.0f} steps" if match else recipe: recipe != "adadfq" and steps > 0,
         f"image {image_bits:.0f} bits": image_bits > 0,  # NaN where a table has no such column
         f"auto {auto:.1f}" if auto > 0 else "bits by layer": by_layer,
         "bfloat16": row.get("bf16") is True and not match,
@@ -217,7 +227,8 @@ def published_results(bits: Iterable[str], dataset: str = "cifar10", network: st
     table, keys = pd.read_csv(PUBLISHED), ["dataset", "network", "source"]
     teachers = table[table.method == "full precision"].set_index(keys).top1_percent.rename("teacher_top1")
     names = {name: table[name].str.lower().str.replace("-", "") for name in ("dataset", "network")}
-    network = network.removesuffix("_w1").partition("_cifar")[0]  # ResNet-20 is resnet20_cifar10 of pytorchcv
+    # ResNet-20 is resnet20_cifar10 of pytorchcv
+    network = network.rpartition(":")[2].replace("_", "").removesuffix("w1").partition("cifar")[0]
     table = table[(names["dataset"] == dataset) & (names["network"] == network)].join(teachers, keys)
     table["bits"] = [f"W{b}A{b}" for b in table.bits]
     table = table[table.bits.isin(bits)].rename(columns={"method": "scheme", "top1_percent": "last_top1"})

@@ -20,7 +20,7 @@ from granq.convert import quantize_model
 from granq.errors import UserError, one_of
 from granq.files import write_csv
 from granq.measure import activations, allocation, audit, factorial, images, latency, layer_error, sensitivity
-from granq.measure.workbench import RESULTS, Workbench
+from granq.measure.workbench import Workbench
 from granq.models import build_network
 from granq.schemes import SCHEMES
 from granq.show import layers, results
@@ -173,7 +173,10 @@ FIGURES: dict[str, Figure] = {
         {"ranges": ("dynamic", "static")}, {"bits": None}, {"sharex": True, "sharey": True}),
     "training_curves": Figure(
         "How does a run go?", lambda w: w.zero_shot[1], results.plot_training_curves, (6.8, 1.8), {},
-        {"quantity": results.TRAINING_LABELS}),
+        {"quantity": results.CURVES}),
+    "paper_run": Figure(
+        "Does the paper's run hold up?", lambda w: w.zero_shot[1], results.plot_training_curves, (6.8, 2.2), {},
+        {"quantity": ("test_top1", "diversity", "student_loss", "codes_changed")}),
     "synthetic_images": Figure(
         "What does the generator draw?",
         lambda w: w.zero_shot[2].assign(name=w.zero_shot[2].label.map(dict(enumerate(w.class_names)))),
@@ -202,8 +205,8 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
             todo.append(name)
         elif names:
             raise UserError(f"{path} was measured with another budget or command; choose another --out")
-    if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo} and not (out / RESULTS).is_file():
-        raise UserError(f"{out / RESULTS} is missing: a row for each run of granq quantize --json")
+    if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo}:
+        workbench.results()  # which refuses before anything is measured
     for name in tqdm(todo, desc="figures", unit="figure", leave=False):
         data = FIGURES[name].measure(workbench)
         facts = workbench.facts(FIGURES[name].teacher and "teacher_test_top1" not in data)

@@ -14,8 +14,11 @@ from granq.measure.workbench import dataset_name
 from granq.show.style import GREY, Ax, Role, finish, plain_log, role, select, side_by_side
 
 TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
-                   "teacher_top1": "teacher on synthetic\nimages (%)",
+                   "teacher_top1": "teacher on synthetic\nimages (%)", "diversity": "diversity of images",
+                   "codes_changed": "weights with another\ncode than before (%)",
+                   "codes_back": "of these, back at the\none before that (%)",
                    "test_top1": "student on test\nimages (%)"}  # fmt: skip
+CURVES = ("generator_loss", "bn_loss", "teacher_top1", "student_loss", "test_top1")  # of a short run
 TRUE_BITS_LABELS = {"true_bits_per_weight": "true bits\nper weight", "weights_low_bit": "weights really\nquantized (%)",
                     "true_bits_per_activation": "true bits\nper activation",
                     "macs_low_bit": "MACs really\nat low bits (%)"}  # fmt: skip
@@ -29,6 +32,8 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
     data = DataFrame({"scheme": "student", "seed": 0}, data.index).assign(**data)
     warmup = data.warmup.astype(bool)
     told = ["scheme", *(key for key in ("bits", "recipe") if key in data and data[key].nunique() > 1)]
+    if "run" in data and data.duplicated([*told, "seed", "epoch"]).any():  # they differ in other settings
+        told = ["scheme", "run"]
     # the student's loss is measured in the warm-up too, but not yet trained on
     runs = data[~warmup if quantity == "student_loss" else slice(None)].groupby(told, sort=False)
     for i, (names, rows) in enumerate(runs):

@@ -57,9 +57,8 @@ def _curve(x: float, y: float, name: str, x2: float, y2: float, name2: str) -> D
     """Return points of an edge; it goes around what lies between its ends."""
     t = np.linspace(0, 1, 4 * int(x2 - x) + 1)
     arc = np.sqrt(x2 - x - 1) * 4 * t * (1 - t) * (1 if y == 0 else -1) if y == y2 else 0
-    return DataFrame(
-        {"kind": "edge", "layer": f"{name} to {name2}", "x": x + (x2 - x) * t, "y": y + (y2 - y) * t + arc}
-    )
+    points = {"x": x + (x2 - x) * t, "y": y + (y2 - y) * t + arc}
+    return DataFrame({"kind": "edge", "layer": f"{name} to {name2}"} | points)
 
 
 def _in_rows(frame: DataFrame) -> DataFrame:
@@ -78,9 +77,8 @@ def network_panel(every: Any, layout: DataFrame, tooltip: list[Any]) -> Any:
     x, y = alt.X("x:Q", **plain), alt.Y("y:Q", **plain)
     edges = alt.Chart(layout[layout.kind == "edge"].round(2)).mark_line(color=GREY, strokeWidth=1.5)
     edges = edges.encode(x, y, detail=["layer:N", "row:O"])
-    joins = alt.Chart(layout[layout.kind.isin(["join", "image"])]).mark_point(
-        filled=True, color=TEXT, size=25, opacity=1
-    )
+    joins = alt.Chart(layout[layout.kind.isin(["join", "image"])])
+    joins = joins.mark_point(filled=True, color=TEXT, size=25, opacity=1)
     shapes = alt.Scale(domain=["join", "image"], range=["cross", "square"])
     joins = joins.encode(x, y, alt.Shape("kind:N", legend=None, scale=shapes), tooltip=["kind:N", "layer:N"])
     strength = alt.FillOpacity("bad:Q", legend=None, scale=alt.Scale(range=[1, 0.05], zero=False, nice=False))
