@@ -48,6 +48,7 @@ from .measure.latency import measure_latency_scaling as measure_latency_scaling
 from .measure.layer_error import measure_layer_error as measure_layer_error
 from .measure.remedies import measure_remedies as measure_remedies
 from .measure.running import sqnr_db as sqnr_db
+from .measure.sensitivity import measure_flips as measure_flips
 from .measure.sensitivity import measure_sensitivity as measure_sensitivity
 from .measure.workbench import Workbench as Workbench
 from .models import build_network as build_network

@@ -61,6 +61,6 @@ def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: S
     terms = []
     for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):
         if ceiling is not None:
-            t, s = t.clamp(0, ceiling), s.clamp(0, ceiling)
+            t, s = (F.relu(x) if ceiling == math.inf else x.clamp(0, ceiling) for x in (t, s))  # relu is faster
         terms.append(F.mse_loss(s, t) / channel_var_mean(t)[0].mean())
     return torch.stack(terms).mean()

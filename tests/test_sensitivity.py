@@ -16,7 +16,7 @@ from granq.measure import sensitivity
 from granq.measure.allocation import allocate_bits
 from granq.measure.layer_error import measure_layer_error
 from granq.measure.remedies import measure_remedies
-from granq.measure.sensitivity import KINDS, PARTS, measure_sensitivity
+from granq.measure.sensitivity import KINDS, PARTS, measure_flips, measure_sensitivity
 from granq.schemes import SCHEMES
 from granq.show.layers import plot_sensitivity
 
@@ -235,6 +235,29 @@ def test_networks_that_others_quantized(sharp: nn.Module) -> None:
         mse = (other.conv2(x) - sharp.conv2(x)).double().square().mean().item()
     assert row_of(error, layer="conv2").mse == pytest.approx(mse, rel=1e-4)
     assert {*error.scheme} == {"torch.ao"}
+
+
+def test_flips_by_class(sharp: nn.Module) -> None:
+    student = quantize_model(sharp, "strict", 2, 2)
+    frame, (images, labels) = measure_flips(sharp, student, labelled()), map(torch.cat, zip(*labelled(), strict=True))
+    with torch.no_grad():
+        before, after = (network(images).argmax(1) == labels for network in (sharp, student))
+    for row in frame.itertuples():
+        own = labels == row.label
+        counts = (own.sum(), (own & before).sum(), (own & before & ~after).sum(), (own & ~before & after).sum())
+        assert tuple(row)[2:] == tuple(map(int, counts))
+    assert frame.images.sum() == len(labels) and frame.right_to_wrong.sum() > 0
+
+
+def test_networks_that_torchao_quantized(sharp: nn.Module) -> None:
+    """Weights of torchao are tensors of a class of its own; it leaves convolutions as they are."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(other := copy.deepcopy(sharp), torchao.Int8WeightOnlyConfig())
+    frame = measure_sensitivity(sharp, labelled(), other, kinds=["alone"], parts=["both"])
+    check(row_of(frame, layer="fc"), sharp, other)
+    assert 0 < row_of(frame, layer="fc").kl and row_of(frame, layer="conv2").kl == 0
+    error = measure_layer_error(sharp, [x for x, _ in labelled()], {"torchao": other}, modes=["local"])
+    assert row_of(error, layer="fc").mse > 0 == row_of(error, layer="conv2").mse
 
 
 def test_a_student_of_one_s_own_is_measured_as_it_is(sharp: nn.Module) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -67,7 +66,7 @@ def measure_granularity_factorial(
         images), each with the ends ``_low`` and ``_high`` of its 95 % percentile interval (lost: paired by image),
         images, batch_size (largest), and ``facts``.
     """
-    reference = _correct(model, batches)
+    reference = 100.0 * running.right(model, batches)
     known = {"images": len(reference), "batch_size": max(len(labels) for _, labels in batches)} | (facts or {})
     rows = running.kept_rows(out, known)
     found = {tuple(row[name] for name in Cell._fields) for row in rows}
@@ -78,18 +77,11 @@ def measure_granularity_factorial(
         if cell.ranges == "static":
             calibrate(student, calibration(cell.seed))
         with parametrize.cached():
-            correct = _correct(student, batches)
+            correct = 100.0 * running.right(student, batches)
         rows.append(cell._asdict() | _interval("top1", correct) | _interval("lost", reference - correct) | known)
         if out:
             write_csv(out, pd.DataFrame(rows), float_format="%.6g")
     return pd.DataFrame(rows)
-
-
-def _correct(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
-    """Return 100 for every image that is classified rightly and 0 for the others."""
-    hits: list[Tensor] = []
-    running.run(model, batches, "accuracy", after=lambda batch, logits: hits.append(logits.argmax(1).cpu() == batch[1]))
-    return 100.0 * torch.cat(hits).numpy()
 
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:

@@ -5,7 +5,7 @@ a layer* is the tensor that enters it, which is what a quantizer in front of it 
 (N, C, H, W), and the features of (N, F) or (N, T, F).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ def run(
     if not count:
         raise UserError("there is no image to measure: batches is empty")
     return count
+
+
+def right(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> np.ndarray:
+    """Return for every image whether it is classified rightly."""
+    hits = list[Tensor]()
+    run(model, batches, "accuracy", after=lambda batch, logits: hits.append(logits.argmax(1).cpu() == batch[1].cpu()))
+    return torch.cat(hits).numpy()
 
 
 def calls(model: nn.Module, batch: Batch, names: Iterable[str]) -> list[tuple[str, Tensor, Tensor]]:

@@ -91,6 +91,17 @@ def measure_sensitivity(
     return pd.DataFrame(rows)
 
 
+def measure_flips(model: nn.Module, other: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> pd.DataFrame:
+    """Count the images of every class whose prediction ``other`` turns from right to wrong, and from wrong to right.
+
+    Columns label, images, right, right_to_wrong, wrong_to_right (counts; ``right`` are those of ``model``).
+    """
+    before, after = (running.right(network, batches) for network in (model, other))
+    labels = torch.cat([labels for _, labels in batches]).numpy()
+    flips = dict(right=before, right_to_wrong=before & ~after, wrong_to_right=after & ~before)
+    return pd.DataFrame(dict(label=labels, images=1) | flips).groupby("label", as_index=False).sum()
+
+
 def _sizes(root: nn.Module, images: Tensor) -> pd.DataFrame:
     """Return what an audit says of the size of layers, and the place that stands directly in front of each."""
     frame, calls = audit(root, images), calls_of_layers(root)
