@@ -62,7 +62,7 @@ def batches(count: int = 2) -> list[torch.Tensor]:
 def accuracy() -> pd.DataFrame:
     rows = [
         dict(dataset="digits", network="resnet20", scheme=s, bits=b, seed=k, teacher_top1=90.0, ptq_top1=50.0 + k + i,
-             last_top1=80.0 + k + i, best_top1=81.0)
+             last_top1=80.0 + k + i, best_top1=81.0, test_images=400)
         for i, (s, b, k) in enumerate(itertools.product(("layerwise", "granq"), ("W2A2", "W3A3"), (0, 1)))
     ]  # fmt: skip
     published = [dict(scheme="GDFQ", bits="W3A3", last_top1=75.1, teacher_top1=93.9, source="AdaDFQ (2023), table 2"),
@@ -196,6 +196,7 @@ def test_results_table_values() -> None:
     assert (row.top1, row.n, row.kind) == (87.0 - 0.5 + 0.5, 2, "measured")
     assert row["std"] == pytest.approx(2**0.5)
     assert row["drop"] == pytest.approx(90 - row.top1)
+    assert row.half_width == pytest.approx(100 * 1.96 * (0.87 * 0.13 / 400) ** 0.5)
     assert table.loc["W3A3", "GDFQ"]["drop"] == pytest.approx(18.8)
     assert np.isnan(table.loc["W3A3", "AKT_x"]["drop"])
 

@@ -109,23 +109,27 @@ def results_table(data: DataFrame) -> DataFrame:
     """Return measured and published accuracies side by side: one row per method and bit width, best first.
 
     Columns: bits, method, kind (measured, published), top1 (percent; mean over seeds, last epoch), std, n (seeds),
-    teacher_top1, drop (points below the teacher), dataset, network, source; empty where a source is silent.
+    half_width (of the 95 % interval over the test images), teacher_top1, drop (points below the teacher), dataset,
+    network, source; empty where a source is silent.
     """
     own, published = split_published(data)
     runs = own.dropna(subset="last_top1").groupby(["dataset", "network", "scheme", "bits"])
     columns = dict(top1=("last_top1", "mean"), std=("last_top1", "std"), n=("seed", "nunique"))
-    measured = runs.agg(**columns, teacher_top1=("teacher_top1", "mean")).reset_index()
+    columns |= dict(teacher_top1=("teacher_top1", "mean"), half_width=("test_images", "mean"))
+    measured = runs.agg(**columns).reset_index()
+    measured["half_width"] = 1.96 * (measured.top1 * (100 - measured.top1) / measured.half_width) ** 0.5
     measured = measured.assign(kind="measured", source="this repository")
     published = published.rename(columns={"last_top1": "top1"}).assign(kind="published")
     table = pd.concat([measured, published.reindex(columns=measured.columns)], ignore_index=True)
     table = table.rename(columns={"scheme": "method"}).assign(drop=table.teacher_top1 - table.top1)
     table = table.sort_values(["bits", "drop", "top1"], ascending=[True, True, False], ignore_index=True)
-    return table["bits method kind top1 std n teacher_top1 drop dataset network source".split()]
+    return table["bits method kind top1 std n half_width teacher_top1 drop dataset network source".split()]
 
 
 def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = None) -> Axes:
     """Draw ``results_table``: points lost against each method's own teacher, measured filled, published open.
 
+    Bars are standard deviations over seeds; with one seed, the 95 % interval over test images.
     Rows whose teacher no source states cannot be placed; the title counts them.
     """
     ax = ax or plt.gca()
@@ -134,7 +138,8 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
     for y, row in enumerate(rows.to_dict("records")):
         own = row["kind"] == "measured"
         look = (role(row["method"]) if own else _PUBLISHED._replace(marker="o"))._replace(dash="none", label="_").line
-        ax.errorbar(row["drop"], y, xerr=row["std"], capsize=2, fillstyle="full" if own else "none", **look)
+        spread = row["half_width"] if row["n"] == 1 else row["std"]
+        ax.errorbar(row["drop"], y, xerr=spread, capsize=2, fillstyle="full" if own else "none", **look)
     ax.set_yticks(range(len(rows)), rows.method, fontsize=6)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
     ax.set_xlabel("points lost")
