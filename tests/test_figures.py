@@ -303,7 +303,7 @@ def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
     name = method_name
     assert name(row) == name(row | {"bf16": blank, "image_bits": blank}) == "foldable"
     assert name(row | {"recipe": "gdfq"}) == "foldable + gdfq"
-    assert name(row | {"bf16": True}) == "foldable + bfloat16"
+    assert name(row | {"bf16": True}) == "foldable"
     match = row | {"recipe": "match", "bf16": True}
     assert name(match | {"image_bits": 6.0}) == "foldable + match, 120 steps + image 6 bits"
     assert name(match) == "foldable + match, 120 steps"

@@ -217,7 +217,6 @@ def method_name(row: Mapping[Any, Any]) -> str:
         f"match, {steps:.0f} steps" if match else recipe: recipe != "adadfq" and steps > 0,
         f"image {image_bits:.0f} bits": image_bits > 0,  # NaN where a table has no such column
         f"auto {auto:.1f}" if auto > 0 else "bits by layer": by_layer,
-        "bfloat16": row.get("bf16") is True and not match,
     }
     return " + ".join([row["scheme"], *(name for name, does in differs.items() if does)])
 
