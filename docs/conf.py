@@ -17,8 +17,7 @@ project, copyright, release = "GranQ", "The GranQ project contributors", granq._
 extensions = ["granq_site", "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 root_doc = "README"
-include_patterns = ["*.md", "docs/**", "notebooks/**", "figures/README.md", "benchmarks/README.md"]
-include_patterns += ["granq/teachers/README.md"]
+include_patterns = ["*.md", "docs/**", "notebooks/**", "figures/README.md", "benchmarks/README.md", "granq/*/README.md"]
 exclude_patterns = [".*", "docs/_*", "runs"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -37,8 +36,8 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_context = {"default_mode": "auto"}
-alone = {"README", "docs/method", "docs/generated/table", *CONTENTS["README"]} - {"notebooks/README", "docs/results"}
-html_sidebars = {page: [] for page in alone - {"docs/generated/api"}}
+html_sidebars = {page: [] for page in {*CONTENTS["README"]} - {*CONTENTS, "docs/generated/api"}}
+html_sidebars |= {"README": [], "docs/generated/table": []}
 html_theme_options = {
     "secondary_sidebar_items": {"**": ["page-toc"], "docs/generated/table": []},
     "show_prev_next": False,

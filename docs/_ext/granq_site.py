@@ -25,14 +25,23 @@ from granq.measure.workbench import PUBLISHED, method_name, published_results
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs/generated"  # git ignores it
 CHART = "application/vnd.vegalite.v5+json"
+
+
+def found(*patterns: str) -> list[str]:
+    """Return the files that fit these patterns, as Sphinx names them."""
+    return [path.relative_to(ROOT).with_suffix("").as_posix() for x in patterns for path in sorted(ROOT.glob(x))]
+
+
+FIRST = ["notebooks/README", "figures/README", "docs/method", "docs/results", "docs/generated/api"]
+RESULTS = ["docs/generated/table", "docs/speed", "docs/reproduction", "docs/reliability", "benchmarks/README"]
+RESULTS += found("granq/*/README.md")
 #: the pages below a page
 CONTENTS = {
-    "README": ["notebooks/README", "figures/README", "Method <docs/method>", "docs/results", "docs/generated/api",
-               "docs/extending", "CONTRIBUTING", "CHANGELOG", "NOTICE"],
-    "notebooks/README": [path.stem for path in sorted(ROOT.glob("notebooks/[!s]*.ipynb"))] + ["solutions"],
-    "docs/results": ["generated/table", "speed", "reproduction", "reliability", "../benchmarks/README",
-                     "../granq/teachers/README"],
-}  # fmt: skip
+    "README": FIRST + [name for name in found("docs/*.md", "[!R]*.md") if name not in FIRST + RESULTS],
+    "notebooks/README": [*found("notebooks/[!s]*.ipynb"), "notebooks/solutions"],
+    "docs/results": RESULTS,
+}
+SHORT = {"docs/method": "Method"}  # titles where space is short
 TABLE = """# All results
 
 A click on a heading sorts, a second click turns the order around. *Points lost* is the distance to the teacher. Our
@@ -178,7 +187,8 @@ def add_contents(app: Sphinx, name: str, text: list[str]) -> None:
     if name == "docs/results":
         text[0] = text[0].replace("../figures/results_table.md", "generated/table.md")
     if name in CONTENTS:
-        text[0] += "\n".join(["", "```{toctree}", ":hidden:", "", *CONTENTS[name], "```", ""])
+        pages = [f"{SHORT[page]} </{page}>" if page in SHORT else f"/{page}" for page in CONTENTS[name]]
+        text[0] += "\n".join(["", "```{toctree}", ":hidden:", "", *pages, "```", ""])
 
 
 def add_scripts(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
