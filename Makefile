@@ -60,12 +60,12 @@ lab: export PATH := $(CURDIR)/$(BIN):$(PATH)
 lab: $(STAMP) ## Open JupyterLab on 127.0.0.1, with a token, at the first notebook
 	JUPYTER_NO_CONFIG=1 $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/00_start_here.ipynb
 
-browser: $(STAMP) ## Run notebooks in JupyterLab in a real browser (Debian: installs chromium)
+browser: $(STAMP) ## Open notebooks and the documentation site in a real browser (Debian: installs chromium)
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
-	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py tests/test_site.py
 
-docs: $(STAMP) ## Check the pages: their links, their commands, their code
-	$(BIN)/python -m pytest -q tests/test_docs.py
+docs: $(STAMP) ## Build the documentation site: docs/_build/html/index.html
+	$(BIN)/python -m sphinx -q -W -E -d docs/_build/doctrees -c docs . docs/_build/html
 
 wheel: $(STAMP) ## Build the wheel, install it into a fresh environment and use it from there
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m wheel tests/test_packaging.py

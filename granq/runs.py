@@ -236,7 +236,7 @@ class SavedRun(NamedTuple):
     """What ``load_run`` reads: the student, and where it comes from."""
 
     student: fx.GraphModule  #: in eval mode
-    config: QATConfig
+    config: QATConfig  #: its settings
     spec: DataSpec  #: the data that measured it, and the normalization of its images
     facts: dict[str, Any]  #: ``config.json``: network, data, teacher, its accuracy, versions
     epoch: int  #: finished epochs

@@ -1,6 +1,8 @@
 """Seeds, threads and figures are the same for every test."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,24 @@ from torch import nn
 import granq
 from granq.data import describe_data
 from granq.models import build_network, save_teacher
+
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, for tests marked browser."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or os.environ.get("CHROMIUM", "")
+    assert chromium, "chromium is missing: make browser installs it"
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True)

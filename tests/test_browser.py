@@ -4,9 +4,7 @@ Screenshots are kept in ``runs/browser``, with the latencies that were measured 
 """
 
 import json
-import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,10 +24,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "runs/browser"
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 #: JavaScript of the page: for every step of a control its time, and that of the last change of the picture after it
 WATCH = """() => {
     window.steps = [];
@@ -88,18 +82,6 @@ def lab() -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or os.environ.get("CHROMIUM", "")
-    assert chromium, "chromium is missing: make browser installs it"
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def picture(page: Any) -> str:
