@@ -10,7 +10,6 @@ from pandas import DataFrame, Series
 
 from granq.errors import UserError
 from granq.measure.images import decode_pixels
-from granq.measure.workbench import dataset_name
 from granq.show.style import GREY, Ax, Role, finish, plain_log, role, select, side_by_side
 
 TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
@@ -99,7 +98,8 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
     teacher, n = measured.teacher_top1.mean(), measured.groupby(["scheme", "bits"]).seed.nunique().min()
     ax.axhline(teacher, color=GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
-    ax.set_title(f"{dataset_name(measured.dataset.iloc[0])}, {measured.network.iloc[0]}, at least {n} seeds")
+    network = measured.network.iloc[0].rpartition(":")[2]
+    ax.set_title(f"{measured.dataset.iloc[0]}, {network}, n ≥ {n} seeds")
     ax.set_xticks(range(len(widths)), widths)
     ax.set_ylabel("test top-1 (%)")
     return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1))
