@@ -223,12 +223,12 @@ def small(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_auto_allocates_resumes_and_is_repeated(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = [*small, "--bits", "auto:3.0"]
+    run, network = [*small, "--bits", "auto:3.0"], small[small.index("--network") + 1]
     assert main([*run, "--out", str(tmp_path / "a")]) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["bits"], row["auto_bits"], row["epochs"], row["warmup_epochs"]) == ("W3A3", 3.0, 2, 0)
     assert method_name(row) == "foldable + auto 3.0" and row["generator"] == str(tmp_path / "a/warmup")
-    saved = granq.load_run(tmp_path / "a", network=row["network"])
+    saved = granq.load_run(tmp_path / "a", network=network)
     own = {name: tuple(pair) for name, pair in json.loads(row["layer_bits"]).items()}
     assert saved.config.layer_bits == own and set(own) == set(OWN)
     found = {n: (q.weight.bits, q.inputs[0].bits) for n, q in layer_quantizers(saved.student).items()}
@@ -251,7 +251,7 @@ def test_auto_allocates_resumes_and_is_repeated(
     assert main([*run, "--out", str(out), "--resume"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["layer_bits"] == row["layer_bits"] and again["last_top1"] == row["last_top1"]
-    state = granq.load_run(out, network=row["network"]).student.state_dict()
+    state = granq.load_run(out, network=network).student.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in saved.student.state_dict().items())
 
     assert main([*run, "--out", str(out), "--resume"]) == 0  # a finished run says what it said
@@ -259,9 +259,9 @@ def test_auto_allocates_resumes_and_is_repeated(
     monkeypatch.setattr(granq, "measure_sensitivity", interrupted)  # a row names the bits: nothing is measured again
     pd.DataFrame([row]).to_csv(tmp_path / "t.csv", index=False)
     repeat = ["quantize", "--from-row", str(tmp_path / "t.csv"), "1", "--out", str(tmp_path / "c"), "--device", "cpu"]
-    assert main([*repeat, "--network", row["network"], "--json"]) == 0
+    assert main([*repeat, "--network", network, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["difference"] == 0
-    state = granq.load_run(tmp_path / "c", network=row["network"]).student.state_dict()
+    state = granq.load_run(tmp_path / "c", network=network).student.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in saved.student.state_dict().items())
 
 

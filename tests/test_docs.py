@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 import granq
 from granq.app.cli import parse
@@ -125,14 +126,18 @@ def commands(name: str) -> list[str]:
     lines = "\n".join(code for _, code in BLOCK.findall(text)) + "\n" + "\n".join(re.findall(r"^ {4}(.*)$", text, re.M))
     lines = re.sub(r"\s*\\\n\s*", " ", lines)
     found = [line.partition(" #")[0].strip() for line in lines.splitlines() if line.startswith("granq ")]
-    return found + re.findall(r"^Made by `(granq .*)`\.$", text, re.MULTILINE)
+    found += re.findall(r"^Made by `(granq .*)`\.$", text, re.MULTILINE)
+    variables = dict(re.findall(r'^([A-Z]+)="([^"]*)"$', text, re.MULTILINE))
+    return [re.sub(r"\$([A-Z]+)", lambda name: variables.get(name[1], name[0]), line) for line in found]
 
 
 @pytest.fixture
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder in which every file exists that the pages name."""
     for label in "0123456789":
-        (tmp_path / "PATH/test" / label).mkdir(parents=True)
+        for folder in ("PATH/test", "cifar10/test"):
+            (tmp_path / folder / label).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / folder / label / "0.png")
     (tmp_path / "figures").symlink_to(ROOT / "figures")
     monkeypatch.chdir(tmp_path)
 

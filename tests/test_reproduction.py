@@ -230,10 +230,14 @@ def test_any_row_is_repeated_from_its_own_fields(folder, teacher, tmp_path, caps
         assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
 
 
-def test_rows_of_the_published_table_are_understood():
+def test_rows_of_the_published_table_are_understood(tmp_path):
     table = PAGE.parent.parent / "figures/results_cifar10.csv"
     for number, row in [*enumerate(pd.read_csv(table).to_dict("records"), 1)][::6]:
-        job = from_arguments(["--from-row", str(table), str(number), "--out", "again", "--seed", "77"])
+        code = ["--network", row["network"]] if ".py:" in row["network"] else []
+        (tmp_path / "cifar10/test/a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "cifar10/test/a/0.png")
+        code += ["--data", f"folder:{tmp_path}/cifar10"]
+        job = from_arguments(["--from-row", str(table), str(number), "--out", "again", "--seed", "77", *code])
         assert (job.scheme, job.recipe, job.epochs, job.seed) == (row["scheme"], row["recipe"], row["epochs"], 77)
         assert row["bits"] == f"W{job.weight_bits}A{job.act_bits}" and str(job.teacher) == row["teacher"]
 
