@@ -212,6 +212,20 @@ def test_students_that_come_with_granq_open_by_name(tmp_path, monkeypatch):
         granq.load_student("nope")
 
 
+@pytest.mark.parametrize("name", ["cifar10-strict-w3a3", "cifar10-foldable-w3a3"])
+def test_students_that_ship(name):
+    saved = granq.load_student(name)
+    facts, size = saved.facts, (granq.packed.STUDENTS / f"{name}.safetensors").stat().st_size
+    frame = granq.audit(saved.student, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    found = granq.summarize_audit(frame)
+    assert found["weights_low_bit"] == 100 and found["macs_not_quantized"] == 0
+    assert found["true_bits_per_weight"] == pytest.approx(facts["true_bits_per_weight"])
+    packed, beside = (frame.weights * frame.bits_per_weight).sum() / 8, 40_000  # BatchNorms, ranges and the header
+    assert packed < size < packed + beside < 0.16e6
+    assert facts["top1_low"] < facts["top1"] < facts["top1_high"] and facts["top1"] > facts["teacher_top1"] - 3
+    assert saved.config.bits == "W3A3" and name.split("-")[1] == saved.config.scheme and facts["commit"]
+
+
 def test_export_and_evaluate(folder, teacher, tmp_path, capsys):
     run, file = tmp_path / "run", tmp_path / "out/s.safetensors"
     tiny = "--epochs 2 --warmup-epochs 1 --iterations 1 --batch-size 4 --device cpu --scheme strict --bits 3,3".split()
@@ -225,7 +239,7 @@ def test_export_and_evaluate(folder, teacher, tmp_path, capsys):
         header = opened.metadata()["granq"]
     facts = json.loads(header)["facts"]
     assert str(tmp_path) not in header  # where things lay is nobody's business
-    assert facts["network"] == "resnet20_cifar10" and facts["teacher"] == teacher.name and facts["data"] == "folder"
+    assert facts["network"] == "resnet20_cifar10" and facts["teacher"] == teacher.name and facts["data"] == "data"
     assert facts["images"] == 6 and facts["top1_low"] <= facts["top1"] <= facts["top1_high"] <= 100 and facts["torch"]
     assert facts["true_bits_per_weight"] == pytest.approx(3.2, abs=0.1) and said["bytes"] == file.stat().st_size
     # Wilson's interval of k of n at 95 %, from its formula

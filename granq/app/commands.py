@@ -240,6 +240,8 @@ def export(
 def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
     from scipy.stats import binomtest
 
+    from granq.measure.workbench import dataset_name
+
     _check_new(out, ".safetensors")
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
     facts["top1"] = top1 = granq.top1_on(saved.student, test, spec)
@@ -248,7 +250,7 @@ def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
     facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
     facts |= granq.devices.versions() | {"commit": granq.devices.commit()}
     # where they lay on this machine is nobody's business
-    facts |= {"run": run.name, "data": data.split(":")[0], "teacher": Path(saved.facts.get("teacher", "")).name}
+    facts |= {"run": run.name, "data": dataset_name(data), "teacher": Path(saved.facts.get("teacher", "")).name}
     granq.save_packed(out, saved._replace(facts=facts))
     return facts | {"out": str(out), "bytes": out.stat().st_size}
 
