@@ -166,6 +166,7 @@ def test_export(tmp_path, tiny):
     kinds = [n.op_type for n in onnx.load(tmp_path / "n.onnx").graph.node]
     assert kinds.count("QuantizeLinear") == 3 and kinds.count("DequantizeLinear") == 3 + 4
     torch.testing.assert_close(logits, twin(x), rtol=1e-5, atol=1e-5)
+    assert b"integer.py" not in (tmp_path / "n.onnx").read_bytes()  # nor any other path of this machine
 
 
 def inverted_residuals():
