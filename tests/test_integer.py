@@ -200,9 +200,9 @@ def test_eight_bits_in_onnxruntime(tmp_path, make):
 
 def test_sums_that_float32_rounds_stay_within_the_bound(tmp_path):
     """1,024 products near 255 * 255 are beyond 2^24; ``measure_integer_agreement`` says what float32 may do to them."""
-    layer = nn.Linear(1024, 4)
+    layer = nn.Conv2d(1024, 4, 1)
     nn.init.uniform_(layer.weight, 0.9, 1)
-    student, x = quantize_model(nn.Sequential(layer).eval(), "foldable", 8, 8), 1 - torch.rand(8, 1024) / 10
+    student, x = quantize_model(nn.Sequential(layer).eval(), "foldable", 8, 8), 1 - torch.rand(8, 1024, 2, 2) / 10
     calibrate(student, [x])
     twin = integer_model(student)
     frame, (found,) = measure_integer_agreement(student, x, twin), run_exported(twin, x, tmp_path / "n.onnx")
