@@ -26,7 +26,7 @@ from granq.quantizer import QParams, quantize
 class Integers(NamedTuple):
     """A quantized tensor: ``values / scale_inv`` is what it stands for."""
 
-    values: Tensor  #: ``u = q + z``, int8 where that is wide enough, else int16
+    values: Tensor  #: ``u = q + z``, int8 or uint8 where that is wide enough, else int16
     scale_inv: Tensor  #: the multiplier, broadcastable to ``values``
 
     def dequantize(self) -> Tensor:
@@ -61,15 +61,18 @@ PLAIN = Conv()
 def to_integers(x: Tensor, qparams: QParams, bits: int) -> Integers:
     """Quantize ``x``, clamped, and hold ``q + z``. Raises UserError if that needs more than 16 bits."""
     values = quantize(x, *qparams, bits) + qparams.zero_point  # floats that are whole
-    largest = values.abs().max().item() if values.numel() else 0
-    if largest >= 2**15:
+    low, high = (end.item() for end in values.aminmax()) if values.numel() else (0, 0)
+    if (largest := max(-low, high)) >= 2**15:
         raise UserError(f"q + z reaches {largest:.0f}, beyond int16: choose ranges that hold zero")
-    return Integers(values.to(torch.int8 if largest < 2**7 else torch.int16), qparams.scale_inv)
+    wide = torch.uint8 if low >= 0 and high < 2**8 else torch.int16
+    return Integers(values.to(torch.int8 if largest < 2**7 else wide), qparams.scale_inv)
 
 
 def accumulate(values: Tensor, weight: Tensor, conv: Conv, carrier: torch.dtype = torch.int32) -> Tensor:
     """Convolve integers exactly in ``carrier``. Raises OverflowError if some sum of this type may not fit it."""
-    largest = int(weight.abs().sum((1, 2, 3), dtype=torch.int64).max()) * torch.iinfo(values.dtype).max
+    # one byte is no looser than its bound; of two, only the largest value says how many bits are in use
+    most = values.abs().max() if values.dtype == torch.int16 else torch.iinfo(values.dtype).max
+    largest = int(weight.abs().sum((1, 2, 3), dtype=torch.int64).max() * most)
     limit = 2**31 if carrier == torch.int32 else int(2 / torch.finfo(carrier).eps)  # 2**24 for float32
     if largest >= limit:
         raise OverflowError(f"a sum may reach {largest}, which {carrier} does not hold exactly")

@@ -56,9 +56,10 @@ def test_one_row_per_method_and_shape():
     assert set(pd.read_csv(BENCHMARKS.parent / "figures/quantizer_latency.csv").columns) == set(frame.columns)
 
 
-def test_scaling_rows_and_memory(capfd):
+@pytest.mark.parametrize("bits", [3, 8])
+def test_scaling_rows_and_memory(capfd, bits):
     """A row for each execution and shape; the grouped one holds every partial sum twice (int32, then rescaled)."""
-    frame = latency.measure_latency_scaling((2, 4), (1, 2), fixed=(2, 2), size=8, repetitions=3)
+    frame = latency.measure_latency_scaling((2, 4), (1, 2), fixed=(2, 2), size=8, bits=bits, repetitions=3)
     assert len(frame) == 6 * 3 and (frame.q25_ms <= frame.median_ms).all() and (frame.median_ms <= frame.q75_ms).all()
     grouped = frame[(frame.execution == "accumulation-time, grouped") & (frame.channels == 4)].iloc[0]
     partial_bytes = 2 * 4 * 4 * 8 * 8 * 4

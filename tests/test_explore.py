@@ -243,9 +243,10 @@ def test_the_method_figure_quantizes_like_the_library(tiny: nn.Module, charts: d
         assert np.isclose(cell["value"], right[int(cell["channel"]), int(cell["pixel"])], rtol=1e-6, atol=1e-9)
 
 
-def test_the_integer_walk_adds_up(tiny: nn.Module) -> None:
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_integer_walk_adds_up(tiny: nn.Module, bits: int) -> None:
     """The products of a window are those of torch's own integer convolution, and the value that of the student."""
-    student = granq.quantize_model(tiny, "foldable", 3, 3)
+    student = granq.quantize_model(tiny, "foldable", bits, bits)
     granq.calibrate(student, [images()])
     data = granq.measure_integer_walk(student, images(), "conv2", channels=4, pixels=64)
     twin, seen = granq.integer_model(student), []

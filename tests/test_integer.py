@@ -8,6 +8,7 @@ from conftest import TinyNet
 from safetensors.torch import load_file
 from torch import nn
 
+from granq import integer
 from granq.convert import activation_places, calibrate, quantize_model
 from granq.errors import UserError
 from granq.files import write_tensors
@@ -24,6 +25,20 @@ def with_statistics(model):
             norm.running_mean.normal_(0, 0.2), norm.running_var.uniform_(0.5, 2)
             norm.weight.data.uniform_(0.5, 1.5), norm.bias.data.normal_(0, 0.2)
     return model.eval()
+
+
+def run_exported(twin, x, path, outputs_of=""):
+    """Export ``twin``, with two of the images as the example, and run all of them in onnxruntime.
+
+    ``outputs_of`` is a kind of node, the outputs of which follow the logits, in the order of execution.
+    """
+    export_onnx(twin, x[:2], path)
+    model = onnx.load(path)
+    for node in model.graph.node if outputs_of else ():
+        if node.op_type == outputs_of:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return [torch.from_numpy(t) for t in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
 
 
 class Grouped(nn.Module):
@@ -139,13 +154,6 @@ def test_the_twin_leaves_the_student_as_it_is(tiny):
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
-def test_onnx_stores_at_most_seven_bits(tmp_path, tiny):
-    student = quantize_model(tiny, "foldable", 8, 3)
-    calibrate(student, [torch.randn(8, 3, 8, 8)])
-    with pytest.raises(UserError, match="at most 7 bits"):
-        export_onnx(integer_model(student), torch.randn(2, 3, 8, 8), tmp_path / "n.onnx")
-
-
 def test_export(tmp_path, tiny):
     student = quantize_model(with_statistics(tiny), "foldable", 3, 3)
     calibrate(student, [torch.randn(8, 3, 8, 8)])
@@ -154,12 +162,52 @@ def test_export(tmp_path, tiny):
     saved = load_file(tmp_path / "i.safetensors")
     assert saved.keys() == twin.state_dict().keys() and len(saved) == 4 * 3 + 3 * 2  # layers, places
     assert saved["conv1.weight"].dtype == torch.int8 and saved["conv1.rescale"].shape == (4,)
-    export_onnx(twin, x[:2], tmp_path / "n.onnx")
+    (logits,) = run_exported(twin, x, tmp_path / "n.onnx")  # another batch size than the example's
     kinds = [n.op_type for n in onnx.load(tmp_path / "n.onnx").graph.node]
     assert kinds.count("QuantizeLinear") == 3 and kinds.count("DequantizeLinear") == 3 + 4
-    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
-    logits = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]  # another batch size than the example's
-    torch.testing.assert_close(torch.from_numpy(logits), twin(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, twin(x), rtol=1e-5, atol=1e-5)
+    assert b"integer.py" not in (tmp_path / "n.onnx").read_bytes()  # nor any other path of this machine
+
+
+def inverted_residuals():
+    """A residual around a depthwise convolution, between convolutions whose outputs have no ReLU."""
+    block, first = torchvision.models.mobilenetv2.InvertedResidual, nn.Conv2d(3, 4, 3, 2, 1)
+    blocks = block(4, 6, 2, 3), block(6, 6, 1, 3)
+    return nn.Sequential(first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("make", [TinyNet, Grouped, Mixer, TwoNorms, inverted_residuals])
+def test_eight_bits_in_onnxruntime(tmp_path, make):
+    """Weights and codes are uint8; codes and logits are the twin's, but for values on a tie, one code apart."""
+    student, right = quantize_model(with_statistics(make()), "foldable", 8, 8), list[torch.Tensor]()
+    calibrate(student, [torch.randn(4, 3, 32, 32) for _ in range(2)])
+    twin, x = integer_model(student), torch.randn(3, 3, 32, 32)
+    logits, *codes = run_exported(twin, x, tmp_path / "n.onnx", "QuantizeLinear")
+    stored = [(tuple(t.dims), t.data_type) for t in onnx.load(tmp_path / "n.onnx").graph.initializer]
+    for module in twin.modules():
+        if isinstance(module, integer.IntegerInput):
+            module.register_forward_hook(lambda place, args, u: right.append(u + 128 - place.zero_point))
+        if isinstance(module, integer.IntegerLayer):
+            kinds = {kind for shape, kind in stored if shape == module.weight.shape}
+            assert kinds == {onnx.TensorProto.UINT8}
+    assert (logits - twin(x)).abs().max() < integer.ROUNDING * logits.abs().max()
+    assert len(codes) == len(right) == len(activation_places(student))
+    for code, own in zip(codes, right, strict=True):
+        assert code.dtype == torch.uint8 and code.max() > 127
+        apart = (code - own).abs()
+        assert apart.max() <= 1 and apart.mean() < 1e-3
+
+
+def test_sums_that_float32_rounds_stay_within_the_bound(tmp_path):
+    """1,024 products near 255 * 255 are beyond 2^24; ``measure_integer_agreement`` says what float32 may do to them."""
+    layer = nn.Conv2d(1024, 4, 1)
+    nn.init.uniform_(layer.weight, 0.9, 1)
+    student, x = quantize_model(nn.Sequential(layer).eval(), "foldable", 8, 8), 1 - torch.rand(8, 1024, 2, 2) / 10
+    calibrate(student, [x])
+    twin = integer_model(student)
+    frame, (found,) = measure_integer_agreement(student, x, twin), run_exported(twin, x, tmp_path / "n.onnx")
+    assert frame.max_accumulator[0] > 2**24 and (frame.beyond_bound == 0).all()
+    assert ((found - twin(x)).abs() <= (1024 + 8) * torch.finfo(torch.float32).eps * (found.abs() + 1)).all()
 
 
 def test_refusals(tiny):
@@ -206,7 +254,7 @@ def building_blocks():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [3, 7])
+@pytest.mark.parametrize("bits", [3, 7, 8])
 def test_subclasses_are_folded_and_exported(tmp_path, bits):
     student, x = quantize_model(building_blocks(), "foldable", bits, bits), torch.randn(8, 3, 21, 16)
     calibrate(student, [x])
@@ -217,10 +265,8 @@ def test_subclasses_are_folded_and_exported(tmp_path, bits):
     torch.testing.assert_close(
         integer_model(student.double()).double()(x.double()), student(x.double()), rtol=1e-6, atol=1e-6
     )
-    export_onnx(twin, x[:2], tmp_path / "n.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
-    logits = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(logits), twin(x), rtol=1e-4, atol=1e-4)
+    (logits,) = run_exported(twin, x, tmp_path / "n.onnx")
+    torch.testing.assert_close(logits, twin(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_example_of_an_activation_inside_a_batchnorm():

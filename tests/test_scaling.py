@@ -32,11 +32,13 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Conv]:
     return x, weight, Conv(draw(pair), padding, draw(pair), groups)
 
 
-def quantized(x: Tensor, weight: Tensor, x_granularity: str, weight_granularity: str) -> tuple[Integers, Integers]:
-    x_integers = scaling.to_integers(x, choose_qparams(x, BITS, x_granularity), BITS)
+def quantized(
+    x: Tensor, weight: Tensor, x_granularity: str, weight_granularity: str, bits: int = BITS
+) -> tuple[Integers, Integers]:
+    x_integers = scaling.to_integers(x, choose_qparams(x, bits, x_granularity), bits)
     # the range of a 1x1 kernel of its own is a point: q + z would not fit; ranges that hold zero do
     held = torch.cat([weight.flatten(2), torch.zeros(*weight.shape[:2], 1)], 2)[..., None]
-    return x_integers, scaling.to_integers(weight, choose_qparams(held, BITS, weight_granularity), BITS)
+    return x_integers, scaling.to_integers(weight, choose_qparams(held, bits, weight_granularity), bits)
 
 
 def by_hand(x: Integers, weight: Integers, conv: Conv) -> Tensor:
@@ -98,12 +100,12 @@ def test_executions_against_a_plain_sum(conv: Conv, shift: float) -> None:
             assert ((value.double() - expected).abs() <= bound).all()
 
 
-@given(problems())
+@given(problems(), st.integers(2, 8))
 @settings(max_examples=30, deadline=None)
-def test_integer_accumulation_is_exact(problem) -> None:
+def test_integer_accumulation_is_exact(problem, bits) -> None:
     """int32 and float32 sums equal those in float64, which holds every integer below 2**53."""
     x, weight, conv = problem
-    u, v = (t.values for t in quantized(x, weight, "per_tensor", "per_out_channel"))
+    u, v = (t.values for t in quantized(x, weight, "per_tensor", "per_out_channel", bits))
     exact = F.conv2d(u.double(), v.double(), None, *conv)
     assert scaling.accumulate(u, v, conv).dtype == torch.int32
     assert torch.equal(scaling.accumulate(u, v, conv).double(), exact)
@@ -115,6 +117,20 @@ def test_integers_stand_for_the_fake_quantized_values() -> None:
     held = scaling.to_integers(x, choose_qparams(x, BITS, "per_sample_channel"), BITS)
     assert held.values.dtype == torch.int8
     assert torch.equal(held.dequantize(), fake_quantize(x, BITS))
+
+
+@pytest.mark.parametrize(("low", "kind"), [(0.0, torch.uint8), (-0.5, torch.int16)])
+def test_eight_bits_are_bounded_by_what_they_hold(low: float, kind: torch.dtype) -> None:
+    """288 products of at most 255 * 127: float32 holds their sum, which the bound of int16 would not let through."""
+    x, weight = torch.rand(2, 32, 4, 4) + low, torch.ones(3, 32, 3, 3)
+    x[0, 0, 0, :2] = torch.tensor([low, 1.0])
+    u = scaling.to_integers(x, choose_qparams(x, 8, "per_tensor"), 8).values
+    assert u.dtype == kind and u.max() - u.min() == 255
+    v = scaling.to_integers(weight, QParams(torch.tensor(127.0), torch.tensor(0.0)), 8).values
+    sums = scaling.accumulate(u, v, Conv(), torch.float32)
+    assert torch.equal(sums.double(), F.conv2d(u.double(), v.double()))
+    with pytest.raises(OverflowError, match="torch.float32"):
+        scaling.accumulate(u, v.repeat(1, 4, 1, 1), Conv(), torch.float32)
 
 
 def test_what_does_not_fit_is_refused() -> None:
