@@ -98,8 +98,8 @@ def measure_images(images: Tensor, labels: Tensor, teacher: nn.Module, spec: Dat
     """Measure what the teacher thinks of images, as ``measure_generated_images`` does."""
     with eval_mode(teacher):
         probability = teacher(images.to(next(teacher.parameters()).device)).softmax(1).cpu()
-    columns = {"label": labels, "predicted": probability.argmax(1), "size": images.shape[-1]}
-    columns |= {"confidence": probability[range(len(labels)), labels].tolist()}
+    columns = {"label": labels, "predicted": probability.argmax(1)}
+    columns |= {"confidence": probability[range(len(labels)), labels].tolist(), "size": images.shape[-1]}
     return pd.DataFrame(columns | {"pixels": [image.tobytes().hex() for image in to_pixels(images, spec)]})
 
 
