@@ -48,7 +48,7 @@ A click on a heading sorts, a second click turns the order around. *Points lost*
 accuracies are those of the last epoch, means ± standard deviations over n seeds. Their source is a table in the
 [gallery's folder](../../figures/README.md) with the numbers of its rows, which `granq quantize --from-row`
 [repeats](../reproduction.md#repeat-a-row-of-a-table). Results on different data sets or teachers
-[cannot be compared](../results.md#what-cannot-be-compared).
+[cannot be compared](../results.md#three-bits).
 
 """
 
