@@ -244,9 +244,9 @@ class Game:
         layers = [(q.weight, q.original) for q in layer_quantizers(self.student).values()]
         rows = [quantizer.codes(weight).flatten().to(torch.int16) for quantizer, weight in layers if quantizer]
         codes = torch.cat([torch.empty(0, dtype=torch.int16, device=self.device), *rows])
-        before, *earlier = self.codes or [codes[:0]]
-        changed = codes != before if self.codes else before > 0
-        back = codes[changed] == earlier[0][changed] if earlier else before[:0] > 0
+        moved = [codes != before for before in self.codes]
+        changed = moved[0] if moved else codes[:0]
+        back = ~moved[1][changed] if moved[1:] else codes[:0]
         self.codes = [codes, *self.codes[:1]]
         return {"codes_changed": 100 * changed.float().mean().item(), "codes_back": 100 * back.float().mean().item()}
 

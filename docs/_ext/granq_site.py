@@ -138,8 +138,8 @@ def measured(files: list[Path]) -> pd.DataFrame:
             runs[name] = runs[name].astype(object).fillna(field.default if plain else json.dumps(field.default))
             kind.append(name)
     drawn = runs.refined_images.map("{:,.0f} generated".format).where(runs.refined_images > 0, "generated")
-    runs["data_used"] = runs.data_used.fillna(drawn.where(~runs.method.str.contains("real"), "real images"))
-    runs["steps"] = runs.epochs * runs.iterations
+    runs["data_used"] = runs.data_used.fillna(drawn)
+    runs["steps"] = (runs.epochs - runs.warmup_epochs) * runs.iterations
     table = runs.groupby(kind, dropna=False, sort=False).agg(
         top1=("last_top1", "mean"), std=("last_top1", "std"), n=("seed", "nunique"),
         true_bits=("true_bits_per_weight", "mean"), rows=("row", lambda rows: ", ".join(map(str, rows))),

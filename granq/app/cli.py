@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     """Return the command that ``argv`` asks for, ready to be called. Shows help and exits where that is asked for."""
     argv = [part for part in argv if part != "--json"]  # which main sees to
     if argv[:1] == ["sweep"]:
-        argv = [word for part in argv for word in re.split(r"^(--preset)=", part) if word]
+        argv = [word for part in argv for word in re.sub("^--preset=", "--preset\0", part).split("\0")]
         at = 1 + argv.index("--preset") if "--preset" in argv[:-1] else len(argv)
         argv[at : at + 1] = [word for part in argv[at : at + 1] for word in jobs.PRESETS.get(part, part).split()]
     if argv[:1] == ["quantize"]:
