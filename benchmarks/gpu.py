@@ -70,7 +70,7 @@ def quantizer(device: str, dry: bool) -> pd.DataFrame:
 def step(device: str, dry: bool) -> pd.DataFrame:
     """Time the training step: plain, ours, compiled, as a CUDA graph."""
     batches = (2,) if dry else (16, 64, 200)
-    return measure_latency_step(None, batches, repetitions=1 if dry else 30, device=device, compiled=not dry)
+    return measure_latency_step(None, batches, repetitions=1 if dry else 30, device=device, compiled=0 if dry else 16)
 
 
 def teacher_and_test(dry: bool) -> tuple[torch.nn.Module, DataSpec, ImageData]:
@@ -95,7 +95,7 @@ def run(device: str, dry: bool, out: Path, seconds: float) -> pd.DataFrame:
     short = dict(epochs=3, warmup_epochs=1, iterations=1, batch_size=2) if dry else {}
     config = QATConfig.paper("cifar10", "resnet20_cifar10", 3, device=device, **short)
     graphed = device.startswith("cuda")
-    game: Game = GraphedGame(teacher, config) if graphed else Game(teacher, config, AdaDFQ(config))
+    game: Game = (GraphedGame if graphed else Game)(teacher, config, AdaDFQ(config))
     facts = {"full_precision_top1": top1_on(teacher.to(device), test, spec, device), "test_images": len(test)}
     facts |= {"batch": config.batch_size, "seed": config.seed, "graphed": graphed, "commit": commit()}
     evaluate = partial(top1_on, dataset=test, spec=spec, device=device)

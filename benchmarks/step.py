@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from granq import losses
 from granq.config import QATConfig
 from granq.convert import Quantizer
 from granq.generator import Generator, batchnorm_inputs, synthesize
+from granq.match import Match
 from granq.measure.latency import alternate, quartiles, textbook_chain, timings
 from granq.models import build_network
 from granq.qat import AdaDFQ, Game
@@ -85,32 +87,61 @@ class GraphedGame(Game):
     """A CUDA graph of the step: recorded once, then replayed by one launch instead of some thousand.
 
     Three calls run as they are, in which libraries choose their algorithms and optimizers make their state; the fourth
-    is recorded. Learning rates are part of a recording, so a new one is made when they change. Random numbers go on.
+    is recorded. A learning rate that is a number is part of a recording, so a new one is made when it changes; recipe
+    match, whose rate changes in every step, gets them as tensors. Random numbers go on.
     """
 
     WARM = 3
 
-    def __init__(self, teacher: nn.Module, config: QATConfig) -> None:
-        super().__init__(teacher, config, AdaDFQ(config))
-        rates = dict(lr=config.generator_lr, betas=(0.5, 0.999), capturable=True)
+    def __init__(self, teacher: nn.Module, config: QATConfig, recipe: AdaDFQ | None = None, **more: Any) -> None:
+        super().__init__(teacher, config, recipe or AdaDFQ(config), **more)
+        rates: Any = dict(lr=config.generator_lr, betas=(0.5, 0.999), capturable=True)
         self.optimizers["generator"] = torch.optim.Adam(self.generator_params, **rates)
         self.calls, self.recorded, self.stream = 0, (), torch.cuda.Stream()
+        if isinstance(self.recipe, Match):
+            self.matched, self.recipe.step = self.recipe.step, self.match  # type: ignore[method-assign]
+
+    def optimize_student(self) -> None:
+        super().optimize_student()
+        if isinstance(self.recipe, Match):
+            groups = self.optimizers["student"].param_groups
+            rates = [{"lr": torch.tensor(float(group["lr"]), device=self.device)} for group in groups]
+            self.optimizers["student"] = torch.optim.Adam([g | r for g, r in zip(groups, rates, strict=True)])
+            for group in self.optimizers["student"].param_groups:
+                group["capturable"] = True
+
+    def _set_rates(self, iteration: int) -> None:
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        tensors = [group["lr"] for group in groups]
+        super()._set_rates(iteration)
+        for group, tensor in zip(groups, tensors, strict=True):
+            if isinstance(tensor, Tensor):
+                group["lr"] = tensor.fill_(group["lr"])
+
+    def match(self, game: Game) -> dict[str, Tensor]:
+        return self.replayed(lambda: self.matched(game), "match")
 
     def play(self, train_student: bool = True) -> dict[str, Tensor]:
+        return self.replayed(lambda: super(GraphedGame, self).play(train_student), train_student)
+
+    def replayed(self, step: Callable[[], dict[str, Tensor]], kind: object) -> dict[str, Tensor]:
+        """Do ``step``; what it returns is overwritten by the next one."""
         rates = [group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        if self.recorded != (now := (train_student, id(self.optimizers["student"]), *rates)):
+        rates = [rate for rate in rates if not isinstance(rate, Tensor)]
+        frozen = self.epoch >= (self.config.generator_epochs or self.config.epochs)
+        if self.recorded != (now := (kind, frozen, id(self.optimizers["student"]), *rates)):
             self.recorded, self.calls = now, 0
         self.calls += 1
         if self.calls <= self.WARM:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                losses = super().play(train_student)
+                losses = step()
             torch.cuda.current_stream().wait_stream(self.stream)
             return losses
         if self.calls == self.WARM + 1:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.losses = super().play(train_student)
+                self.losses = step()
         self.graph.replay()
         return self.losses  # of this step until the next
 
@@ -129,15 +160,15 @@ def measure_latency_step(
     image_size: int = 32,
     repetitions: int = 30,
     device: str = "cpu",
-    compiled: bool = False,
+    compiled: int = 0,
 ) -> pd.DataFrame:
     """Time one training step of ResNet-20 for CIFAR-10, scheme ``granq``, against the plain step.
 
     Returns:
         Columns method (plain; granq; granq bf16 where the device has it; each of granq's also as CUDA graph where there
-        is CUDA; compiled if asked for), batch, bits, image_size, median_ms, q25_ms, q75_ms, speedup (plain over this,
-        median of the ratios within a repetition) with quartiles ``speedup_q25`` and ``speedup_q75``, repetitions,
-        threads, torch, device.
+        is CUDA; compiled up to the batch size ``compiled``), batch, bits, image_size, median_ms, q25_ms, q75_ms,
+        speedup (plain over this, median of the ratios within a repetition) with quartiles ``speedup_q25`` and
+        ``speedup_q75``, repetitions, threads, torch, device.
     """
     torch.manual_seed(0)
     teacher = teacher or build_network("resnet20_cifar10", 10)  # times do not depend on the weights
@@ -150,7 +181,7 @@ def measure_latency_step(
                 games[name] = Game(teacher, config.change(bf16=bf16), AdaDFQ(config))
                 if device.startswith("cuda"):
                     games[f"{name}, CUDA graph"] = GraphedGame(teacher, config.change(bf16=bf16))
-        if compiled:
+        if batch <= compiled:
             games["granq, compiled"] = compiled_game(teacher, config)
         runs: dict[str, Any] = {name: partial(game.play, True) for name, game in games.items()}
         times = alternate(runs, repetitions)

@@ -4,6 +4,7 @@ What belongs together is written together; ``QATConfig`` has all of it, flat: ``
 CSV column ``epochs``.
 """
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -118,9 +119,10 @@ class QATConfig(Match, Game, Quantization, Run):
 
     @classmethod
     def paper(cls, data: str, network: str, bits: int, **changes: Any) -> "QATConfig":
-        """Return the published settings (docs/method.md, section 6), by data, network and width."""
+        """Return the published settings (docs/method.md, section 6), by data, network, width and image size."""
         chosen: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
-        if data in ("cifar10", "cifar100", "digits") or "cifar" in network:
+        data = PurePath(data.removeprefix("folder:")).name  # a folder is called as what it holds
+        if data in ("cifar10", "cifar100", "digits") or "cifar" in network or changes.get("image_size", 224) <= 64:
             batch = 200 if "cifar100" in (data, network.rpartition("_")[2]) else 16
             chosen |= dict(epochs=200, batch_size=batch, milestones=(100, 200, 300))
             return cls(**(chosen | changes))

@@ -64,7 +64,7 @@ class Match(GDFQ):
         if self.refined is None:
             self.refined = refined_images(game)
         images, labels = self.refined
-        chosen = torch.randint(0, len(images), (self.config.batch_size,))
+        chosen = torch.randint(0, len(images), (self.config.batch_size,), device=images.device)
         return vary(images[chosen], SPREAD / 2), labels[chosen]
 
     def prepare(self, game: Game) -> None:
