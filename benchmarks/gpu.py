@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -61,16 +61,23 @@ def tests() -> int:
     return int(pytest.main(["-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider", *files]))
 
 
-def quantizer(device: str, dry: bool) -> pd.DataFrame:
-    """Time the quantizers."""
-    shapes = [(2, 3, 4, 4)] if dry else SHAPES
-    return measure_latency_quantizers(shapes, repetitions=2 if dry else 30, device=device)
+def quantizer(device: str, dry: bool) -> Iterator[pd.DataFrame]:
+    """Time the quantizers, one shape after the other."""
+    for shape in [(2, 3, 4, 4)] if dry else SHAPES:
+        yield measure_latency_quantizers([shape], repetitions=2 if dry else 30, device=device)
 
 
-def step(device: str, dry: bool) -> pd.DataFrame:
-    """Time the training step: plain, ours, compiled, as a CUDA graph."""
-    batches = (2,) if dry else (16, 64, 200)
-    return measure_latency_step(None, batches, repetitions=1 if dry else 30, device=device, compiled=0 if dry else 16)
+def step(device: str, dry: bool) -> Iterator[pd.DataFrame]:
+    """Time the training step: plain, ours, compiled, as a CUDA graph; the smallest batch last, which is compiled."""
+    for batch in (2,) if dry else (200, 64, 16):
+        yield measure_latency_step(None, (batch,), repetitions=1 if dry else 30, device=device, compiled=batch == 16)
+
+
+def keep(path: Path, frames: Iterable[pd.DataFrame]) -> None:
+    """Write what there is after every frame: a part that is stopped keeps what it measured."""
+    whole = pd.DataFrame()
+    for frame in frames:
+        write_csv(path, whole := pd.concat([whole, frame], ignore_index=True))
 
 
 def teacher_and_test(dry: bool) -> tuple[torch.nn.Module, DataSpec, ImageData]:
@@ -174,7 +181,7 @@ def main(
     if part == "run":
         run(device, dry, out, seconds)
     else:
-        write_csv(out / f"cuda_{part}.csv", (quantizer if part == "quantizer" else step)(device, dry))
+        keep(out / f"cuda_{part}.csv", (quantizer if part == "quantizer" else step)(device, dry))
     return 0
 
 

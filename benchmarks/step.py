@@ -160,13 +160,13 @@ def measure_latency_step(
     image_size: int = 32,
     repetitions: int = 30,
     device: str = "cpu",
-    compiled: int = 0,
+    compiled: bool = False,
 ) -> pd.DataFrame:
     """Time one training step of ResNet-20 for CIFAR-10, scheme ``granq``, against the plain step.
 
     Returns:
         Columns method (plain; granq; granq bf16 where the device has it; each of granq's also as CUDA graph where there
-        is CUDA; compiled up to the batch size ``compiled``), batch, bits, image_size, median_ms, q25_ms, q75_ms,
+        is CUDA; compiled if asked for), batch, bits, image_size, median_ms, q25_ms, q75_ms,
         speedup (plain over this, median of the ratios within a repetition) with quartiles ``speedup_q25`` and
         ``speedup_q75``, repetitions, threads, torch, device.
     """
@@ -181,7 +181,7 @@ def measure_latency_step(
                 games[name] = Game(teacher, config.change(bf16=bf16), AdaDFQ(config))
                 if device.startswith("cuda"):
                     games[f"{name}, CUDA graph"] = GraphedGame(teacher, config.change(bf16=bf16))
-        if batch <= compiled:
+        if compiled:
             games["granq, compiled"] = compiled_game(teacher, config)
         runs: dict[str, Any] = {name: partial(game.play, True) for name, game in games.items()}
         times = alternate(runs, repetitions)

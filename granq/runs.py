@@ -137,7 +137,7 @@ def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", iden
             test, teacher, bn = f"{row['test_top1']:.1f}%", f"{row['teacher_top1']:.0f}%", f"{row['bn_loss']:.2f}"
             progress.set_postfix(test=test, teacher=teacher, bn=bn)
             progress.update()
-            before, trouble = trouble, generator_trouble(row, game.classes)
+            before, trouble = trouble, generator_trouble(game.rows, game.classes)
             if trouble and not before:  # said when it begins, not in every epoch
                 progress.write(f"epoch {game.epoch}: {trouble}", file=sys.stderr)
             if folder:
@@ -146,15 +146,25 @@ def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", iden
                 after_epoch(game)
 
 
-def generator_trouble(row: dict[str, float], classes: int) -> str:
-    """Say what is wrong with the generated images of a finished epoch; empty if nothing is (docs/reliability.md)."""
-    guess, top1, between = 100 / classes, row["teacher_top1"], row["diversity"]
+def generator_trouble(rows: list[dict[str, float]], classes: int) -> str:
+    """Say what the last finished epoch shows to be wrong with the generator; empty if nothing is (docs/reliability.md).
+
+    Nothing here looks at a test image.
+    """
+    row, guess = rows[-1], 100 / classes
+    top1, between = row["teacher_top1"], row["diversity"]
     if between < LOW_DIVERSITY:
         said = f"the generator has collapsed: only {between:.0%} of the variance is between its images"
         return f"{said}; lower generator_lr or take another seed"
-    if not row["warmup"] and top1 < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
+    if row["warmup"]:
+        return ""
+    if top1 < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
         said = f"the teacher gives only {top1:.0f} % of the generated images the label they were drawn for"
         return f"{said} (guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"
+    first = next(other for other in rows if not other["warmup"])
+    if "generator_loss" in row and row["student_loss"] > first["student_loss"]:  # both play, and one runs away
+        said = f"the student's loss is above that of epoch {first['epoch']}: the generator draws what it cannot follow"
+        return f"{said}, and its accuracy may fall (docs/results.md); generator_epochs stops the generator"
     return ""
 
 

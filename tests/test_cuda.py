@@ -106,7 +106,7 @@ def test_a_replayed_step_is_the_step(tiny, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     from step import GraphedGame
 
-    histories = []
+    histories, states = [], []
     for game in (begin(tiny, CONFIG), GraphedGame(tiny, CONFIG)):
         game.generator.train()
         torch.cuda.manual_seed(5)
@@ -116,7 +116,9 @@ def test_a_replayed_step_is_the_step(tiny, monkeypatch):
                 for optimizer in game.optimizers.values():
                     optimizer.param_groups[0]["lr"] *= 0.1
             losses.append(torch.stack([*game.play(True).values()]).clone())
+        states.append(torch.cuda.get_rng_state())
         histories.append(torch.stack(losses))
         histories.append(torch.cat([p.detach().flatten() for p in game.generator_params]))
+    assert torch.equal(*states)
     torch.testing.assert_close(histories[0], histories[2], rtol=0.02, atol=0.02)
     torch.testing.assert_close(histories[1], histories[3], rtol=0.02, atol=5e-3)

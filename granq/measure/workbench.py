@@ -134,8 +134,10 @@ class Workbench:
         """Generator, history and generated images over training, of the given runs or of a short one made here."""
         runs, histories = self._runs or [self._short_run()], []
         for run in runs:
-            c = run.read_config()["config"]
+            c = (facts := run.read_config())["config"]
             told = dict(scheme=str(c.scheme), bits=c.bits, seed=c.seed, recipe=c.recipe, run=run.path.name)
+            told["generator"] = f"generator {f'stops at {c.generator_epochs}' if c.generator_epochs else 'plays on'}"
+            told["trained_on"] = facts.get("versions", {}).get("device", "")
             histories.append(pd.read_csv(run.history).assign(**told))
         generator = load_generator(runs[0].path, self.device).train()
         if (drawn := runs[0].path / "images.csv").is_file():
@@ -208,13 +210,15 @@ def dataset_name(name: str) -> str:
 
 def method_name(row: Mapping[Any, Any]) -> str:
     """Return the scheme, and in what else a run differs from the plain recipe: such a run is a method of its own."""
-    match, image_bits, auto = row["recipe"] == "match", row.get("image_bits", 0), row.get("auto_bits", 0)
+    match = row["recipe"] == "match"
+    image_bits, auto, stops = (row.get(name, 0) for name in ("image_bits", "auto_bits", "generator_epochs"))
     by_layer = str(row.get("layer_bits", "")).startswith("{")
     steps = (row["epochs"] - row["warmup_epochs"]) * row["iterations"]
     recipe = f"paper, {row['epochs']:.0f} epochs" if row.get("preset") == "paper" else row["recipe"]
     differs = {
         "untrained": not steps,
         f"match, {steps:.0f} steps" if match else recipe: recipe != "adadfq" and steps > 0,
+        f"generator stops at {stops:.0f}": stops > 0,
         f"image {image_bits:.0f} bits": image_bits > 0,  # NaN where a table has no such column
         f"auto {auto:.1f}" if auto > 0 else "bits by layer": by_layer,
     }

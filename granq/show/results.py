@@ -30,7 +30,7 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
     ax = ax or plt.gca()
     data = DataFrame({"scheme": "student", "seed": 0}, data.index).assign(**data)
     warmup = data.warmup.astype(bool)
-    told = ["scheme", *(key for key in ("bits", "recipe") if key in data and data[key].nunique() > 1)]
+    told = ["scheme", *(key for key in ("bits", "recipe", "generator") if key in data and data[key].nunique() > 1)]
     if "run" in data and data.duplicated([*told, "seed", "epoch"]).any():  # they differ in other settings
         told = ["scheme", "run"]
     # the student's loss is measured in the warm-up too, but not yet trained on
@@ -38,6 +38,8 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
     for i, (names, rows) in enumerate(runs):
         seeds = rows.pivot(index="epoch", columns="seed", values=quantity)
         look = role(str(names[0]))._replace(label=" ".join(map(str, names)), dash=("-", "--", ":", "-.")[i % 4]).line
+        if len(seeds) > 40:  # a line is enough
+            look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
     if warmup.any():
         until = data.epoch[warmup].max() + 0.5
