@@ -269,10 +269,14 @@ def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRu
 
 def student_of(source: str | Path, own: str, named: str, config: QATConfig, spec: DataSpec) -> fx.GraphModule:
     """Return a student of network ``own``, with other weights. Raises UserError if that is code which nobody named."""
-    moved = ".py:" in own and ".py:" in named and own.rpartition(":")[2] == named.rpartition(":")[2]
-    if not moved and ((named or own) != own or ".py:" in own):
+    if not same_network(own, named or own) or (".py:" in own and not named):
         raise UserError(f"{source} is of network {own}; name it with --network (in Python: network=)")
     return quantized(build_network(named or own, spec.classes), config)
+
+
+def same_network(one: str, other: str) -> bool:
+    """Say whether two names mean one network: a file of networks may lie elsewhere today."""
+    return one == other or (".py:" in one and ".py:" in other and one.rpartition(":")[2] == other.rpartition(":")[2])
 
 
 def load_generator(run: str | Path, device: str = "cpu") -> Generator:

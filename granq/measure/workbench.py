@@ -23,7 +23,7 @@ from granq.files import write_csv
 from granq.graph import layer_names
 from granq.measure.images import generated_batches, measure_generated_images
 from granq.qat import Game
-from granq.runs import RunFolder, fingerprint, load_generator, train
+from granq.runs import RunFolder, fingerprint, load_generator, same_network, train
 from granq.schemes import SCHEMES
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
@@ -72,7 +72,7 @@ class Workbench:
         self._described = describe_data(self.data, network, mean=mean, std=std)
         self._teacher, self._runs = teacher, [RunFolder(run) for run in runs]
         for run in self._runs:
-            if (other := run.read_config().get("network")) != network:
+            if not same_network(other := str(run.read_config().get("network")), network):
                 raise UserError(f"{run.path} is a run of {other}, not of {network}")
 
     @cached_property
