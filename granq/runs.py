@@ -147,23 +147,19 @@ def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", iden
 
 
 def generator_trouble(rows: list[dict[str, float]], classes: int) -> str:
-    """Say what the last finished epoch shows to be wrong with the generator; empty if nothing is (docs/reliability.md).
-
-    Nothing here looks at a test image.
-    """
+    """Say what is wrong with the generator after the last of ``rows``; empty if nothing is (docs/reliability.md)."""
     row, guess = rows[-1], 100 / classes
-    top1, between = row["teacher_top1"], row["diversity"]
-    if between < LOW_DIVERSITY:
-        said = f"the generator has collapsed: only {between:.0%} of the variance is between its images"
+    trained = [other["student_loss"] for other in rows if not other["warmup"]]
+    if row["diversity"] < LOW_DIVERSITY:
+        said = f"the generator has collapsed: only {row['diversity']:.0%} of the variance is between its images"
         return f"{said}; lower generator_lr or take another seed"
-    if row["warmup"]:
-        return ""
-    if top1 < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
-        said = f"the teacher gives only {top1:.0f} % of the generated images the label they were drawn for"
+    if trained and row["teacher_top1"] < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
+        said = (
+            f"the teacher gives only {row['teacher_top1']:.0f} % of the generated images the label they were drawn for"
+        )
         return f"{said} (guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"
-    first = next(other for other in rows if not other["warmup"])
-    if "generator_loss" in row and row["student_loss"] > first["student_loss"]:  # both play, and one runs away
-        said = f"the student's loss is above that of epoch {first['epoch']}: the generator draws what it cannot follow"
+    if trained and "generator_loss" in row and trained[-1] > trained[0]:  # it plays against the student
+        said = "the student's loss is above that of its first epoch: the generator draws what it cannot follow"
         return f"{said}, and its accuracy may fall (docs/results.md); generator_epochs stops the generator"
     return ""
 

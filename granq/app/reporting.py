@@ -31,6 +31,7 @@ def report(
     import torch
 
     from granq import devices
+    from granq.measure.workbench import dataset_name
 
     device, given, facts = devices.resolve_device(device), channels(mean, std), dict[str, str]()
     options: dict[str, Any] = {"scheme": scheme, "bits": tuple(parse_bits(bits).values()), "images": images}
@@ -48,7 +49,7 @@ def report(
         spec = granq.describe_data(data or likely_data(network), network, image_size, **given)
     if teacher or not run:
         model, spec = granq.load_teacher(network, spec, teacher, device)
-    facts |= {"network": Path(network).name, "data": (data or "none").split(":")[0]}
+    facts |= {"network": Path(network).name, "data": dataset_name(data or "none")}
     facts["teacher"] = teacher.name if teacher else "the student without rounding" if run else "pretrained"
     test: Any = granq.load_split(spec, "test") if data else range(0)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:images]

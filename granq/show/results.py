@@ -45,7 +45,7 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
         until = data.epoch[warmup].max() + 0.5
         ax.axvspan(data.epoch.min() - 0.5, until, color="#ececee", zorder=0, label="warm-up: generator alone")
     ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity])
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4 if data.epoch.nunique() > 40 else 6))
     ax.ticklabel_format(axis="y", useOffset=False)
     return finish(ax, legend)
 
