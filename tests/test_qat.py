@@ -234,6 +234,9 @@ def test_a_generator_that_stops_to_learn(tiny):
 
 def test_paper_presets():
     assert QATConfig.paper("cifar10", "resnet20_cifar10", 3).milestones == (100, 200, 300)
+    assert QATConfig.paper("folder:/a/cifar100", "resnet32", 3).batch_size == 200  # as the folder is called
+    assert QATConfig.paper("folder:/a/photos", "mine", 3, image_size=32).temperature == 20  # by size: CIFAR's kind
+    assert QATConfig.paper("folder:/a/photos", "mine", 3, image_size=224).temperature == 5
     r50 = QATConfig.paper("imagenet", "resnet50", 4)
     assert (r50.alpha_ds, r50.lambda_l, r50.milestones, r50.warmup_epochs) == (0.1, 0.3, (200, 300, 400), 50)
 
