@@ -284,7 +284,7 @@ def test_the_integer_walk_ends_with_the_code_that_the_twin_computes(tiny: nn.Mod
     (channel, row, column), one = next(i for i in outputs.iterrows() if i[1].free != i[1].code)
     chosen = dict(channel=channel, pixel=f"row {row}, column {column}")
     texts = [str(item.get("text")) for kind, item in marks(granq.integer_walk(data), **chosen) if kind == "text"]
-    assert any(f"as code {one.free:.0f}, clamped {one.code:.0f}" in text.replace("\u2212", "-") for text in texts)
+    assert any(f"the next layer reads code {one.free:.0f}, clamped to {one.code:.0f}" in text for text in texts)
 
 
 def test_real_images_are_measured_like_generated_ones(tiny: nn.Module) -> None:

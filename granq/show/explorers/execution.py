@@ -21,8 +21,8 @@ LINES = [
     "'is ' + format(datum.value, '.6f') + '; the student computes ' + format(datum.student, '.6f')",
     "'without floating point: times ' + format(datum.multiplier, ',') + ','",
     "'shifted right by ' + datum.shift + ' bits'",
-    "datum.code === null ? '' : 'the next layer reads ' + format(datum.read, '.4~f')",
-    "datum.code === null ? '' : 'as code ' + format(datum.free, ',') + ', clamped ' + format(datum.code, ',')",
+    "datum.code === null ? '' : 'after what follows (BatchNorm, sum, ReLU) ' + format(datum.read, '.4~f')",
+    "datum.code === null ? '' : 'the next layer reads code ' + datum.free + ', clamped to ' + datum.code",
 ]
 
 
