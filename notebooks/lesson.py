@@ -106,7 +106,7 @@ def predict(question: str, measured: float, unit: str = "", words: str = "") -> 
         unit: stands after both numbers, such as "dB".
         words: the answer in words, which appears with it.
     """
-    unit, words = f" {unit}" if unit else "", textwrap.fill(words, 86)
+    unit, words = f" {unit}" if unit else "", textwrap.fill(words, 50)
     bind = alt.BindInput(input="number", name="your prediction ", placeholder="a number", debounce=700)
     guess = alt.param(name="guess", value="", bind=bind)
     rows = pd.DataFrame({"who": ["you said", "measured"], "number": [0.0, float(measured)]})
@@ -117,7 +117,7 @@ def predict(question: str, measured: float, unit: str = "", words: str = "") -> 
     far = f"{_number('abs(datum.far)')} + '{unit} too ' + (datum.far > 0 ? 'high' : 'low') + '.'"
     given = chart.transform_filter("guess !== ''")  # all is drawn within the size of the empty chart
     y = alt.Y("who:N", sort=["you said", "measured"], axis=None, scale=alt.Scale(range=[0, 44]))
-    x = alt.X("value:Q", axis=None, scale=alt.Scale(range=[70, WIDTH - 130]))
+    x = alt.X("value:Q", axis=None, scale=alt.Scale(range=[70, {"expr": "max(width, 300) - 130"}]))
     bars = given.mark_bar(size=14, color=GREY).encode(x, y)
     names = given.mark_text(align="left", color=TEXT).encode(y, text="who:N", x=alt.value(0))
     numbers = given.transform_calculate(text=f"{_number('datum.value')} + '{unit}'")

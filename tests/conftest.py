@@ -95,7 +95,7 @@ def charts() -> dict[str, Any]:
         "speed_lab": granq.speed_lab(times),
         "synthetic_against_real": granq.synthetic_against_real(pd.concat(gap), pd.concat(drawn)),
         "method_figure": granq.method_figure(granq.measure_data_flow(tiny, images, "conv2", 3)),
-        "integer_walk": granq.integer_walk(granq.measure_integer_walk(student, images, "conv2")),
+        "integer_walk": granq.integer_walk(granq.measure_integer_walk(student, images, "conv1")),
     }
 
 

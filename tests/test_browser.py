@@ -130,10 +130,12 @@ def test_a_chart_in_an_html_file(name: str, charts: dict[str, Any], browser: Any
     page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
     page.goto(f"file://{tmp_path / 'chart.html'}")
     page.wait_for_selector("svg.marks")
-    assert page.locator("svg.marks").bounding_box()["width"] <= 684, "wider than 700 pixels and their margins"
-    for width in (700, 1280, 1920):
+    for width in (1920, 1280, 700):
         for theme, colors in {"light": ("#ffffff", "#222222"), "dark": ("#111111", "#dddddd")}.items():
             page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(300)
+            assert 0.92 * (width - 54) <= page.locator("svg.marks").bounding_box()["width"] <= width - 54
+            assert page.evaluate("() => document.documentElement.scrollWidth") <= width
             page.emulate_media(color_scheme=theme)
             page.add_style_tag(content=THEME % colors)
             page.screenshot(path=SHOTS / f"{name.replace(' ', '_')}_{width}_{theme}.png")
@@ -178,6 +180,7 @@ def test_a_report(browser: Any, tmp_path: Path) -> None:
         page.emulate_media(color_scheme=theme)
         page.screenshot(path=SHOTS / f"report_{width}_{theme}.png", full_page=True)
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        assert all(one.bounding_box()["width"] > 0.88 * width for one in page.locator("svg.marks").all())
     inside = page.locator("#Which-layer-is-guilty select").first
     layers = page.locator('#Which-layer-is-guilty path[aria-roledescription="circle"]')
     assert layers.count() == len(granq.layer_names(network))
@@ -204,8 +207,9 @@ def test_a_saved_notebook_without_a_kernel(lab: str, browser: Any, charts: dict[
     folder = SHOTS / "saved"
     folder.mkdir(exist_ok=True)
     cells = []
-    for name in ("quantizer_playground", "integer_walk"):
-        output = nbformat.v4.new_output("display_data", charts[name]._repr_mimebundle_())
+    for name in ("quantizer_playground", "integer_walk", "method_figure"):
+        data, metadata = charts[name]._repr_mimebundle_()
+        output = nbformat.v4.new_output("display_data", data, metadata=metadata)
         cells.append(nbformat.v4.new_code_cell(f"granq.{name}(frame)", outputs=[output], execution_count=1))
     kernel = {"kernelspec": {"name": "gone", "display_name": "gone", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "saved.ipynb")
@@ -217,6 +221,14 @@ def test_a_saved_notebook_without_a_kernel(lab: str, browser: Any, charts: dict[
     page.wait_for_selector("svg.marks", timeout=30_000)
     press(page, page.locator(".vega-bindings input[type=range]").first, "PageUp")  # arrow keys are JupyterLab's own
     press(page, page.locator(".vega-bindings select").first, "End")
+    page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
+    for width in (700, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(1000)
+        for chart in page.locator(".jp-OutputArea-output:has(svg.marks)").all():
+            room, needed = chart.evaluate("c => [c.clientWidth, c.scrollWidth]")
+            assert needed <= room and room > 0.8 * width
+            assert chart.locator("svg.marks").bounding_box()["width"] > 0.95 * room
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
         page.evaluate("t => window.jupyterapp.commands.execute('apputils:change-theme', {theme: t})", theme)
         page.wait_for_timeout(1500)

@@ -161,7 +161,7 @@ def test_every_chart_is_told_to_everybody(charts: dict[str, Any], monkeypatch) -
         assert str(spec["title"]).endswith("?") and len(spec["description"]) > 60, name
         assert spec["config"]["background"] == "transparent" and spec["config"]["axis"]["labelColor"] == "currentColor"
         assert any("bind" in param for param in spec["params"]), name
-        bundle = chart._repr_mimebundle_()
+        bundle, _ = chart._repr_mimebundle_()
         assert set(bundle) == {"application/vnd.vegalite.v5+json", "image/png", "text/plain"}
         assert "/v5." in bundle["application/vnd.vegalite.v5+json"]["$schema"]
         assert len(json.dumps(bundle["application/vnd.vegalite.v5+json"])) < 1_000_000, name
@@ -258,13 +258,33 @@ def test_the_integer_walk_adds_up(tiny: nn.Module, bits: int) -> None:
     added = ((data.q + data.z) * data.v).groupby([data.channel, data.row, data.column]).sum()
     assert added.tolist() == sums.flatten().tolist() == outputs["sum"].first().tolist()
     assert np.allclose(outputs.value.first(), outputs.student.first(), atol=1e-5)
+    assert data.code.isna().all()  # the mean stands between this layer and the next place
     chosen = dict(channel=2, pixel="row 3, column 4")
     texts = [str(item.get("text")) for kind, item in marks(granq.integer_walk(data), **chosen) if kind == "text"]
     assert any(f"sum of all products: {sums[2, 3, 4]:,} ".replace("-", "\u2212") in text for text in texts)
-    mantissa, shift = re.search(r"times ([\d,]+), shifted right by (\d+)", " ".join(texts)).groups()
+    mantissa, shift = re.search(r"times ([\d,]+),\s+shifted right by (\d+)", " ".join(texts)).groups()
     assert np.isclose(
         int(mantissa.replace(",", "")) / 2 ** int(shift), data.rescale[data.channel == 2].iloc[0], rtol=1e-8
     )
+
+
+def test_the_integer_walk_ends_with_the_code_that_the_twin_computes(tiny: nn.Module) -> None:
+    """Sum, rescale with BatchNorm, ReLU, next grid, clamp."""
+    student = granq.quantize_model(tiny, "foldable", 3, 3)
+    granq.calibrate(student, [images() / 2])  # a tight range: the clamp has something to do
+    data = granq.measure_integer_walk(student, images(), "conv1", channels=4, pixels=64)
+    twin, seen = granq.integer_model(student), []
+    twin.conv2.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    twin(images()[:1])
+    (call,) = (node for node in twin.graph.nodes if node.target == "conv2")
+    codes = (seen[0] - twin.get_submodule(call.args[0].target).zero_point).flatten()
+    outputs = data.groupby(["channel", "row", "column"]).first()
+    assert outputs.code.tolist() == codes.tolist()
+    assert outputs.free.clip(-4, 3).tolist() == outputs.code.tolist() != outputs.free.tolist()
+    (channel, row, column), one = next(i for i in outputs.iterrows() if i[1].free != i[1].code)
+    chosen = dict(channel=channel, pixel=f"row {row}, column {column}")
+    texts = [str(item.get("text")) for kind, item in marks(granq.integer_walk(data), **chosen) if kind == "text"]
+    assert any(f"the next layer reads code {one.free:.0f}, clamped to {one.code:.0f}" in text for text in texts)
 
 
 def test_real_images_are_measured_like_generated_ones(tiny: nn.Module) -> None:

@@ -9,12 +9,13 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from granq.convert import weight_quantizer
+from granq.convert import ActQuantizer, weight_quantizer
 from granq.graph import layer_names
 from granq.hooks import Batch
-from granq.integer import IntegerLayer
+from granq.integer import IntegerInput, IntegerLayer
 from granq.measure import running
 from granq.measure.running import ACTIVATION_GRANULARITIES, BINS
+from granq.plain import module_of
 from granq.quantizer import choose_qparams, fake_quantize, fake_quantize_with, min_max, qparams_from_range, quantize
 
 
@@ -150,13 +151,14 @@ def measure_integer_walk(
         One row per product, of ``channels`` and ``pixels`` of the output, evenly spaced: channel, row, column (of the
         output), input_channel, place (in the kernel), q and z (code and zero point of the input, zero in the padding),
         v (integer weight), sum (int32, of all (q + z) * v), rescale, offset, value (rescale * sum + offset), student
-        (what it computes in floating point), layer.
+        (what it computes in floating point), layer; and of the place that the output reaches first: read (the value),
+        free and code (before and after the clamp), NaN if there is no place of that shape.
     """
     (_, x, output), *_ = running.calls(student, images[:1], [layer])
     conv = cast(Any, student.get_submodule(layer))
     integer, (scale_inv, zero_point) = IntegerLayer(conv), cast(Any, weight_quantizer(conv)).source.qparams()
     u = (x * scale_inv).round()  # x lies on the grid: exact
-    sums = integer.accumulate(u)
+    sums, read, free, code = integer.accumulate(u), *_requantized(student, images, layer, output)
     geometry = dict(dilation=conv.dilation, padding=conv.padding, stride=conv.stride)
     windows = [nn.functional.unfold(t, conv.kernel_size, **geometry)[0] for t in (u, zero_point.expand_as(u))]
     fan_in, per_group = integer.weight[0].numel(), len(integer.weight) // conv.groups
@@ -170,8 +172,24 @@ def measure_integer_walk(
         facts |= dict(q=codes - zeros, z=zeros, v=integer.weight[channel].flatten().cpu().numpy(), sum=sums[at].item())
         facts |= dict(rescale=integer.rescale[channel].item(), offset=integer.offset[channel].item())
         facts |= dict(value=integer.rescaled(sums)[at].item(), student=output[at].item())
+        facts |= dict(read=read[at].item(), free=free[at].item(), code=code[at].item())
         frames.append(pd.DataFrame(facts))
     return pd.concat(frames, ignore_index=True).assign(layer=layer)
+
+
+def _requantized(student: fx.GraphModule, images: Tensor, layer: str, output: Tensor) -> list[Tensor]:
+    """Return what the next place reads of an output, in its shape, and its codes before and after the clamp."""
+    reached = set[fx.Node]()
+    for node in student.graph.nodes:
+        if node.target == layer or reached.intersection(node.all_input_nodes):
+            reached.add(node)
+            if isinstance(place := module_of(student, node), ActQuantizer):
+                (_, x, _), *_ = running.calls(student, images[:1], [str(node.target)])
+                if x.shape != output.shape:
+                    break
+                grid = IntegerInput(place)
+                return [x, (x * grid.scale_inv - grid.zero_point).round(), grid.integers(x) - grid.zero_point]
+    return [torch.full_like(output, torch.nan)] * 3
 
 
 def measure_channel_scales(

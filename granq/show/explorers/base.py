@@ -6,6 +6,7 @@ cells, Page Up, Page Down, Home and End do. ``chart.save("x.html", inline=True)`
 """
 
 import base64
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ from pandas import DataFrame, Series
 from granq.quantizer import EPS
 from granq.show.style import BLACK, GREY, ROLES, role, short_layer
 
-WIDTH = 540  #: pixels of a panel; with its axis a chart fits 640
+WIDTH = 540  #: pixels of a panel in a picture; in a browser panels take the room that there is
 TEXT = "currentColor"  # the color of the text around the chart: dark on a light page, light on a dark one
 RED = ROLES["granq"].color
 _LINES = {"labelColor": TEXT, "titleColor": TEXT, "titleFontWeight": "normal"}
 _LOOK: dict[str, Any] = {
     "background": "transparent", "view": {"stroke": None}, "text": {"color": TEXT}, "rule": {"color": TEXT},
     "axis": _LINES | {"domainColor": TEXT, "tickColor": TEXT, "gridColor": GREY, "gridOpacity": 0.3},
+    "axisX": {"labelSeparation": 6},
     "legend": _LINES, "header": _LINES, "title": {"color": TEXT, "subtitleColor": TEXT, "anchor": "start"},
 }  # fmt: skip
 
@@ -43,9 +45,22 @@ def menu(name: str, options: Iterable[Any], label: str = "", value: Any = None, 
 def finish(chart: Any, title: str, description: str, *controls: alt.Parameter) -> Any:
     """Return the chart with its title, a description for screen readers, controls and the common look."""
     actions = {"export": True, "source": False, "compiled": False, "editor": False}  # the editor would need a network
-    embed = {"renderer": "svg", "actions": actions}  # SVG takes the text color anew when the page changes its theme
+    embed: dict[str, Any] = {"renderer": "svg", "actions": actions}  # SVG follows the page's text color
+    embed["patch"] = _fit(title, 500 * isinstance(chart, alt.HConcatChart))
     chart = chart.properties(title=title, description=description, usermeta={"embedOptions": embed})
     return chart.add_params(*controls).configure(**_LOOK)
+
+
+def _fit(title: str, least: int) -> list[dict[str, Any]]:
+    """Return a JSON Patch of the compiled chart, for Vega-Embed: its panels, which share ``width``, take the room."""
+    room = f"max(containerSize()[0] || 640, {least})"
+    resize = {"events": {"source": "window", "type": "resize"}, "update": room}
+    lines = f"width < 420 ? {textwrap.wrap(title, 38)} : {title!r}"
+    return [
+        {"op": "add", "path": "/autosize", "value": {"type": "fit-x", "contains": "padding"}},
+        {"op": "add", "path": "/signals/-", "value": {"name": "width", "init": room, "on": [resize]}},
+        {"op": "replace", "path": "/title/text", "value": {"signal": lines}},
+    ]
 
 
 def color(name: str) -> str:
@@ -99,15 +114,18 @@ def quantized(chart: Any, low: str, high: str, clamped: str = "true") -> Any:
     return chart.transform_calculate(value="(datum.code + datum.z) / datum.s")
 
 
-def _mimebundle(spec: dict[str, Any], **_: Any) -> dict[str, Any]:
-    """Return what a notebook keeps: Vega-Lite for JupyterLab 4, and a picture for GitHub.
+def _mimebundle(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a notebook keeps, and its metadata: Vega-Lite for JupyterLab 4, and a picture for GitHub.
 
-    JupyterLab 4 knows the mimetype of version 5 only, and draws version 6 under it.
+    JupyterLab 4 knows the mimetype of version 5 only, and draws version 6 under it. There Vega-Embed's own style would
+    make the chart's container as small as the chart.
     """
     png = vl_convert.vegalite_to_png(spec | {"background": "white"}, scale=2)
     spec = spec | {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
     picture = base64.b64encode(png).decode()
-    return {"application/vnd.vegalite.v5+json": spec, "image/png": picture, "text/plain": spec["description"]}
+    data = {"application/vnd.vegalite.v5+json": spec, "image/png": picture, "text/plain": spec["description"]}
+    options = {"embed_options": {"defaultStyle": False, "i18n": {"PNG_ACTION": ", PNG"}}}
+    return data, {"application/vnd.vegalite.v5+json": options}
 
 
 alt.data_transformers.disable_max_rows()  # the explorers' frames are small enough; 5,000 rows is Altair's caution

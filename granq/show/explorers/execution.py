@@ -15,12 +15,14 @@ PANELS = {
     "peak_mb": "measured: peak memory (MB)", "bytes": "predicted: bytes moved",
 }  # fmt: skip
 LINES = [
-    "'sum of all products: ' + format(datum.sum, ',') + ' (int32), of which ' + format(datum.zeros, ',')"
-    " + ' comes from the zero points of the input'",
-    "'times rescale ' + format(datum.rescale, '.6~g') + ', plus offset ' + format(datum.offset, '.4~g')"
-    " + ', is ' + format(datum.value, '.6f')",
-    "'the student computes ' + format(datum.student, '.6f') + ' in floating point'",
-    "'hardware without floats: times ' + format(datum.multiplier, ',') + ', shifted right by ' + datum.shift + ' bits'",
+    "'sum of all products: ' + format(datum.sum, ',') + ' (int32), of which'",
+    "format(datum.zeros, ',') + ' comes from the zero points of the input'",
+    "'times rescale ' + format(datum.rescale, '.6~g') + ', plus offset ' + format(datum.offset, '.4~g')",
+    "'is ' + format(datum.value, '.6f') + '; the student computes ' + format(datum.student, '.6f')",
+    "'without floating point: times ' + format(datum.multiplier, ',') + ','",
+    "'shifted right by ' + datum.shift + ' bits'",
+    "datum.code === null ? '' : 'after what follows (BatchNorm, sum, ReLU) ' + format(datum.read, '.4~f')",
+    "datum.code === null ? '' : 'the next layer reads code ' + datum.free + ', clamped to ' + datum.code",
 ]
 
 
@@ -48,9 +50,9 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
         both = alt.layer(cells, *[numbers] * (data.input_channel.nunique() <= 24))
         return both.properties(width=WIDTH, height=108, title=alt.Title(title, fontWeight="normal"))
 
-    text = chosen.transform_calculate(text=" + '\\n' + ".join(LINES))
+    text = chosen.transform_calculate(text=" + '\\n' + ".join(map("({})".format, LINES)))
     text = text.mark_text(align="left", fontSize=12, lineBreak="\n", lineHeight=17)
-    text = text.encode(text="text:N", x=alt.value(0), y=alt.value(8)).properties(width=WIDTH, height=70)
+    text = text.encode(text="text:N", x=alt.value(0), y=alt.value(8)).properties(width=WIDTH, height=17 * len(LINES))
     titles = {"u": "integers of the input in the window, u = q + z", "v": "integers of the filter, v"}
     panels = [panel(field, title) for field, title in (titles | {"product": "products u · v"}).items()]
     chart = alt.vconcat(*panels, text, spacing=6).resolve_scale(color="independent")
@@ -60,7 +62,7 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
     return finish(chart, title, told, channels, menu("pixel", rows["at"].unique()))
 
 
-def speed_lab(data: DataFrame) -> alt.ConcatChart:
+def speed_lab(data: DataFrame) -> alt.VConcatChart:
     """Explore ``measure_latency_scaling``: times of one measured shape next to what counting predicts.
 
     Pale dots are the other shapes that were measured; there is nothing in between.
@@ -77,16 +79,16 @@ def speed_lab(data: DataFrame) -> alt.ConcatChart:
         said = "format(datum.value, '~s')" if title.startswith("predicted") else "datum.value"
         zero = "datum.value == 1 ? '0' : " if field == "counted" else ""  # a logarithm knows no zero: it stands at 1
         axis = alt.Axis(labelExpr=f"{TEN} ? {zero}{said} : ''", labelOverlap="greedy", labelSeparation=4, grid=False)
-        x = alt.X(f"{field}:Q", title=title, scale=alt.Scale(type="log", nice=False, padding=8), axis=axis)
-        side = alt.Axis(labels=title.startswith("measured"), ticks=False, labelLimit=170)
-        y = alt.Y("execution:N", title=None, sort=order, axis=side)
+        x = alt.X(f"{field}:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=8), axis=axis)
+        y = alt.Y("execution:N", title=None, sort=order, axis=alt.Axis(ticks=False, labelLimit=170))
         base = alt.Chart(rows).encode(y, colors)
-        others = base.mark_circle(size=18, opacity=0.25).encode(x)
+        others = base.mark_circle(size=18, opacity=0.4).encode(x)
         chosen = base.transform_filter("datum.shape == shape")
         dots = chosen.mark_circle(size=70, opacity=1).encode(x, tooltip=hover)
         bars = chosen.mark_rule(strokeWidth=2).encode(x="q25_ms:Q", x2="q75_ms:Q")
-        return alt.layer(others, *[bars] * (field == "median_ms"), dots).properties(width=200, height=150)
+        chart: Any = alt.layer(others, *[bars] * (field == "median_ms"), dots)
+        return chart.properties(width=WIDTH, height=96, title=alt.Title(title, fontWeight="normal"))
 
     told = "Time, memory, multiplications and bytes of every execution of a convolution; red is pre-scaling (GranQ)."
-    chart = alt.concat(*(panel(field, title) for field, title in PANELS.items()), columns=2)
+    chart = alt.vconcat(*(panel(field, title) for field, title in PANELS.items()))
     return finish(chart, "Does counting predict the time?", told, menu("shape", dict.fromkeys(shapes)))

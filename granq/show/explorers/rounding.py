@@ -76,8 +76,8 @@ def _quality(points: Any) -> Any:
     )
     points = points.transform_calculate(noise="pow(datum.x - datum.value, 2)", signal="pow(datum.x, 2)")
     sums = dict(noise="sum(noise)", signal="sum(signal)", used="distinct(code)", s="max(s)")
-    text = points.transform_aggregate(**sums).transform_calculate(text=said).mark_text(align="left", fontSize=13)
-    return text.encode(text="text:N", x=alt.value(0), y=alt.value(6)).properties(width=WIDTH, height=12)
+    text = points.transform_aggregate(**sums).transform_calculate(text=said).mark_text(align="left", fontSize=12)
+    return text.encode(text="text:N", x=alt.value(-36), y=alt.value(6)).properties(width=WIDTH, height=12)
 
 
 def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
@@ -132,14 +132,16 @@ def method_figure(data: DataFrame) -> alt.HConcatChart:
     packed = pack(data[["channel", "pixel", "x", "low", "high"]], ["channel"], ["pixel", "x"])
     values = quantized(alt.Chart(packed).transform_flatten(["pixel", "x"]), "datum.low", "datum.high")
     ends = [float(end) for end in (data.x.min(), data.x.max())]
-    tall = 15 * len(packed)
+    tall = max(15 * len(packed), 210)  # the box holds its words
+    wide = {"expr": "width ? max(width / 2 - 152, 64) : 128"}  # 304: what stands between the two grids
+    across = alt.X("pixel:O", axis=None, scale=alt.Scale(range=[0, wide]))
     channel = alt.Axis(title=None, labelExpr="'channel ' + datum.value", ticks=False, domain=False)
 
     def grid(field: str, title: str, axis: Any = None) -> alt.Chart:
         colors = alt.Color(f"{field}:Q", scale=alt.Scale(scheme="viridis", domain=ends), legend=None)
         hover = ["channel:O", "pixel:O", *(alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("x", "code", "value"))]
-        cells = values.mark_rect().properties(width=128, height=tall, title=alt.Title(title, anchor="middle"))
-        return cells.encode(alt.X("pixel:O", axis=None), alt.Y("channel:O", axis=axis), colors, tooltip=hover)
+        cells = values.mark_rect().properties(width=128, height=tall, title=title)
+        return cells.encode(across, alt.Y("channel:O", axis=axis), colors, tooltip=hover)
 
     def vectors(*names: str) -> alt.Chart:
         one = values.transform_aggregate(min="min(low)", max="max(high)", s="max(s)", z="max(z)", groupby=["channel"])
@@ -184,19 +186,19 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
     chosen = alt.Chart(packed).transform_filter("datum.layer == layer").transform_flatten(["channel", "scale"])
     hover = ["shown:N", f"{one}:O", "channel:O", alt.Tooltip("scale:Q", title="step", format=".3~g")]
     shades = alt.Scale(type="log", scheme="viridis")
-    colors = alt.Color("scale:Q", title="step", scale=shades, legend=alt.Legend(format="~g"))
+    colors = alt.Color("scale:Q", title="step", scale=shades, legend=alt.Legend(format=".2~g"))
     axis = alt.Axis(labelOverlap=True, labelAngle=0, labelSeparation=8, ticks=False, grid=False)
-    across, down = alt.X("channel:O", axis=axis), alt.Y(f"{one}:O", axis=axis)
+    across, down = alt.X("channel:O", title=None, axis=axis), alt.Y(f"{one}:O", axis=axis)
 
     def panel(name: str) -> Any:
         own = chosen.transform_filter(alt.datum.shown == name)
         mark = own.transform_filter(f"datum.{one} == row").transform_aggregate(groupby=[one])
         mark = mark.mark_point(shape="triangle-left", filled=True, size=60, opacity=1, color=TEXT)
         cells = own.mark_rect().encode(across, down, colors, tooltip=hover)
-        both = alt.layer(cells, mark.encode(down, x=alt.value(200)))
-        return both.properties(width=192, height=128, title=name)  # whole pixels for 16, 32 and 64 channels
+        both = alt.layer(cells, mark.encode(down, x=alt.value({"expr": "width + 8"})))
+        return both.properties(width=WIDTH, height=64, title=name)
 
-    maps = alt.concat(*map(panel, names.values()), columns=2)
+    maps = alt.vconcat(*map(panel, names.values()))
     looks = alt.Scale(domain=list(names.values()), range=[color(name) for name in names])
     points = chosen.transform_filter(f"datum.{one} == row").mark_point(filled=True, size=30, opacity=1).encode(
         alt.X("channel:Q", title=f"channel of this {one}", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),

@@ -55,7 +55,7 @@ def _strip(images: DataFrame) -> alt.Chart:
     plain = alt.Axis(labelAngle=0, ticks=False, domain=False, title=None)
     pictures = alt.Chart(rows).mark_image(width=46, height=46).encode(
         alt.X("label:O", axis=plain), alt.Y("source:N", axis=plain), url="picture:N", tooltip=hover)  # fmt: skip
-    return pictures.properties(width=WIDTH - 40, height=50 * rows.source.nunique())
+    return pictures.properties(width=WIDTH, height=50 * rows.source.nunique())
 
 
 def data_url(row: dict[Any, Any]) -> str:
