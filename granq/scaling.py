@@ -137,6 +137,16 @@ def folded(x: Integers, folded_weight: Tensor, conv: Conv = PLAIN) -> Tensor:
     return convolve(x.values.to(folded_weight.dtype), folded_weight, conv)
 
 
+def float_bound(x: Integers, weight: Integers, conv: Conv = PLAIN) -> Tensor:
+    """Bound how far two executions may be apart at every output, in float64: ``(K + 4) * eps * sum(|x^| * |w^|)``.
+
+    A product meets at most 4 + (K - 1) roundings of half an eps: two for scales, the rescale, its own, and the sum of
+    K terms. To first order twice that keeps two apart (Higham 2002, section 3.1); one more eps is for the second order.
+    """
+    magnitude = convolve(x.dequantize().abs().double(), weight.dequantize().abs().double(), conv)
+    return (weight.values[0].numel() + 4) * torch.finfo(x.scale_inv.dtype).eps * magnitude
+
+
 def count_scaling(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], conv: Conv = PLAIN) -> pd.DataFrame:
     """Count exactly what the executions do with one-byte integers and four-byte sums in one forward.
 

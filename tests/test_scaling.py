@@ -19,16 +19,6 @@ from granq.scaling import Conv, Integers
 BITS = 3
 
 
-def float_bound(x: Integers, weight: Integers, conv: Conv) -> Tensor:
-    """Bound how far two executions may be apart at every output, in float64: ``(K + 4) * eps * sum(|x^| * |w^|)``.
-
-    A product meets at most 4 + (K - 1) roundings of half an eps: two for scales, the rescale, its own, and the sum of
-    K terms. To first order twice that keeps two apart (Higham 2002, section 3.1); one more eps is for the second order.
-    """
-    magnitude = scaling.convolve(x.dequantize().abs().double(), weight.dequantize().abs().double(), conv)
-    return (weight.values[0].numel() + 4) * torch.finfo(x.scale_inv.dtype).eps * magnitude
-
-
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Conv]:
     """Input, weight and arguments: stride, padding, dilation, groups, kernels that are not square, shifted inputs."""
@@ -90,7 +80,7 @@ def test_executions_agree_within_the_bound(problem, x_granularity, weight_granul
     x, weight, conv = problem[0].to(dtype), problem[1].to(dtype), problem[2]
     integers = quantized(x, weight, x_granularity, weight_granularity)
     found = executions(*integers, conv)
-    bound = float_bound(*integers, conv)
+    bound = scaling.float_bound(*integers, conv)
     for one, other in itertools.combinations(found.values(), 2):
         assert one.shape == other.shape
         assert ((one.double() - other.double()).abs() <= bound).all()
@@ -105,7 +95,7 @@ def test_executions_against_a_plain_sum(conv: Conv, shift: float) -> None:
     x, weight = torch.rand(2, 4, 6, 5) + shift, torch.randn(4, 4 // conv.groups, 3, 2)
     for x_granularity, weight_granularity in (("per_tensor", "per_out_channel"), ("per_sample_channel", "per_kernel")):
         integers = quantized(x, weight, x_granularity, weight_granularity)
-        expected, bound = by_hand(*integers, conv), float_bound(*integers, conv)
+        expected, bound = by_hand(*integers, conv), scaling.float_bound(*integers, conv)
         for value in executions(*integers, conv).values():
             assert ((value.double() - expected).abs() <= bound).all()
 
