@@ -93,7 +93,7 @@ def test_a_cluster_loses_a_worker_and_no_row(folder, teacher, tmp_path):
     distributed = pytest.importorskip("distributed", reason="extra: pip install 'granq[cluster]'")
     names = planned(tmp_path, folder, teacher, ("layerwise", "granq"), (0, 1), TINY.replace("--epochs 2", "--epochs 8"))
     killed = []
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
 
         def kill():
             while not (begun := [n for n in names if (tmp_path / n / "history.csv").exists()]):
@@ -115,7 +115,7 @@ def test_a_cluster_loses_a_worker_and_no_row(folder, teacher, tmp_path):
 def test_workers_with_several_threads_are_refused(folder, teacher, tmp_path):
     distributed = pytest.importorskip("distributed", reason="extra: pip install 'granq[cluster]'")
     planned(tmp_path, folder, teacher)
-    options = dict(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
+    options = dict(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0")
     with distributed.LocalCluster(**options) as cluster, pytest.raises(granq.UserError, match="several threads"):
         sweep.run_sweep(tmp_path, cluster=cluster.scheduler_address)
 
