@@ -1,12 +1,16 @@
 """Bits for each layer on public networks: the rows of figures/accuracy_true_bits and figures/sensitivity.
 
-Images are drawn by a generator that learned alone for 1,000 iterations; test images only measure.
+Images are drawn by a generator that learned alone for 1,000 iterations, for ImageNet they are shapes refined toward
+the teacher's statistics; test images only measure.
 
     python benchmarks/accuracy_true_bits.py --weights FOLDER --images FOLDER --out figures --work runs/true_bits
+
+``--trained`` adds runs of ``granq quantize`` with recipe match, with ``--bits 3,3`` or ``--bits auto:3.0``.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,18 +26,30 @@ from torch.utils.data import Subset
 import granq
 from granq.devices import commit, versions
 from granq.files import write_csv
+from granq.match import random_shapes, refine
 from granq.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 import public_networks  # noqa: E402
 
-NETWORKS = {"cifar10": ("resnet20", "cifar10_resnet20.th"), "cifar100": ("resnet32", "cifar100_resnet32.pt")}
+NETWORKS = {
+    "cifar10": ("resnet20", "cifar10_resnet20.th"),
+    "cifar100": ("resnet32", "cifar100_resnet32.pt"),
+    "imagenet": ("timm:tf_efficientnet_lite0", "efficientnet_lite0.pth"),
+}
+HALF = (0.5, 0.5, 0.5)  # mean and deviation of EfficientNet-Lite
 
 
 def prepare(data: str, weights: Path, images: Path, work: Path) -> tuple[Any, Any, list[torch.Tensor], Any]:
-    """Return teacher, test images, 256 generated images and the description of the data."""
+    """Return teacher, test images, 256 generated images (of ImageNet's size 64) and the description of the data."""
     network, file = NETWORKS[data]
+    if data == "imagenet":
+        spec = granq.describe_data(f"folder:{images / data}", network, mean=HALF, std=HALF)
+        teacher, _ = granq.load_teacher(network, spec, weights / file)
+        torch.manual_seed(0)
+        shapes = [(random_shapes(32, spec.image_size), torch.randint(0, 1000, (32,))) for _ in range(2)]
+        return teacher, granq.load_split(spec, "test"), [refine(teacher, *batch) for batch in shapes], spec
     mean, std = public_networks.normalization[network]
     spec = granq.describe_data(f"folder:{images / data}", "cifar", mean=mean, std=std)
     teacher, _ = granq.load_teacher(f"{ROOT}/examples/public_networks.py:{network}", spec, weights / file)
@@ -55,7 +71,19 @@ def correlation(generated: pd.DataFrame, real: pd.DataFrame) -> dict[str, float]
     return {"layers": pairs.shape[1], "rho": spearmanr(*pairs).statistic, "low": ends.low, "high": ends.high}
 
 
-def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str, ...] = tuple(NETWORKS)) -> None:
+def trained_row(run: Path) -> dict[str, Any]:
+    """Return what the figure shows of a finished run."""
+    row = json.loads((run / "result.json").read_text())
+    steps = row["iterations"] * (row["epochs"] - row["warmup_epochs"])
+    known = {"how": "allocated" if row["auto_bits"] else "uniform", "average": row["auto_bits"] or int(row["bits"][-1])}
+    known |= {"training": f"after {steps} steps", "top1": row["last_top1"], "teacher_test_top1": row["teacher_top1"]}
+    return row | known | {"budget": "full", "network": row["network"].rpartition(":")[2]}
+
+
+def main(
+    *, weights: Path, images: Path, out: Path, work: Path, data: tuple[str, ...] = tuple(NETWORKS),
+    trained: tuple[Path, ...] = (),
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     for name in data:
         teacher, test, drawn, spec = prepare(name, weights, images, work)
@@ -64,7 +92,8 @@ def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str,
         evaluate = partial(granq.top1_on, dataset=test, spec=spec)
         known["teacher_test_top1"] = evaluate(teacher)
         if not (work / f"budgets_{name}.csv").is_file():
-            rows = granq.measure_budgets(teacher, drawn, evaluate)
+            budgets = {"budgets": [4.0], "choices": [3, 4, 5, 6, 8]} if name == "imagenet" else {}
+            rows = granq.measure_budgets(teacher, drawn, evaluate, **budgets)
             write_csv(work / f"budgets_{name}.csv", rows.assign(test_images=len(test), **known), "%.6g")
         if name == "cifar10":
             both: dict[str, Any] = {"kinds": ["alone"], "parts": ["both"]}
@@ -76,6 +105,7 @@ def main(*, weights: Path, images: Path, out: Path, work: Path, data: tuple[str,
             frame = granq.measure_sensitivity(teacher, few, "strict", 3, kinds=["alone", "all_but"])
             write_csv(out / "sensitivity.csv", frame.assign(**known), "%.6g")
     rows = pd.concat([pd.read_csv(work / f"budgets_{name}.csv") for name in data]).drop(columns="summary")
+    rows = pd.concat([rows, pd.DataFrame([trained_row(run) for run in trained], columns=rows.columns)])
     write_csv(out / "accuracy_true_bits.csv", rows, "%.6g")
     granq.redraw_figures(["accuracy_true_bits", "sensitivity"], out)
 

@@ -33,6 +33,7 @@ from granq.qat import GDFQ, AdaDFQ, Evaluate, Game, quantized
 RECIPES: dict[str, type[AdaDFQ]] = {"adadfq": AdaDFQ, "gdfq": GDFQ, "match": Match}
 StudentLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOW_DIVERSITY, LOW_RECOGNITION = 0.1, 2.0  # share of the variance; times the accuracy of guessing, half way up at most
+RISE = 5e-4  # of the student's loss, as a share of it; a generator that stopped let it rise by 1e-4
 
 
 @dataclass
@@ -158,7 +159,8 @@ def generator_trouble(rows: list[dict[str, float]], classes: int) -> str:
             f"the teacher gives only {row['teacher_top1']:.0f} % of the generated images the label they were drawn for"
         )
         return f"{said} (guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"
-    if trained and "generator_loss" in row and trained[-1] > trained[0]:  # it plays against the student
+    rises = trained and trained[-1] > trained[0] + RISE * abs(trained[0])
+    if rises and "generator_loss" in row:  # it plays against the student
         said = "the student's loss is above that of its first epoch: the generator draws what it cannot follow"
         return f"{said}, and its accuracy may fall (docs/results.md); generator_epochs stops the generator"
     return ""

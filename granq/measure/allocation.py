@@ -66,23 +66,25 @@ def measure_budgets(
 
     ``images`` are batches without labels, such as generated ones: they alone set ranges and choose among ``choices``.
     ``evaluate`` gives the accuracy in percent. Uniform widths are the whole numbers around the ``budgets``; next to
-    them stands ``granq`` at 3 bits.
+    them stands ``granq`` at the middle width.
 
     Returns:
-        Columns scheme, how (uniform, allocated), average (the budget), top1, and those of ``summarize_audit``.
+        Columns scheme, how (uniform, allocated), average (the budget), top1, training ("before training"), and those of
+        ``summarize_audit``.
     """
     rows = list[dict[str, Any]]()
     how: dict[str, Any] = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
+    whole = sorted({side(budget) for budget in budgets for side in (math.floor, math.ceil)})
     for scheme in (*schemes, "granq"):
-        whole = sorted({side(budget) for budget in budgets for side in (math.floor, math.ceil)})
-        runs: list[Any] = [("uniform", float(k), None) for k in (whole if scheme in schemes else (3,))]
+        widths = whole if scheme in schemes else [whole[len(whole) // 2]]
+        runs: list[Any] = [("uniform", float(k), None) for k in widths]
         if scheme in schemes:
             table = measure_sensitivity(model, images, scheme, choices, **how)
             runs += [("allocated", budget, allocate_bits(table, budget)) for budget in budgets]
         for kind, average, bits in runs:
             student = quantize_model(model, scheme, int(average), int(average), bits=bits)
             calibrate(student, images)
-            known = dict(scheme=scheme, how=kind, average=average, top1=evaluate(student))
+            known = dict(scheme=scheme, how=kind, average=average, top1=evaluate(student), training="before training")
             rows.append(known | summarize_audit(audit(student, images[0][:2])))
     return pd.DataFrame(rows)
 

@@ -144,7 +144,7 @@ FIGURES: dict[str, Figure] = {
         layers.plot_sensitivity, (6.8, 5.6), {"metric": ("kl", "lost")}, {"kind": ("alone", "all_but")},
         {"sharex": True, "sharey": "row"}),
     "accuracy_bits": Figure(
-        "How much accuracy is left at each bit width?",
+        "How much accuracy is left after quantization?",
         lambda w: w.accuracy[~w.accuracy.scheme.str.contains(" + ", regex=False)],  # the plain recipe
         results.plot_accuracy_bits, (6.8, 2.8)),
     "true_bits": Figure(
@@ -153,7 +153,7 @@ FIGURES: dict[str, Figure] = {
     "accuracy_true_bits": Figure(
         "What do bits for each layer bring?",
         lambda w: allocation.measure_budgets(w.teacher, [*w.synthetic()], w.evaluate),
-        results.plot_accuracy_true_bits, (6.8, 3.0), {}, {"dataset": None}),
+        results.plot_accuracy_true_bits, (6.8, 4.6), {"training": None}, {"dataset": None}),
     "quantizer_latency": Figure(
         "What does it cost to quantize activations?",
         lambda w: latency.measure_latency_quantizer(latency.SHAPES[: w.budget.sizes], w.budget.bits, device=w.device),

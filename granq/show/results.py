@@ -37,7 +37,7 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
     runs = data[~warmup if quantity == "student_loss" else slice(None)].groupby(told, sort=False)
     for i, (names, rows) in enumerate(runs):
         seeds = rows.pivot(index="epoch", columns="seed", values=quantity)
-        look = role(str(names[0]))._replace(label=" ".join(map(str, names)), dash=("-", "--", ":", "-.")[i % 4]).line
+        look = role(str(names[0]))._replace(label=", ".join(map(str, names)), dash=("-", "--", ":", "-.")[i % 4]).line
         if len(seeds) > 40:  # a line is enough
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
@@ -145,7 +145,7 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
     ax.set_yticks(range(len(rows)), rows.method, fontsize=6)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
     ax.set_xlabel("points lost")
-    left = f"\n{len(every) - len(rows)} published without their teacher" if len(every) > len(rows) else ""
+    left = f"\n{len(every) - len(rows)} published ones without a teacher left out" if len(every) > len(rows) else ""
     # in the middle it would leave a narrow panel
     ax.set_title(f"{every.bits.iloc[0]}, n ≥ {every.n.min():.0f} where measured{left}", loc="right")
     return ax
@@ -191,20 +191,21 @@ def plot_true_bits(
     return finish(ax, legend)
 
 
-def plot_accuracy_true_bits(data: DataFrame, *, dataset: str | None = None, legend: bool = True, ax: Ax = None) -> Axes:
-    """Draw ``measure_budgets``: accuracy over true bits per weight; filled and joined: allocated, open: uniform."""
+def plot_accuracy_true_bits(
+    data: DataFrame, *, dataset: str | None = None, training: str | None = None, legend: bool = True, ax: Ax = None
+) -> Axes:
+    """Draw ``measure_budgets``: accuracy over true bits per weight, mean over seeds; allocated filled, uniform open."""
     ax = ax or plt.gca()
-    rows = select(data, dataset=dataset) if "dataset" in data else data
+    rows = select(data, training=training, **({"dataset": dataset} if "dataset" in data else {}))
     for (scheme, how), line in rows.groupby(["scheme", "how"], sort=False):
-        allocated = how == "allocated"
-        look = role(str(scheme))._replace(label=f"{scheme}, {how}", dash="-" if allocated else ":").line
-        ax.plot(
-            line.true_bits_per_weight, line.top1, fillstyle="full" if allocated else "none", **look | {"markersize": 5}
-        )
+        points = line.groupby("average")[["true_bits_per_weight", "top1"]].mean()
+        look = role(str(scheme))._replace(label=f"{scheme}, {how}", dash="-" if how == "allocated" else ":").line
+        fill = {"fillstyle": "full" if how == "allocated" else "none", "markersize": 5}
+        ax.plot(points.true_bits_per_weight, points.top1, **look | fill)
     if "teacher_test_top1" in rows:
         ax.axhline(rows.teacher_test_top1.iloc[0], color=GREY, linestyle="--", label="teacher", zorder=0)
     title = f"{rows.dataset.iloc[0]}, {rows.network.iloc[0]}" if "dataset" in rows else ""
-    ax.set(xlabel="true bits per weight", ylabel="test top-1 (%)\nbefore training", title=title)
+    ax.set(xlabel="true bits per weight", ylabel=f"test top-1 (%)\n{rows.training.iloc[0]}", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, legend)
 
