@@ -12,7 +12,6 @@ from typing_extensions import Self
 
 from granq.schemes import Scheme, get_scheme
 
-RECIPES = ("adadfq", "gdfq", "match")
 Bits = Annotated[int, Field(ge=2, le=8)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]

@@ -310,9 +310,9 @@ def calibrate(
     with eval_mode(model), temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
         for place in places if quantile < 1 else ():  # ranges tracked before were extremes
             place.running_min = place.running_max = torch.empty(0)
-        for images in map(images_of, batches):
+        for images in map(images_of, batches if places else ()):
             if len(images):
-                model(images)
+                model(images.to(next(model.parameters()).device))
     if not all(place.seen for place in places):
         raise UserError("no images to calibrate on")
 

@@ -36,6 +36,8 @@ def commit() -> str:
     """Return the commit of this checkout, with ``+`` if its sources differ from it; empty outside of a checkout."""
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
+        if git(["git", "ls-files", "--error-unmatch", Path(__file__).name]).returncode:
+            return ""  # installed within another project
         head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
         return head + ("+" if git(["git", "diff", "--quiet", "HEAD", "--", "."]).returncode == 1 else "")
     except OSError:  # no git here

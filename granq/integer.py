@@ -18,7 +18,7 @@ from granq.errors import UserError, require
 from granq.graph import layer_names, norm_after
 from granq.hooks import eval_mode, watch
 from granq.plain import LAYERS, module_of
-from granq.quantizer import quantize
+from granq.quantizer import float_codes
 from granq.scaling import Conv, convolve
 
 ROUNDING = 1e-3  # of the largest value; the float32 sums of seven networks differ by at most 3e-5 of it
@@ -38,8 +38,7 @@ class IntegerInput(nn.Module):
 
     def integers(self, x: Tensor) -> Tensor:
         """Return the integers in the dtype of ``x``: bit for bit those of ``fake_quantize_with``."""
-        codes = (x * self.scale_inv - self.zero_point).round()
-        return codes.clamp(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) + self.zero_point
+        return float_codes(x, self.scale_inv, self.zero_point, self.bits, clamp=True) + self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         return self.integers(x).to(torch.int8 if self.bits < 8 else torch.int16)  # |q + z| < 2^k: k bits and a sign
@@ -56,8 +55,10 @@ class IntegerLayer(nn.Module):
     def __init__(self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None = None) -> None:
         super().__init__()
         quantizer, original = cast(Any, weight_quantizer(layer)), original_weight(layer)
+        if not (quantizer and quantizer.source):
+            raise UserError("only a layer of a foldable student computes in integers")
         scale_inv, zero_point = quantizer.qparams(original)
-        integers = quantize(original * quantizer.input_step(original), scale_inv, zero_point, quantizer.bits)
+        integers = quantizer.codes(original)
         rescale = (1 / scale_inv.double()).reshape(-1, 1).expand(len(integers), 1)
         offset = torch.zeros_like(rescale[:, 0]) if layer.bias is None else layer.bias.double()
         if norm is not None:

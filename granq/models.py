@@ -102,7 +102,7 @@ def load_teacher(
     model = build_network(network, spec.classes, pretrained=path is None)
     own = model.state_dict()
     try:
-        model.load_state_dict({_own_name(name, own): value for name, value in state.items()} or own)
+        model.load_state_dict(own if path is None else {_own_name(name, own): value for name, value in state.items()})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:250]
         raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
@@ -112,9 +112,13 @@ def load_teacher(
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
     facts = ("image_size",) if spec.given else ("image_size", "mean", "std")
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
-    with torch.no_grad():
-        classes = model(torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[1]
-    return model.to(device), spec.fit_classes(classes)
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(1, 3, spec.image_size, spec.image_size))
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
+    return model.to(device), spec.fit_classes(logits.shape[1]) if isinstance(logits, Tensor) else spec
 
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
@@ -186,6 +190,7 @@ def train_teacher(
     same bits. Raises UserError if it is of other settings, FloatingPointError if a weight becomes NaN or infinite.
     """
     settings = dict(network=network, data=spec.name, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, bf16=bf16)
+    settings |= spec.model_dump(include={"image_size", "mean", "std"})
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device)
     train = load_split(spec, "train")

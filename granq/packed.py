@@ -19,7 +19,7 @@ from granq.convert import WeightQuantizer, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
 from granq.files import read_tensors, write_tensors
-from granq.quantizer import QParams, dequantize, quantize
+from granq.quantizer import QParams, dequantize
 from granq.runs import SavedRun, load_run, student_of
 from granq.schemes import get_scheme
 
@@ -73,7 +73,6 @@ def save_packed(path: Path, saved: SavedRun) -> None:
     for layer, name in {layer: name for name, layer in layers.items()}.items():  # of two names one
         found, records[name] = _packed_weight(layer)
         tensors |= {f"{name}.weight{kind}": tensor for kind, tensor in found.items()}
-    # where a folder lay on this machine is nobody's business
     spec = saved.spec.model_dump(exclude={"root"}) | {"name": saved.spec.name.split(":")[0]}
     header = {"config": saved.config.model_dump(), "spec": spec, "facts": saved.facts, "epoch": saved.epoch}
     write_tensors(path, tensors, header | {"layers": records})
@@ -85,8 +84,7 @@ def _packed_weight(layer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     ratio = original.double().square().sum() / (original.double() - value.double()).square().sum()
     record = {"sqnr_db": quantizer.sqnr_db if isinstance(quantizer, PackedWeight) else 10 * ratio.log10().item()}
     qparams: QParams = quantizer.qparams(original)
-    step, clamp = quantizer.input_step(original), quantizer.clamp or quantizer.learned is not None
-    codes = quantize(original * step, *qparams, quantizer.bits, clamp).long()
+    step, codes = quantizer.input_step(original), quantizer.codes(original).long()
     low = int(codes.min())
     width = (int(codes.max()) - low).bit_length()  # unclamped codes may leave their range
     smaller = width * codes.numel() + 64 * qparams.scale_inv.numel() < 32 * codes.numel()

@@ -103,13 +103,9 @@ class Game:
     """
 
     def __init__(
-        self,
-        teacher: nn.Module,
-        config: QATConfig,
-        recipe: AdaDFQ,
-        generator: nn.Module | None = None,
+        self, teacher: nn.Module, config: QATConfig, recipe: AdaDFQ, generator: nn.Module | None = None,
         pixels: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.recipe, self.pixels = config, recipe, pixels
         self.device = resolve_device(config.device)
         if self.device.startswith("cuda:"):

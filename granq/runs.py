@@ -61,18 +61,11 @@ class Result:
 
 
 def train(
-    teacher: nn.Module,
-    config: QATConfig,
-    *,
-    evaluate: Evaluate | None = None,
-    out: str | Path | None = None,
-    resume: bool = False,
-    facts: dict[str, Any] | None = None,
-    generator: nn.Module | None = None,
-    student_loss: StudentLoss | None = None,
-    pixels: tuple[Tensor, Tensor] | None = None,
+    teacher: nn.Module, config: QATConfig, *, evaluate: Evaluate | None = None, out: str | Path | None = None,
+    resume: bool = False, facts: dict[str, Any] | None = None, generator: nn.Module | None = None,
+    student_loss: StudentLoss | None = None, pixels: tuple[Tensor, Tensor] | None = None,
     after_epoch: Callable[[Game], None] | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Quantize ``teacher`` without data and fine-tune the student on generated images.
 
     Args:
@@ -155,9 +148,7 @@ def generator_trouble(rows: list[dict[str, float]], classes: int) -> str:
         said = f"the generator has collapsed: only {row['diversity']:.0%} of the variance is between its images"
         return f"{said}; lower generator_lr or take another seed"
     if trained and row["teacher_top1"] < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
-        said = (
-            f"the teacher gives only {row['teacher_top1']:.0f} % of the generated images the label they were drawn for"
-        )
+        said = f"the teacher gives only {row['teacher_top1']:.0f} % of its images the label they were drawn for"
         return f"{said} (guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"
     rises = trained and trained[-1] > trained[0] + RISE * abs(trained[0])
     if rises and "generator_loss" in row:  # it plays against the student

@@ -437,6 +437,7 @@ def test_mean_and_deviation_go_into_a_teacher_file(folder, tmp_path, capsys, mon
     assert main([*given.split(), "--mean", "0.1,0.2,0.3"]) == 2 and "go together" in capsys.readouterr().err
     assert main([*given.split(), "--mean", "0.1,0.2,x", "--std", "1,1,1"]) == 2
     assert "--mean and --std take three numbers, such as 0.5,0.5,0.5; got '0.1,0.2,x'" in capsys.readouterr().err
+    assert main([*given.split(), "--mean", "0.13", "--std", "0.3"]) == 2 and "three numbers" in capsys.readouterr().err
     assert main([*given.split(), "--mean", "123,117,104", "--std", "1,1,1"]) == 2
     assert "mean should be less than or equal to 1, got 123.0" in capsys.readouterr().err
     assert main([*given.split(), "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6"]) == 0

@@ -485,3 +485,10 @@ def test_calibration_in_training_mode_moves_ranges_only(tiny):
     assert student.training and student.bn1.training
     for (name, value), right in zip(student.state_dict().items(), wanted.state_dict().values(), strict=True):
         assert torch.equal(value, right), name
+
+
+def test_calibration_costs_nothing_where_no_range_is_static(tiny):
+    student, seen = quantize_model(tiny, "strict", 3, 3), []
+    student.register_forward_hook(lambda *_: seen.append(1))
+    calibrate(student, [torch.randn(2, 3, 8, 8)])
+    assert not seen

@@ -232,3 +232,11 @@ def test_an_image_that_was_shrunk_already_is_only_cropped(tmp_path, size, shown)
     image, _ = load_split(describe_data(f"folder:{tmp_path}"), "test")[0]
     assert image.shape == (3, 224, 224)
     assert float(image[0, 0, -1]) - float(image[0, 0, 0]) == pytest.approx(255 * shown / size, abs=3)
+
+
+def test_a_class_without_images_is_told(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "test/cat/1.png")
+    with pytest.raises(UserError, match="needs a folder with images for each class: .*dog"):
+        load_split(describe_data(f"folder:{tmp_path}", "cifar"), "test")

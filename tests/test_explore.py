@@ -328,3 +328,22 @@ def test_explorers_of_layers_that_are_called_by_numbers() -> None:
         values = [[p.get("value") for p in chart["params"]] for chart in (named, numbered)]
         assert values[0] == values[1] and {"0", "2", "4"} & {v for v in values[0] if isinstance(v, str)}
         assert all(isinstance(row["layer"], str) for rows in numbered["datasets"].values() for row in rows)
+
+
+def test_monitor_shows_a_run_without_a_generator_s_loss(tiny: nn.Module, tmp_path: Path) -> None:
+    """Recipe match with a generator that is given has no warm-up."""
+    config = QATConfig(recipe="match", epochs=1, iterations=1, batch_size=4, warmup_epochs=0, image_size=8)
+    train(tiny, config, evaluate=lambda _: 50.0, out=tmp_path / "run")
+    *_, numbers, errors = granq.training_monitor(tmp_path / "run").children
+    assert not errors.outputs and "50" in numbers.value
+
+
+def test_a_dead_layer_moves_no_name(tiny: nn.Module) -> None:
+    with torch.no_grad():
+        tiny.bn1.weight.zero_()
+        tiny.bn1.bias.zero_()  # what conv2 and point read is constant
+    images = torch.randn(4, 3, 8, 8)
+    gap = granq.measure_synthetic_gap(tiny, [images], [-images]).assign(pair="synthetic against real")
+    shown = granq.measure_images(images, torch.zeros(4, dtype=torch.long), tiny)
+    spec = granq.synthetic_against_real(gap, shown.assign(source="real")).to_dict()
+    assert "conv2" not in json.dumps(spec["vconcat"][1])

@@ -273,7 +273,8 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
 
 def test_figures_are_measured_with_their_provenance(tiny: nn.Module, tmp_path: Path, monkeypatch) -> None:
     """One figure from nothing: provenance in the CSV, and a redraw from it that changes nothing."""
-    monkeypatch.setattr(Workbench, "_loaded", (tiny, SPEC, 12.5))
+    monkeypatch.setattr(Workbench, "_loaded", (tiny, SPEC))
+    monkeypatch.setattr(Workbench, "top1", 12.5)
     monkeypatch.setattr(Workbench, "test", [(torch.zeros(3, 8, 8, dtype=torch.uint8) + i, 0) for i in range(40)])
     assert make_figures(["granularity_maps"], Workbench(device="cpu", out=tmp_path)) == ["granularity_maps"]
     data = pd.read_csv(tmp_path / "granularity_maps.csv")

@@ -7,6 +7,7 @@ from torch import nn
 
 from granq import (
     SCHEMES,
+    Scheme,
     UserError,
     activation_places,
     audit,
@@ -422,3 +423,10 @@ def test_a_network_whose_output_is_no_tensor_and_whose_backbone_is_not_downloade
     assert frame.macs.sum() > 0 and not frame.low_bit.any()
     with pytest.raises(UserError, match="cannot trace SSD"):
         quantize_model(build_network("ssdlite320_mobilenet_v3_large", 4), "strict", 3, 3)
+
+
+def test_weights_only_of_two_widths(tiny: nn.Module) -> None:
+    scheme = Scheme(weights="per_out_channel", activations=None)
+    student = quantize_model(tiny, scheme, 3, 3, bits={"conv1": (2, 0)})
+    found = summarize_audit(audit(student, torch.randn(2, 3, 8, 8)))
+    assert found["weights_low_bit"] == pytest.approx(100) and found["macs_low_bit"] == 0

@@ -367,3 +367,29 @@ def test_training_leaves_the_random_numbers_of_others(learn):
 def test_four_steps_of_a_teacher(learn):
     """OneCycleLR divides by the rise less one step."""
     learn(epochs=4, batch_size=40)
+
+
+def test_teachers_that_take_or_give_something_else(tmp_path) -> None:
+    """One channel is told, and so are no weights; a dictionary, such as of segmentation, has no classes to compare."""
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\ndef grey(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())\n"
+        "class Maps(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.conv = nn.Conv2d(3, 2, 3)\n    def forward(self, x): return {'out': self.conv(x)}\n"
+    )
+    spec = describe_data("digits")
+    for name in ("grey", "Maps"):
+        torch.save(build_network(f"{tmp_path}/nets.py:{name}", 10).state_dict(), tmp_path / f"{name}.pth")
+    with pytest.raises(UserError, match="takes no RGB images of 32 pixels"):
+        load_teacher(f"{tmp_path}/nets.py:grey", spec, tmp_path / "grey.pth")
+    assert load_teacher(f"{tmp_path}/nets.py:Maps", spec, tmp_path / "Maps.pth")[1].classes == 10
+    torch.save({"state_dict": {}}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds no weights"):
+        load_teacher("resnet20_cifar10", spec, tmp_path / "empty.pth")
+
+
+def test_a_teacher_goes_on_with_its_own_normalization_only(tmp_path) -> None:
+    spec = describe_data("digits")
+    train = partial(train_teacher, "resnet20_cifar10", epochs=1, batch_size=1024, checkpoint=tmp_path / "t.pt")
+    train(spec)
+    with pytest.raises(UserError, match="is of another training"):
+        train(spec.model_copy(update={"mean": (0.1, 0.1, 0.1)}))

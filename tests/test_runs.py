@@ -7,8 +7,10 @@ import math
 import multiprocessing
 import os
 import random
+import subprocess
 import time
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from granq import QATConfig, Scheme, UserError, activation_places, describe_data, load_run, train
+from granq import QATConfig, Scheme, UserError, activation_places, describe_data, devices, load_run, train
 from granq.files import save_atomically
 from granq.qat import Game
 from granq.runs import RunFolder, begin, fingerprint, generator_trouble
@@ -488,3 +490,13 @@ def test_numbers_of_numpy_and_torch_are_kept_as_numbers(tmp_path):
         "teacher_top1": 0.5, "n": 3, "std": [1, 2], "from": "a"
     }  # fmt: skip
     assert type(result.last_top1) is float and result.last_top1 == 12.5
+
+
+def test_a_commit_is_of_our_own_checkout(tmp_path, monkeypatch):
+    """Installed below somebody's repository, git would answer with theirs."""
+    git = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    git(["git", "init"])
+    git(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--allow-empty", "-m", "theirs"])
+    (tmp_path / "devices.py").write_text("")
+    monkeypatch.setattr(devices, "__file__", str(tmp_path / "devices.py"))
+    assert devices.commit() == ""

@@ -383,3 +383,19 @@ def test_the_plot_holds_the_values(sharp: nn.Module) -> None:
         rows = frame[(frame.kind == kind) & (frame.bits == 3) & (frame.part == "weights")]
         np.testing.assert_allclose(np.asarray(ax.lines[0].get_ydata(), float), rows[metric])
         ax.clear()
+
+
+def test_layers_that_are_numbers_come_back_as_names(tmp_path) -> None:
+    """A Sequential's layers are called "0" and "3": a CSV would make numbers of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
+    model, parts, images = model.eval(), ["weights", "activations"], [torch.randn(4, 3, 8, 8)]
+    how = dict(kinds=["alone"], out=tmp_path / "t.csv", facts={"source": "3"})
+    measure_sensitivity(model, images, "strict", [2, 4], parts=parts[:1], **how)
+    found = measure_sensitivity(model, iter(images), "strict", [2, 4], parts=parts, **how)
+    whole = measure_sensitivity(model, images, "strict", [2, 4], parts=parts, kinds=["alone"])
+    assert allocate_bits(found, 3.0) == allocate_bits(whole, 3.0) == allocate_bits(pd.read_csv(tmp_path / "t.csv"), 3.0)
+    assert {*allocate_bits(found, 3.0)} == {"0", "3"}
+    pd.DataFrame({"layer": ["0"]}).to_csv(tmp_path / "t.csv")
+    with pytest.raises(UserError, match="lacks the columns images, scheme, source"):
+        measure_sensitivity(model, images, "strict", [2, 4], parts=parts, **how)

@@ -23,7 +23,8 @@ RUN = dict(epochs=2, iterations=1, warmup_epochs=1, batch_size=4)
 @pytest.fixture
 def bench(tiny: nn.Module, tmp_path: Path, monkeypatch) -> Workbench:
     """A workbench of 40 images, a tiny teacher and one step of training an epoch."""
-    monkeypatch.setattr(Workbench, "_loaded", (tiny, SPEC, 12.5))
+    monkeypatch.setattr(Workbench, "_loaded", (tiny, SPEC))
+    monkeypatch.setattr(Workbench, "top1", 12.5)
     monkeypatch.setattr(Workbench, "test", [(torch.full((3, 8, 8), i, dtype=torch.uint8), 0) for i in range(40)])
     monkeypatch.setitem(BUDGETS, "quick", Budget("digits", 16, 2, (2,), 1, (1, 2), RUN))
     return Workbench(device="cpu", out=tmp_path)

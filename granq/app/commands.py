@@ -249,7 +249,6 @@ def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
     facts |= {"top1_low": 100 * ends.low, "top1_high": 100 * ends.high}
     facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
     facts |= granq.devices.versions() | {"commit": granq.devices.commit()}
-    # where they lay on this machine is nobody's business
     facts |= {"run": run.name, "data": dataset_name(data), "teacher": Path(saved.facts.get("teacher", "")).name}
     granq.save_packed(out, saved._replace(facts=facts))
     return facts | {"out": str(out), "bytes": out.stat().st_size}

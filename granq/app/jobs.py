@@ -161,6 +161,8 @@ def channels(mean: str, std: str) -> dict[str, Any]:
     """Return ``"0.5,0.5,0.5"`` as keywords of ``granq.describe_data``. Raises UserError unless these are numbers."""
     try:
         given = {name: [float(x) for x in text.split(",")] for name, text in (("mean", mean), ("std", std)) if text}
+        if any(len(values) != 3 for values in given.values()):
+            raise ValueError
     except ValueError:
         raise UserError(f"--mean and --std take three numbers, such as 0.5,0.5,0.5; got {mean!r}, {std!r}") from None
     return given

@@ -65,14 +65,14 @@ def write_plan(out: Path, jobs: Iterable[Job]) -> None:
         if plan.setdefault(job.out.name, job) != job:
             raise UserError(f"{out} plans {job.out.name} with other settings; choose another --out for these")
     text = "".join(f"{job.model_dump_json()}\n" for job in plan.values())
-    save_atomically(out / "runs.jsonl", lambda path: path.write_text(text))
+    save_atomically(out / "runs.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_plan(out: Path) -> list[Job]:
     """Return what ``write_plan`` wrote. Runs lie in ``out``, wherever that was moved to."""
     if not (out / "runs.jsonl").is_file():
         raise UserError(f"{out} holds no sweep; plan one with --data, --network, --schemes and --bits")
-    jobs = map(Job.model_validate_json, (out / "runs.jsonl").read_text().splitlines())
+    jobs = map(Job.model_validate_json, (out / "runs.jsonl").read_text(encoding="utf-8").splitlines())
     return [job.model_copy(update={"out": out.resolve() / job.out.name}) for job in jobs]  # for workers elsewhere
 
 
@@ -99,7 +99,7 @@ def status(out: Path) -> pd.DataFrame:
         last: dict = {"epoch": 0}
         if history.is_file():
             last = pd.read_csv(history)[["epoch", "test_top1"]].iloc[-1].to_dict()
-        said = error.read_text().splitlines()[-1] if state == "failed" else ""
+        said = error.read_text(encoding="utf-8").splitlines()[-1] if state == "failed" else ""
         rows.append({"run": job.out.name, "state": state, **last, **known, "said": said})
     if results:
         write_csv(out / "results.csv", pd.DataFrame(results))
@@ -114,7 +114,7 @@ def execute(job: Job) -> None:
     try:
         job.model_copy(update={"resume": job.out.exists()}).run()
     except Exception:
-        error.write_text(traceback.format_exc())
+        error.write_text(traceback.format_exc(), encoding="utf-8")
 
 
 def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[str] = ()) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from granq.convert import ActQuantizer, weight_quantizer
+from granq.convert import ActQuantizer, original_weight, weight_quantizer
 from granq.graph import layer_names
 from granq.hooks import Batch
 from granq.integer import IntegerInput, IntegerLayer
@@ -80,7 +80,7 @@ def measure_activation_samples(
     frames, names = [], running.checked(model, layers)
     found = ((source, call) for source in images for call in running.calls(model, images[source], names))
     seen = {(name, source): running.by_channel(x).cpu() for source, (name, x, _) in found}
-    for name, source in product(layers, images):
+    for name, source in product(names, images):
         spread = np.ptp(seen[name, [*images][-1]].transpose(0, 1).flatten(1).numpy(), 1)  # (C,), of the last source
         live = spread.argsort()[(spread == 0).sum() :]  # constant channels are left out
         picked = live[running.spread(len(live), channels)]
@@ -118,14 +118,14 @@ def measure_weight_scales(
     Columns: layer, bits, granularity, filter (output channel), channel (input channel), scale (the step).
     """
     names = running.checked(model, layers)
-    weights = [(name, model.get_parameter(f"{name}.weight").detach()) for name in names]
+    weights = [(name, original_weight(model.get_submodule(name))) for name in names]
     return _scale_maps(weights, bits, granularities, "filter")
 
 
 def measure_data_flow(
     model: nn.Module, images: Tensor, layer: str, bits: int, channels: int = 16, pixels: int = 64
 ) -> pd.DataFrame:
-    """Measure how GranQ quantizes what enters ``layer`` for the first of ``images``: a scale for each channel, at once.
+    """Measure how GranQ quantizes what enters a convolution for the first of ``images``: all channels at once.
 
     Rows are values, of ``channels`` and ``pixels`` evenly spaced over all. Columns: layer, bits, channel, pixel, x,
     low, high (of all pixels of the channel), scale_inv, zero_point, code, value.
@@ -154,7 +154,7 @@ def measure_integer_walk(
         (what it computes in floating point), layer; and of the place that the output reaches first: read (the value),
         free and code (before and after the clamp), NaN if there is no place of that shape.
     """
-    (_, x, output), *_ = running.calls(student, images[:1], [layer])
+    (_, x, output), *_ = running.calls(student, images[:1], running.checked(student, [layer]))
     conv = cast(Any, student.get_submodule(layer))
     integer, (scale_inv, zero_point) = IntegerLayer(conv), cast(Any, weight_quantizer(conv)).source.qparams()
     u = (x * scale_inv).round()  # x lies on the grid: exact

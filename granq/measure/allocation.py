@@ -39,7 +39,7 @@ def allocate_bits(table: pd.DataFrame, budget: float, kind: str = "average") -> 
         UserError: the table lacks rows, or its bits cannot give the budget.
     """
     one_of("kind of budget", kind, BUDGETS)
-    rows = table[table.kind == "alone"].fillna({"place": "", "grid": ""})  # empty cells of a CSV
+    rows = table[table.kind == "alone"].fillna({"place": "", "grid": ""}).astype({"layer": str})  # of a CSV
     rows = rows.assign(bits=rows.bits.where(rows.grid.where(rows.part == "weights", rows.place) != "", 0))
     weights, acts = (rows[rows.part == part].drop_duplicates(["layer", "bits"]) for part in ("weights", "activations"))
     if weights.empty or {*weights.layer} != {*acts.layer}:
@@ -75,7 +75,7 @@ def measure_budgets(
     rows = list[dict[str, Any]]()
     how: dict[str, Any] = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
     whole = sorted({side(budget) for budget in budgets for side in (math.floor, math.ceil)})
-    for scheme in (*schemes, "granq"):
+    for scheme in dict.fromkeys((*schemes, "granq")):
         widths = whole if scheme in schemes else [whole[len(whole) // 2]]
         runs: list[Any] = [("uniform", float(k), None) for k in widths]
         if scheme in schemes:

@@ -74,7 +74,8 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     weights = 100 * frame.weight_share[frame.weight_quantized].sum()
     bits = sorted(set(frame.weight_bits[frame.weight_bits > 0])) or ["low"]
     wide = frame.low_bit & (frame.act_bits > frame.act_bits[frame.low_bit].min())  # an image with bits of its own
-    mixed = len(bits) > 1 or frame.act_bits[frame.low_bit].nunique() > 2  # each layer has its own
+    own = len(bits) > 1 or frame.act_bits[frame.low_bit].nunique() > 2  # each layer has its own
+    mixed = own and frame.low_bit.any()
     wide &= not mixed
     macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"

@@ -66,6 +66,7 @@ def measure_granularity_factorial(
         images), each with the ends ``_low`` and ``_high`` of its 95 % percentile interval (lost: paired by image),
         images, batch_size (largest), and ``facts``.
     """
+    batches = list(batches)
     reference = 100.0 * running.right(model, batches)
     known = {"images": len(reference), "batch_size": max(len(labels) for _, labels in batches)} | (facts or {})
     rows = running.kept_rows(out, known)

@@ -87,7 +87,7 @@ def measure_generated_images(
     classes = spec.classes if spec else int(generator.classes)  # type: ignore[arg-type]
     labels = torch.arange(classes).repeat_interleave(per_class)
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
-    images = copy.deepcopy(generator)(noise.to(device), labels.to(device))  # running statistics of a copy move
+    images = copy.deepcopy(generator).to(device)(noise.to(device), labels.to(device))  # its statistics move
     frame = measure_images(images, labels, teacher, spec)
     frame.insert(1, "sample", list(range(per_class)) * classes)
     return frame
@@ -98,6 +98,7 @@ def measure_images(images: Tensor, labels: Tensor, teacher: nn.Module, spec: Dat
     """Measure what the teacher thinks of images, as ``measure_generated_images`` does."""
     with eval_mode(teacher):
         probability = teacher(images.to(next(teacher.parameters()).device)).softmax(1).cpu()
+    labels = labels.cpu()
     columns = {"label": labels, "predicted": probability.argmax(1)}
     columns |= {"confidence": probability[range(len(labels)), labels].tolist(), "size": images.shape[-1]}
     return pd.DataFrame(columns | {"pixels": [image.tobytes().hex() for image in to_pixels(images, spec)]})

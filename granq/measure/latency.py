@@ -1,5 +1,6 @@
 """Time the quantizer and the executions of a convolution; docs/speed.md says how to read the numbers."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -141,11 +142,13 @@ def measure_latency_scaling(
 
 def peak_mb(run: Callable[[], object], device: str = "cpu") -> float:
     """Return the most bytes that PyTorch allocates at once during ``run``, beyond those before it, in 10^6."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if device != "cpu":
+        return math.nan  # MPS does not tell
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()

@@ -14,6 +14,7 @@ from granq.errors import one_of
 from granq.graph import layer_names, plain_copy
 from granq.hooks import Batch, eval_mode, images_of, watch
 from granq.measure import running
+from granq.quantizer import at_least_float32
 from granq.schemes import Scheme
 
 MODES = ("local", "accumulated")
@@ -115,6 +116,6 @@ def _energy(x: Tensor) -> Tensor:
     """Sum the squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, then float64."""
     if x.dim() != 4:
         return running.where_float64_is(x.flatten(0, -2)).double().square().sum(0)
-    rows = x.flatten(2)
+    rows = at_least_float32(x).flatten(2)
     squares = torch.linalg.vecdot(rows, rows)  # dot products: no temporary, and faster than a norm
     return running.where_float64_is(squares).double().sum(0)

@@ -59,6 +59,8 @@ def calls(model: nn.Module, batch: Batch, names: Iterable[str]) -> list[tuple[st
     """Return name, input and output of every call of the modules ``names``; later layers do not change them."""
     found: list[tuple[str, Tensor, Tensor]] = []
     run(model, [batch], "activations", names, lambda name, x, out: found.append((name, x.clone(), out.clone())))
+    if missing := {*names} - {name for name, *_ in found}:
+        raise UserError(f"the forward never calls {', '.join(sorted(missing))}")
     return found
 
 
@@ -72,7 +74,11 @@ def checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 def kept_rows(out: Path | None, known: dict[str, Any]) -> list[dict[Any, Any]]:
     """Return the rows of a CSV that is to be continued. Raises UserError if what is ``known`` was not so for them."""
-    rows = pd.read_csv(out).to_dict("records") if out and out.is_file() else []
+    texts = dict.fromkeys(["layer", *(name for name, value in known.items() if isinstance(value, str))], str)
+    how: Any = dict(dtype=texts, keep_default_na=False, na_values=[""])  # a layer "1.10" is no number
+    rows = pd.read_csv(out, **how).to_dict("records") if out and out.is_file() else []
+    if rows and (lacking := known.keys() - rows[0].keys()):
+        raise UserError(f"{out} lacks the columns {', '.join(sorted(lacking))}; choose another file")
     for name in known.keys() - {"torch", "device", "commit"} if rows else ():
         old, new = rows[0][name], known[name]
         if not (old == new if isinstance(new, str) else np.isclose(old, new, rtol=1e-5)):

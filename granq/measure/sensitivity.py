@@ -66,6 +66,7 @@ def measure_sensitivity(
         95 % bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images),
         kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme.
     """
+    batches = list(batches)
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
@@ -97,7 +98,7 @@ def measure_flips(model: nn.Module, other: nn.Module, batches: Sequence[tuple[Te
     Columns label, images, right, right_to_wrong, wrong_to_right (counts; ``right`` are those of ``model``).
     """
     before, after = (running.right(network, batches) for network in (model, other))
-    labels = torch.cat([labels for _, labels in batches]).numpy()
+    labels = torch.cat([labels for _, labels in batches]).cpu().numpy()
     flips = dict(right=before, right_to_wrong=before & ~after, wrong_to_right=after & ~before)
     return pd.DataFrame(dict(label=labels, images=1) | flips).groupby("label", as_index=False).sum()
 
@@ -119,8 +120,8 @@ def prepare(
     model: nn.Module, scheme: str | Scheme, bits: tuple[int, int], images: Iterable[Batch], quantile: float = 1.0
 ) -> fx.GraphModule:
     """Return a student whose static ranges, if it has any, are calibrated."""
-    student, device = quantize_model(model, scheme, *bits), next(model.parameters()).device
-    calibrate(student, [images_of(batch).to(device) for batch in images], quantile)
+    student = quantize_model(model, scheme, *bits)
+    calibrate(student, images, quantile)
     return student
 
 

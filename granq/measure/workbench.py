@@ -76,18 +76,19 @@ class Workbench:
                 raise UserError(f"{run.path} is a run of {other}, not of {network}")
 
     @cached_property
-    def _loaded(self) -> tuple[nn.Module, DataSpec, float]:
-        spec, given = self._described, self._teacher
-        if isinstance(given, nn.Module):
-            model = copy.deepcopy(given).eval().to(self.device)
-        else:
-            file = models.digits_teacher() if self.name == "quick" and not given else given
-            model, spec = models.load_teacher(self.network, spec, file, self.device)
-        return model, spec, models.top1_on(model, load_split(spec, "test"), spec, self.device)
+    def _loaded(self) -> tuple[nn.Module, DataSpec]:
+        if isinstance(given := self._teacher, nn.Module):
+            return copy.deepcopy(given).eval().to(self.device), self._described
+        file = models.digits_teacher() if self.name == "quick" and not given else given
+        return models.load_teacher(self.network, self._described, file, self.device)
 
     teacher = property(lambda self: self._loaded[0], doc="The full-precision network in eval mode.")
     spec = property(lambda self: self._loaded[1], doc="The data, with the normalization that belongs to the teacher.")
-    top1 = property(lambda self: self._loaded[2], doc="The teacher's accuracy on the test split in percent.")
+
+    @cached_property
+    def top1(self) -> float:
+        """The teacher's accuracy on the test split in percent."""
+        return self.evaluate(self.teacher)
 
     @cached_property
     def test(self) -> Any:
@@ -133,13 +134,13 @@ class Workbench:
     def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
         """Generator, history and generated images over training, of the given runs or of a short one made here."""
         runs, histories = self._runs or [self._short_run()], []
+        generator = load_generator(runs[0].path, self.device).train()
         for run in runs:
             c = (facts := run.read_config())["config"]
             told = dict(scheme=str(c.scheme), bits=c.bits, seed=c.seed, recipe=c.recipe, run=run.path.name)
             told["generator"] = f"generator {f'stops at {c.generator_epochs}' if c.generator_epochs else 'plays on'}"
             told["trained_on"] = facts.get("versions", {}).get("device", "")
             histories.append(pd.read_csv(run.history).assign(**told))
-        generator = load_generator(runs[0].path, self.device).train()
         if (drawn := runs[0].path / "images.csv").is_file():
             images = pd.read_csv(drawn, dtype={"pixels": str})
         else:
@@ -147,7 +148,8 @@ class Workbench:
         return generator, pd.concat(histories, ignore_index=True), images
 
     def _draw(self, generator: nn.Module, per_class: int = 1) -> pd.DataFrame:
-        return measure_generated_images(generator, self.teacher, self.spec, per_class, seed=self.seed)
+        spec = self.spec.model_copy(update={"classes": min(self.spec.classes, 10)})  # 1,000 do not fit one batch
+        return measure_generated_images(generator, self.teacher, spec, per_class, seed=self.seed)
 
     def _short_run(self) -> RunFolder:
         """Make the run of these settings and this teacher, once: it is kept in ``data_root``."""

@@ -41,7 +41,8 @@ def training_monitor(run: str | Path) -> widgets.VBox:
             plot_training_curves(history, quantity=quantity, legend=False, ax=figure.subplots())
             figure.savefig(buffer, dpi=200)
         picture.value = buffer.getvalue()
-        last = history[::-1].head(5).rename(columns=TRAINING_LABELS)[["epoch", *TRAINING_LABELS.values()]]
+        last = history[::-1].head(5).rename(columns=TRAINING_LABELS)
+        last = last.reindex(columns=["epoch", *TRAINING_LABELS.values()])
         below.value = last.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)
         if epoch != (epoch := int(history.epoch.iloc[-1])):
             with suppress(UserError):  # a generator of one's own is in the checkpoint only

@@ -1,5 +1,6 @@
 """One page about any network: what quantization does to it, layer by layer, in a file that needs no network."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from html import escape
 from importlib.metadata import version
@@ -65,7 +66,10 @@ def report(
         scheme, name = get_scheme(scheme), f"{name} W{check_bits(widths[0])}A{check_bits(widths[1])}"
     data, source = list(_first(batches, images)), "given"
     if not data:
-        data, source = list(_first([_shapes(images, image_size)], images)), "random shapes, seed 0"
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            shapes = random_shapes(images, image_size)
+        data, source = list(_first([shapes], images)), "random shapes, seed 0"
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     parts, found = _measure(model, data, scheme, widths, told["quantized"])
     told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
@@ -85,12 +89,6 @@ def _first(batches: Iterable[Batch], left: int) -> Iterator[Batch]:
         yield from parts[0] if isinstance(batch, Tensor) else zip(*parts, strict=True)
         if (left := left - len(images_of(batch))) <= 0:
             return
-
-
-def _shapes(images: int, image_size: int) -> Tensor:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return random_shapes(images, image_size)
 
 
 def _measure(
@@ -114,7 +112,7 @@ def _measure(
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
             same = logits.argmax(1) == _logits_and_maps(student, data)[0].argmax(1)
-            found["agreement"] = 100 * same.double().mean().item()
+            found["agreement"] = 100 * same.float().mean().item()
             parts["verdict"] += f". It predicts like the full-precision network on {found['agreement']:.1f} % of images"
         rows = _errors(model, data, student, name, layout is not None and logits is not None)
         parts["layers"] = _chart(layer_explorer(rows, layout))
@@ -160,7 +158,7 @@ def _integers(model: nn.Module, data: list[Batch], student: Any, widths: tuple[i
     student = student if folds else prepare(model, "foldable", widths, data)
     start = "" if folds else "Nothing, as these scales do not fold. Under scheme foldable: "
     try:
-        twin = integer_model(student)
+        twin = integer_model(copy.deepcopy(student).cpu())
     except UserError as error:
         return start + escape(str(error))
     layers = sum(isinstance(module, IntegerLayer) for module in twin.modules())

@@ -28,7 +28,7 @@ _PUBLISHED = Role("published, own teachers", "#6b6b70", "_")
 def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend: bool = True, ax: Ax = None) -> Axes:
     """Draw histories of runs, a line for each scheme, bits, recipe and seed; the generator's warm-up is shaded."""
     ax = ax or plt.gca()
-    data = DataFrame({"scheme": "student", "seed": 0}, data.index).assign(**data)
+    data = DataFrame({"scheme": "student", "seed": 0, quantity: float("nan")}, data.index).assign(**data)
     warmup = data.warmup.astype(bool)
     told = ["scheme", *(key for key in ("bits", "recipe", "generator") if key in data and data[key].nunique() > 1)]
     if "run" in data and data.duplicated([*told, "seed", "epoch"]).any():  # they differ in other settings

@@ -32,7 +32,7 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
     looks = alt.Scale(domain=pairs, range=[BLUE, GREY])
     colors = alt.Color("pair:N", title=None, scale=looks, legend=alt.Legend(orient="top"))
     hover = ["layer:N", "channel:Q", "pair:N", *(f"{name}:Q" for name in NUMBERS)]
-    x = alt.X("place:Q", title=None, axis=layer_axis(gap.layer), scale=alt.Scale(nice=False, padding=10))
+    x = alt.X("place:Q", title=None, axis=layer_axis(rows.layer), scale=alt.Scale(nice=False, padding=10))
     dots = every.mark_circle(size=14, opacity=0.7).encode(x, alt.Y("value:Q", title=None), colors, tooltip=hover)
     middle = every.mark_tick(color=TEXT, opacity=1, width=9, thickness=2).encode(x, alt.Y("median(value):Q"))
     said = alt.Title(alt.expr(f"{QUANTITIES}[quantity] + ', channels and their median'"), fontWeight="normal")
