@@ -265,7 +265,7 @@ def test_analysis_rows(benchmarks):
     from analysis import measure_latency_analysis
 
     frame = measure_latency_analysis("resnet20_cifar10", 2, batch=2, image_size=32, repetitions=1)
-    assert list(frame.method) == ["forwards", "layer_error"] and frame.ratio_to_forwards[0] == 1
+    assert list(frame.method) == ["forward", "layer_error", "sensitivity", "report"] and frame.ratio_to_forwards[0] == 1
     as_committed(frame, "analysis_latency")
 
 
