@@ -152,8 +152,8 @@ def quantize_model(
 
     ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own,
     ``{layer: (weight, activation)}``, 0 for full precision; layers that read one place share its width. The image has
-    ``image_bits``, if given: hardware for k bits runs the first layer on 2k as two passes, one for each half of the
-    bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
+    ``image_bits``, if given, whatever ``bits`` say: hardware for k bits runs the first layer on 2k as two passes, one
+    for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
     Raises:
         UserError: unknown scheme, width or layer, nothing to quantize, a network that is wrapped or quantized already,
@@ -172,6 +172,8 @@ def quantize_model(
     own = {name: (w and check_bits(w), a and check_bits(a)) for name, (w, a) in (bits or {}).items()}
     if unknown := [name for name in own if name not in (layers if any(own[name]) else layer_names(model))]:
         raise UserError(f"bits name what is no layer that can be quantized: {', '.join(unknown)}")
+    if scheme.weights is None and (asked := [name for name in own if own[name][0]]):
+        raise UserError(f"the scheme quantizes no weights: those of {asked[0]} take 0 bits")
     _quantize_activations(student, graph, set(layers), own, *widths[1:], scheme)
     if left:
         warnings.warn(f"in full precision, as they compute something else: {', '.join(left)}", stacklevel=2)
@@ -304,14 +306,18 @@ def calibrate(
         full_precision: track what the network holds without quantization, to which ``reestimate_batchnorm`` brings
             activations back.
     """
+    if not 0.5 < quantile <= 1:
+        raise UserError(f"quantile is a share, above 0.5 to 1, got {quantile}")
     places = [place for place in activation_places(model).values() if place.tracked]
     if any(place.learned for place in places):
         raise UserError("the steps of this model are learned: they no longer follow ranges")
     with eval_mode(model), temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
-        for place in places if quantile < 1 else ():  # ranges tracked before were extremes
-            place.running_min = place.running_max = torch.empty(0)
+        fresh = places if quantile < 1 else []  # ranges tracked before were extremes
         for images in map(images_of, batches if places else ()):
             if len(images):
+                for place in fresh:
+                    place.running_min = place.running_max = torch.empty(0)
+                fresh = []
                 model(images.to(next(model.parameters()).device))
     if not all(place.seen for place in places):
         raise UserError("no images to calibrate on")

@@ -62,10 +62,11 @@ def reader(root: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Return the call of a plain BatchNorm2d that alone reads ``node``, if there is one."""
+    """Return the call of a plain BatchNorm2d with running statistics that alone reads ``node``, if there is one."""
     user = reader(root, node)
     module = user and module_of(root, user)
-    return user if isinstance(module, nn.BatchNorm2d) and is_plain(module) else None
+    fixed = isinstance(module, nn.BatchNorm2d) and is_plain(module) and module.running_mean is not None
+    return user if fixed else None
 
 
 def is_image(root: nn.Module, node: fx.Node) -> bool:

@@ -77,7 +77,7 @@ class Match(GDFQ):
                 set_image_range(student, *game.pixels)
         images = torch.cat([self.draw(game)[0] for _ in range(REESTIMATION)])
         reestimate_batchnorm(student, game.teacher, images)
-        if scheme.clamp:
+        if scheme.clamp and (scheme.tracked or any(q.weight for q in layer_quantizers(student).values())):
             learn_steps(student)
 
     def step(self, game: Game) -> dict[str, Tensor]:
@@ -97,9 +97,8 @@ class Match(GDFQ):
 def refined_images(game: Game) -> tuple[Tensor, Tensor]:
     """Make the images that a run trains on, with labels. They depend on seed and generator only, also when resumed."""
     c, generator = game.config, copy.deepcopy(game.generator)  # drawing moves the running statistics of its norms
-    cuda = [torch.cuda.current_device()] if game.device.startswith("cuda") else []
     batches = []
-    with torch.random.fork_rng(cuda):
+    with game.own_random_state():
         torch.manual_seed(c.seed)
         for number in range(c.refined_images // c.batch_size):
             if number % 2:

@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -119,7 +120,9 @@ class Game:
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
         self._check_generator()
         self.generator.to(self.device).to(memory_format=torch.channels_last)
-        self.generator_params = list(self.generator.parameters())
+        self.generator_params = [p for p in self.generator.parameters() if p.requires_grad]
+        if not self.generator_params:
+            raise UserError("the generator has no parameter that learns: leave requires_grad on")
         adam = torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999))
         self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": adam}
         self.optimize_student()
@@ -263,10 +266,13 @@ class Game:
         self.optimize_student()
         self.ptq_top1 = self._measure(evaluate)
 
+    def own_random_state(self) -> AbstractContextManager[None]:
+        """Leave the random numbers of a run as they are, whatever is drawn within the block."""
+        return torch.random.fork_rng([torch.cuda.current_device()] if self.device.startswith("cuda") else [])
+
     def _measure(self, evaluate: Evaluate | None) -> float:
         """Evaluate a copy of the student: modes, statistics and ranges stay, and the random numbers of a run, too."""
-        cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda):
+        with self.own_random_state():
             return float(evaluate(copy.deepcopy(self.student))) if evaluate else math.nan
 
     def state(self) -> dict[str, Any]:
@@ -301,5 +307,10 @@ def describe_images(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor)
 
 
 def diversity(images: Tensor) -> Tensor:
-    """Share of the variance of images (N, C, H, W) that is between images: 1 - 1/N of noise, 0 of one image N times."""
+    """Share of the variance of images (N, C, H, W) that is between images: 1 - 1/N of noise, 0 of one image N times.
+
+    NaN of a single image.
+    """
+    if len(images) == 1:
+        return images.new_full((), math.nan)
     return images.var(0, correction=0).mean() / images.var((0, 2, 3), correction=0).mean().clamp_min(1e-12)

@@ -56,8 +56,8 @@ def choose_qparams(x: Tensor, bits: int, granularity: str = "per_sample_channel"
     """Choose scale and zero point of every group from the minimum and maximum of its values.
 
     ``x`` is (N, C, H, W), (N, F), or weights (O, I, kh, kw), (O, I); both results have the shape given at
-    ``_KEPT_DIMS``. An empty group has the range [0, 0]. A group that holds a NaN or an infinity gets NaN parameters, so
-    the damage stays visible in its group. With ``promote`` half-precision ranges are computed in float32, where
+    ``_KEPT_DIMS``. An empty group has the range [0, 0]. The values of a group that holds a NaN or an infinity become
+    NaN, so the damage stays visible in its group. With ``promote`` half-precision ranges are computed in float32, where
     ``1e-8`` does not underflow; without it, as in the public release, constant float16 channels give NaN.
 
     Raises UserError for another tensor, ``bits`` outside 2 to 8 or an unknown granularity.

@@ -75,7 +75,7 @@ class LearnedSteps(nn.Module):
         self.register_buffer("zero_point", zero_point.clone())
 
     def forward(self) -> QParams:
-        return QParams(torch.exp(-self.log_step), self.zero_point)
+        return QParams(torch.exp(-at_least_float32(self.log_step)), at_least_float32(self.zero_point))
 
 
 def fake_quantize_learned(x: Tensor, qparams: QParams, bits: int) -> Tensor:

@@ -137,7 +137,8 @@ def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", iden
             if folder:
                 folder.save(game.state() | {"fingerprint": identity}, game.rows)
             if after_epoch:
-                after_epoch(game)
+                with game.own_random_state():
+                    after_epoch(game)
 
 
 def generator_trouble(rows: list[dict[str, float]], classes: int) -> str:

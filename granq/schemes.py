@@ -38,6 +38,8 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{self.activations} ranges belong to single images: only per_channel or per_tensor track")
         if self.fold and not (static and self.places == "inputs" and self.weights in ("per_out_channel", "per_tensor")):
             raise ValueError("only tracked ranges at the inputs fold, into weights per_out_channel or per_tensor")
+        if self.fold and not self.clamp:
+            raise ValueError("a scheme that folds runs in integers, whose codes are clamped")
         return self
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision
 from conftest import TinyNet
+from pydantic import ValidationError
 from torch import nn
 
 from granq import (
@@ -492,3 +493,20 @@ def test_calibration_costs_nothing_where_no_range_is_static(tiny):
     student.register_forward_hook(lambda *_: seen.append(1))
     calibrate(student, [torch.randn(2, 3, 8, 8)])
     assert not seen
+
+
+def test_what_no_scheme_can_have_is_told(tiny):
+    with pytest.raises(UserError, match="quantizes no weights: those of conv1 take 0 bits"):
+        quantize_model(tiny, Scheme(weights=None, activations="per_tensor"), 3, 3, bits={"conv1": (8, 3)})
+    with pytest.raises(ValidationError, match="whose codes are clamped"):
+        Scheme(weights="per_out_channel", activations="per_channel", tracked=True, fold=True, clamp=False)
+
+
+def test_calibration_that_fails_leaves_ranges(tiny):
+    student = quantize_model(tiny, "foldable", 3, 3)
+    calibrate(student, [torch.randn(2, 3, 8, 8)])
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(UserError, match="quantile is a share"):
+        calibrate(student, [torch.randn(2, 3, 8, 8)], 99.9)
+    calibrate(student, [torch.empty(0, 3, 8, 8)], 0.99)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

@@ -306,3 +306,11 @@ def test_student_and_twin_do_not_move_each_other(tiny):
     twin = integer_model(student)
     assert [m.training for m in student.modules()] == modes and not any(m.training for m in twin.modules())
     assert not {*student.modules()} & {*twin.modules()}
+
+
+def test_a_norm_of_batch_statistics_stays_in_floating_point(tiny):
+    tiny.bn1 = nn.BatchNorm2d(4, track_running_stats=False)
+    student = quantize_model(tiny.eval(), "foldable", 4, 4)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    twin = integer_model(student)
+    assert isinstance(twin.bn1, nn.BatchNorm2d) and not hasattr(twin, "bn2")

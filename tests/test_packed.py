@@ -1,5 +1,6 @@
 """Students as files: bit for bit what was saved, and as large as the audit says."""
 
+import copy
 import json
 import math
 import shutil
@@ -254,3 +255,11 @@ def test_export_and_evaluate(folder, teacher, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["top1"] == facts["top1"]
     assert main(export) == 2 and "already exists" in capsys.readouterr().err
     assert main([*export[:-2], str(tmp_path / "x.bin")]) == 2 and ".safetensors" in capsys.readouterr().err
+
+
+def test_a_student_in_half_precision_has_no_nan():
+    """A dead channel has the smallest step there is, whose reciprocal float16 does not hold."""
+    student = granq.load_student("cifar10-foldable-w3a3").student
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole, half = student(images), copy.deepcopy(student).half()(images.half())
+    assert half.isfinite().all() and (half.argmax(1) == whole.argmax(1)).all()

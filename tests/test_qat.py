@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 
 from granq import QATConfig, Scheme, build_generator, choose_qparams, fake_quantize, qat, quantize, synthesize, train
 from granq.convert import ActQuantizer, activation_places, layer_quantizers, weight_quantizer
+from granq.errors import UserError
 from granq.fast import channel_var_mean, upsample_conv
-from granq.generator import batchnorm_inputs, batchnorm_loss
+from granq.generator import Generator, batchnorm_inputs, batchnorm_loss
 from granq.losses import (
     agreement_loss,
     disagreement_loss,
@@ -435,3 +437,32 @@ def test_a_teacher_of_one_logit_has_nothing_to_teach():
     one = nn.Sequential(*list(tiny_network())[:-1], nn.Linear(144, 1)).eval()
     with pytest.raises(ValueError, match="one logit tells no classes apart"):
         train(one, TINY)
+
+
+def test_whoever_draws_after_an_epoch_changes_nothing(tiny):
+    config = QATConfig(epochs=2, iterations=1, batch_size=4, warmup_epochs=1, image_size=8)
+    quiet, drawn = (train(tiny, config, after_epoch=f).history for f in (None, lambda game: torch.randn(3)))
+    pd.testing.assert_frame_equal(quiet, drawn)
+
+
+def test_one_image_has_no_diversity(tiny):
+    config = QATConfig(epochs=1, iterations=1, batch_size=1, warmup_epochs=0, image_size=8)
+    assert train(tiny, config).history.diversity.isna().all()
+
+
+def test_a_generator_that_cannot_learn_is_told(tiny):
+    config = QATConfig(epochs=1, iterations=1, batch_size=4, warmup_epochs=1, image_size=8)
+    frozen = Generator(3, 8).requires_grad_(False)
+    with pytest.raises(UserError, match="no parameter that learns"):
+        train(tiny, config, generator=frozen)
+    frozen.linear.requires_grad_(True)
+    train(tiny, config, generator=frozen)
+
+
+def test_match_of_activations_only(tiny):
+    """Their dynamic ranges have no step to learn."""
+    scheme = Scheme(weights=None, activations="per_sample_channel")
+    config = QATConfig(
+        recipe="match", scheme=scheme, epochs=1, iterations=1, batch_size=4, warmup_epochs=0, image_size=8
+    )
+    assert len(train(tiny, config).history) == 1

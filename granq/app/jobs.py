@@ -63,6 +63,9 @@ class Job(QATConfig, Files):
         """Bits are chosen on the images of a generator that learned to draw them."""
         if self.auto_bits and not (self.layer_bits or self.generator or 0 < self.warmup_epochs < self.epochs):
             raise ValueError("--bits auto needs a warm-up and an epoch after it, or --generator")
+        stops = self.auto_bits and self.recipe != "match" and 0 < self.generator_epochs <= self.warmup_epochs
+        if stops and not (self.layer_bits or self.generator):
+            raise ValueError("with --bits auto the generator cannot stop within the warm-up, a run of its own")
         return self
 
     def run(self) -> dict[str, Any]:
@@ -125,7 +128,9 @@ class Job(QATConfig, Files):
                 warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
                 granq.train(teacher, warm, out=start, resume=start.exists())
                 later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
-                c = c.change(epochs=c.epochs - c.warmup_epochs, warmup_epochs=0, milestones=later)
+                stop = c.generator_epochs and c.generator_epochs - c.warmup_epochs  # above 0: see _draws_images
+                rest = dict(epochs=c.epochs - c.warmup_epochs, warmup_epochs=0, milestones=later)
+                c = c.change(**rest, generator_epochs=max(stop, 0))
             images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
             how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
             table = granq.measure_sensitivity(
