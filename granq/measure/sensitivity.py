@@ -66,13 +66,11 @@ def measure_sensitivity(
         95 % bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images),
         kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme.
     """
-    batches = list(batches)
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
-    name = type(scheme).__name__ if isinstance(scheme, nn.Module) else str(scheme)
-    running.run(model, batches[:1], "images")  # which refuses what are none
-    known = {"images": sum(len(images_of(batch)) for batch in batches), "scheme": name, **(facts or {})}
+    batches, name = list(batches), type(scheme).__name__ if isinstance(scheme, nn.Module) else str(scheme)
+    known = {"images": running.run(model, batches, "images"), "scheme": name, **(facts or {})}
     rows = running.kept_rows(out, known)
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     plain, warm = full_precision(model), batches[:1] if calibration is None else calibration
