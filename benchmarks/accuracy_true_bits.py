@@ -42,17 +42,18 @@ HALF = (0.5, 0.5, 0.5)  # mean and deviation of EfficientNet-Lite
 
 
 def prepare(data: str, weights: Path, images: Path, work: Path) -> tuple[Any, Any, list[torch.Tensor], Any]:
-    """Return teacher, test images, 256 generated images (of ImageNet's size 64) and the description of the data."""
+    """Return teacher, test images, 256 generated images (of ImageNet's size 32) and the description of the data."""
     network, file = NETWORKS[data]
     if data == "imagenet":
         spec = granq.describe_data(f"folder:{images / data}", network, mean=HALF, std=HALF)
         own = granq.build_network(network, 1000).state_dict()  # the file has the same tensors, under other names
         tensors = torch.load(weights / file, weights_only=True).values()
         torch.save(dict(zip(own, tensors, strict=True)), work / file)
-        teacher, _ = granq.load_teacher(network, spec, work / file)
+        teacher, spec = granq.load_teacher(network, spec, work / file)  # whose classes are all 1,000
         torch.manual_seed(0)
-        shapes = [(random_shapes(32, spec.image_size), torch.randint(0, 1000, (32,))) for _ in range(2)]
-        return teacher, granq.load_split(spec, "test"), [refine(teacher, *batch) for batch in shapes], spec
+        shapes = random_shapes(32, spec.image_size)
+        drawn = [refine(teacher, shapes, torch.randint(0, 1000, (32,)))]
+        return teacher, [*granq.load_split(spec, "test")], drawn, spec
     mean, std = public_networks.normalization[network]
     spec = granq.describe_data(f"folder:{images / data}", "cifar", mean=mean, std=std)
     teacher, _ = granq.load_teacher(f"{ROOT}/examples/public_networks.py:{network}", spec, weights / file)
@@ -94,8 +95,8 @@ def main(
         evaluate = partial(granq.top1_on, dataset=test, spec=spec)
         known["teacher_test_top1"] = evaluate(teacher)
         if not (work / f"budgets_{name}.csv").is_file():
-            budgets = {"budgets": [4.0], "choices": [3, 4, 5, 6, 8]} if name == "imagenet" else {}
-            rows = granq.measure_budgets(teacher, drawn, evaluate, **budgets)
+            few: dict[str, Any] = {"schemes": ["strict"], "budgets": [4.0], "choices": [3, 4, 5, 6, 8]}
+            rows = granq.measure_budgets(teacher, drawn, evaluate, **few if name == "imagenet" else {})
             write_csv(work / f"budgets_{name}.csv", rows.assign(test_images=len(test), **known), "%.6g")
         if name == "cifar10":
             both: dict[str, Any] = {"kinds": ["alone"], "parts": ["both"]}
