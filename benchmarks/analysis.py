@@ -19,7 +19,7 @@ from granq.models import build_network
 
 
 def measure_latency_analysis(
-    network: str = "resnet50", images: int = 64, *, batch: int = 4, image_size: int = 224, repetitions: int = 1,
+    network: str = "resnet50", images: int = 64, *, batch: int = 8, image_size: int = 224, repetitions: int = 1,
     device: str = "cpu",
 ) -> pd.DataFrame:  # fmt: skip
     """Time layer errors, sensitivity (each layer alone, weights and activations) and the report, with random weights.

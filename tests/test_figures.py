@@ -344,14 +344,14 @@ def test_training_curves_are_one_line_a_run() -> None:
     ax = plot_training_curves(pd.concat(runs, ignore_index=True))
     assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2, 3]] * 4
     labels = [line.get_label() for line in ax.lines]
-    assert labels == ["granq a", "granq b", "layerwise a", "layerwise b"]
+    assert labels == ["granq, a", "granq, b", "layerwise, a", "layerwise, b"]
     dashes = [line.get_linestyle() for line in ax.lines]
     assert dashes[0] != dashes[1] and dashes[2] != dashes[3]
     with pytest.raises(ValueError, match="duplicate entries"):
         plot_training_curves(history().drop(columns="seed"))
     twice = [history()[:3].assign(run=run) for run in ("whole", "frozen")]
     ax = plot_training_curves(pd.concat(twice, ignore_index=True), ax=plt.figure().gca())
-    assert [line.get_label() for line in ax.lines] == ["granq whole", "granq frozen"]
+    assert [line.get_label() for line in ax.lines] == ["granq, whole", "granq, frozen"]
 
 
 def test_one_panel_shows_one_layer_granularity_and_width(tiny: nn.Module) -> None:

@@ -387,9 +387,10 @@ def test_teachers_that_take_or_give_something_else(tmp_path) -> None:
         load_teacher("resnet20_cifar10", spec, tmp_path / "empty.pth")
 
 
-def test_a_teacher_goes_on_with_its_own_normalization_only(tmp_path) -> None:
+def test_a_teacher_goes_on_with_its_own_normalization_only(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(models, "load_split", lambda *_: [(torch.zeros(3, 32, 32, dtype=torch.uint8), 0)] * 2)
     spec = describe_data("digits")
-    train = partial(train_teacher, "resnet20_cifar10", epochs=1, batch_size=1024, checkpoint=tmp_path / "t.pt")
+    train = partial(train_teacher, "resnet20_cifar10", epochs=1, batch_size=2, checkpoint=tmp_path / "t.pt")
     train(spec)
     with pytest.raises(UserError, match="is of another training"):
         train(spec.model_copy(update={"mean": (0.1, 0.1, 0.1)}))

@@ -299,7 +299,7 @@ def test_collapse_and_a_teacher_that_disagrees_are_said_once(monkeypatch, capsys
     shown = {"teacher_top1": torch.tensor(40.0)}
     train(network(), TINY.change(epochs=4))
     said = capsys.readouterr().err
-    assert said.count("gives only 40 % of the generated images the label") == 1 and "epoch 3:" in said  # after warm-up
+    assert said.count("gives only 40 % of its images the label") == 1 and "epoch 3:" in said  # after warm-up
 
 
 def test_a_teacher_who_knows_two_classes_well_is_no_trouble():

@@ -153,8 +153,7 @@ FIGURES: dict[str, Figure] = {
     "accuracy_true_bits": Figure(
         "What do bits for each layer bring?",
         lambda w: allocation.measure_budgets(w.teacher, [*w.synthetic()], w.evaluate),
-        results.plot_accuracy_true_bits, (6.8, 4.6), {"training": None}, {"dataset": None},
-        {"sharex": True}),
+        results.plot_accuracy_true_bits, (6.8, 4.6), {"training": None}, {"dataset": None}),
     "quantizer_latency": Figure(
         "What does it cost to quantize activations?",
         lambda w: latency.measure_latency_quantizer(latency.SHAPES[: w.budget.sizes], w.budget.bits, device=w.device),

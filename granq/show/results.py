@@ -206,7 +206,8 @@ def plot_accuracy_true_bits(
         ax.axhline(rows.teacher_test_top1.iloc[0], color=GREY, linestyle="--", label="teacher", zorder=0)
     title = f"{rows.dataset.iloc[0]}, {rows.network.iloc[0]}" if "dataset" in rows else ""
     ax.set(xlabel="true bits per weight", ylabel=f"test top-1 (%)\n{rows.training.iloc[0]}", title=title)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks := (2, 4, 8, 16, 32), map(str, ticks))  # from the smallest width to full precision
     return finish(ax, legend)
 
 
