@@ -95,8 +95,8 @@ def main(
         evaluate = partial(granq.top1_on, dataset=test, spec=spec)
         known["teacher_test_top1"] = evaluate(teacher)
         if not (work / f"budgets_{name}.csv").is_file():
-            few: dict[str, Any] = {"schemes": ["strict"], "budgets": [4.0], "choices": [3, 4, 5, 6, 8]}
-            rows = granq.measure_budgets(teacher, drawn, evaluate, **few if name == "imagenet" else {})
+            short: dict[str, Any] = {"schemes": ["strict"], "budgets": [4.0], "choices": [3, 4, 5, 6, 8]}
+            rows = granq.measure_budgets(teacher, drawn, evaluate, **short if name == "imagenet" else {})
             write_csv(work / f"budgets_{name}.csv", rows.assign(test_images=len(test), **known), "%.6g")
         if name == "cifar10":
             both: dict[str, Any] = {"kinds": ["alone"], "parts": ["both"]}
