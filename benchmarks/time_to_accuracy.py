@@ -20,6 +20,8 @@ from granq.models import load_teacher, top1_on
 from granq.runs import train
 from granq.show.style import role
 
+Channels = tuple[float, float, float] | None
+
 #: For each scheme the recipe that gets furthest (docs/results.md), and what it changes.
 BEST: dict[str, dict[str, Any]] = {
     "granq": {"recipe": "match"},
@@ -76,16 +78,18 @@ def plot_time_to_accuracy(data: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def main(
     network: str, teacher: Path, data: str, target: float, *, out: Path, schemes: tuple[str, ...] = tuple(BEST),
-    image_size: int | None = None, epochs: int = 10, iterations: int = 100, batch_size: int = 64,
-    refined_images: int = 4096, bf16: bool = False, paper_epochs: int = 5, seed: int = 0, device: str = "auto",
+    mean: Channels = None, std: Channels = None, image_size: int | None = None, epochs: int = 10,
+    iterations: int = 100, batch_size: int = 64, refined_images: int = 4096, bf16: bool = False,
+    paper_epochs: int = 5, seed: int = 0, device: str = "auto",
 ) -> None:  # fmt: skip
     """Measure and draw; write ``--out`` (CSV) and the picture next to it.
 
     Args:
         target: the best accuracy in percent of a run with the published settings.
+        mean: of the three channels, from 0 to 1, as the network was trained with; likewise ``std``.
         paper_epochs: so many epochs of these settings after their warm-up, to know how long all of them take.
     """
-    spec = describe_data(data, network, image_size)
+    spec = describe_data(data, network, image_size, mean=mean, std=std)
     model, spec = load_teacher(network, spec, teacher, resolve_device(device))
     shared: dict[str, Any] = dict(device=device, seed=seed, bf16=bf16, image_size=spec.image_size)
     length = dict(epochs=epochs, iterations=iterations, batch_size=batch_size, refined_images=refined_images)
