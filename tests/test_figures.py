@@ -370,8 +370,8 @@ def test_one_panel_shows_one_layer_granularity_and_width(tiny: nn.Module) -> Non
 
 
 def test_what_no_number_can_show_is_left_out_and_nothing_else() -> None:
-    gap = pd.DataFrame(dict(layer="a", ks_distance=[0.1, 0.9], mean_real=0.0, mean_synthetic=0.0, variance_real=1.0,
-                            variance_synthetic=[1.0, 0.0]))  # fmt: skip
+    gap = pd.DataFrame(dict(layer="a", pair="b", ks_distance=[0.1, 0.9], mean_real=0.0, mean_synthetic=0.0,
+                            variance_real=1.0, variance_synthetic=[1.0, 0.0]))  # fmt: skip
     shown = {q: plot_synthetic_gap(gap, quantity=q, ax=plt.figure().gca()) for q in GAP_LABELS}
     points = {q: np.ma.masked_invalid(ax.collections[0].get_offsets())[:, 1].count() for q, ax in shown.items()}
     assert points == {"ks_distance": 2, "mean": 2, "variance": 1}

@@ -1,7 +1,5 @@
 """What quantization does inside a network: values, scales and errors of layers and of their channels."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -19,8 +17,9 @@ GAP_LABELS = {"ks_distance": "KS distance", "mean": "shift of the mean\n(in std)
 
 
 def plot_activation_distortion(
-    data: DataFrame, *, quantity: str = "distribution", legend: bool = True, ax: Ax = None, **panel: Any
-) -> Axes:
+    data: DataFrame, *, layer: str | None = None, bits: int | None = None, quantity: str = "distribution",
+    legend: bool = True, ax: Ax = None,
+) -> Axes:  # fmt: skip
     """Draw ``measure_activation_distortion`` at one ``layer`` and ``bits``: every granularity and full precision.
 
     ``"distribution"`` is the share of values above each activation, in which quantization levels are stairs, without
@@ -28,7 +27,7 @@ def plot_activation_distortion(
     in 100,000 lies. The title of the former holds the SQNR in the order of the legend.
     """
     ax = ax or plt.gca()
-    rows = select(data, **{"layer": None, "bits": None} | panel).copy()
+    rows = select(data, layer=layer, bits=bits).copy()
     edges = np.array([*rows.bin_left.unique(), rows.bin_right.max()])
     title = f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits"
     above = rows[["density_full_precision", "density_quantized"]].mul(rows.bin_right - rows.bin_left, axis=0)
@@ -137,12 +136,9 @@ def plot_data_flow(data: DataFrame, *, ax: Ax = None) -> Axes:
     return ax
 
 
-def plot_channel_scales(
-    data: DataFrame, *, granularity: str | None = None, bits: int | None = None, ax: Ax = None
-) -> Axes:
+def plot_channel_scales(data: DataFrame, *, ax: Ax = None) -> Axes:
     """Draw ``measure_channel_scales`` of several sources: the scale of every channel, with a bar at each median."""
-    ax = ax or plt.gca()
-    data = select(data, granularity=granularity, bits=bits)
+    ax, data = ax or plt.gca(), select(data, granularity=None, bits=None)
     _channel_points(ax, data.assign(value=data.scale.where(data.scale > DEAD)), "source")
     plain_log(ax)
     ax.set_ylabel(f"scale at {data.bits.iloc[0]} bits\n(step, in units of the activation)")
@@ -152,12 +148,8 @@ def plot_channel_scales(
 
 
 def plot_synthetic_gap(data: DataFrame, *, quantity: str = "ks_distance", legend: bool = True, ax: Ax = None) -> Axes:
-    """Draw ``measure_synthetic_gap``: every channel a point, with a bar at each median.
-
-    A column ``pair`` holds several comparisons, such as real against real: so much of a distance is the sample.
-    """
+    """Draw ``measure_synthetic_gap``: every channel a point, with a bar at each median, by comparison (``pair``)."""
     ax = ax or plt.gca()
-    data = data if "pair" in data else data.assign(pair="synthetic against real")
     values = {
         "ks_distance": data.ks_distance,
         "mean": (data.mean_synthetic - data.mean_real).abs() / data.variance_real**0.5,

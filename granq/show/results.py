@@ -152,17 +152,14 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
 
 
 def plot_granularity_factorial(
-    data: DataFrame, *, ranges: str | None = None, bits: int | None = None, colorbar: bool = True, ax: Ax = None
+    data: DataFrame, *, ranges: str = "dynamic", bits: int | None = None, colorbar: bool = True, ax: Ax = None
 ) -> Axes:
     """Draw ``measure_granularity_factorial``: accuracy, mean over seeds, by weight and activation granularity.
 
-    Bits are by default the fewest. Ranges "none" (full-precision activations) belong to every map. The title says half
-    of the widest interval.
+    Ranges "none" (full-precision activations) belong to every map. The title says half of the widest interval.
     """
     ax = ax or plt.gca()
-    ranges = ranges or next((v for v in data.ranges if v != "none"), "none")
-    rows = data[data.ranges.isin([ranges, "none"])].sort_values("bits", kind="stable")
-    rows = select(rows, bits=bits)
+    rows = select(data[data.ranges.isin([ranges, "none"])], bits=bits)
     grid = rows.pivot_table(index="weights", columns="activations", values="top1", sort=False)
     grid = grid.reindex(columns=data.activations.unique())
     lost = (data.top1.max() - grid).clip(lower=1)  # from 4 bits on the cells differ by tenths of what 2 bits cost
