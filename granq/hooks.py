@@ -42,13 +42,12 @@ def watch(
     computes, and the output is ``None``.
     """
 
-    def hook(name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> None:
-        visit(name, args[0] if args else named.get("input"), output)
-
     with ExitStack() as hooks:
         for name in names:
-            module = model.get_submodule(name)
-            register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
-            handle = register(lambda _, *call, name=name: hook(name, *call), with_kwargs=True)
-            hooks.callback(handle.remove)
+
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any = None, name: str = name) -> None:
+                visit(name, args[0] if args else None, output)
+
+            module: Any = model.get_submodule(name)
+            hooks.callback((module.register_forward_pre_hook if before else module.register_forward_hook)(hook).remove)
         yield

@@ -28,8 +28,6 @@ _UNPADDED: dict[str, Any] = {"padding": (0, 0), "padding_mode": "zeros"}
 _OWN = ("weight", "bias", "running_mean", "running_var")
 #: values that tell a ReLU from other functions
 _PROBE = torch.tensor([-1e6, -99, -8, -6, -4, -3, -2, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 2, 3, 4, 5.9, 6.1, 8, 99, 1e6])
-#: after these, dimension 1 may be another one
-_MOVES = set("transpose permute view reshape movedim moveaxis swapaxes swapdims unflatten getattr".split())
 
 
 def is_plain(module: nn.Module | None) -> bool:
@@ -181,15 +179,3 @@ def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
     except Exception:  # it takes tensors of another shape, or gives something else than one
         return None
     return None if not same else math.inf if ceiling == x.max() else ceiling
-
-
-def has_channels(root: nn.Module, node: fx.Node) -> bool:
-    """Say whether channels are dimension 1 of ``node``: it comes from a convolution, without a change of layout."""
-    while node.all_input_nodes and getattr(node.target, "__name__", node.target) not in _MOVES:
-        module = module_of(root, node)
-        if isinstance(module, nn.modules.conv._ConvNd) or node.target in (F.conv1d, F.conv2d, F.conv3d):
-            return True
-        if isinstance(module, nn.Linear) or node.target is F.linear:
-            return False
-        node = node.all_input_nodes[0]
-    return False

@@ -110,7 +110,7 @@ def _executions(c: int, n: int, size: int, bits: int, device: str) -> dict[str, 
         "accumulation-time, loop": partial(scaling.accumulation_time, own, weight, SAME, False, carrier),
         "accumulation-time, grouped": partial(scaling.accumulation_time, own, weight, SAME, True, carrier),
         "pre-scaled": partial(scaling.prescaled, own, weight.dequantize(), SAME),
-        "folded": partial(scaling.folded, static, scaling.fold(weight, static.scale_inv, SAME), SAME),
+        "folded": partial(scaling.folded, static, scaling.fold(weight, static.scale_inv), SAME),
     }
 
 
