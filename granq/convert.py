@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,7 +27,7 @@ MOMENTUM = 0.9  # of tracked ranges
 
 
 class Quantizer(nn.Module):
-    """What quantizers of weights and activations share: ranges that may hold zero, and steps that may be learned."""
+    """What quantizers of weights and activations share: from a range, or learned steps, to values."""
 
     def __init__(self, bits: int, granularity: str | None, clamp: bool, fold: bool) -> None:
         super().__init__()
@@ -97,10 +98,9 @@ class WeightQuantizer(Quantizer):
 
 
 class ActQuantizer(Quantizer):
-    """Fake quantization of one activation place: (N, C, H, W), or else rows (..., F); ``rows``: these in any case.
+    """Fake quantization of one activation place: (N, C, H, W) unless ``rows``, or else rows (..., F).
 
-    Tracked ranges are a moving average, which forwards move while ``tracking`` only; the first batch sets it. They
-    belong to the state dict: what is loaded from one is calibrated.
+    Tracked ranges are a moving average, which forwards move while ``tracking`` only. They belong to the state dict.
     """
 
     running_min: Tensor
@@ -150,8 +150,7 @@ class ActQuantizer(Quantizer):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("running_min", "running_max") if self.tracked else ():
             # a teacher's checkpoint has no ranges: keep ours; a student's has them in their own shape
-            saved = state_dict.setdefault(prefix + name, getattr(self, name))
-            setattr(self, name, torch.empty_like(saved).copy_(saved))
+            setattr(self, name, state_dict.setdefault(prefix + name, getattr(self, name)).clone())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -159,11 +158,10 @@ def quantize_model(
     model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int, image_bits: int | None = None,
     bits: Mapping[str, tuple[int, int]] | None = None,
 ) -> fx.GraphModule:  # fmt: skip
-    """Return a fake-quantized copy of ``model``; the model itself is not touched.
+    """Return a fake-quantized copy of ``model``, into which state dicts of ``model`` load.
 
-    Every Conv2d and Linear keeps its state-dict keys, so a teacher's state dict loads into the copy. One that computes
-    something else (``granq.plain``), or is only read (``F.linear(x, normalize(self.head.weight))``), stays in full
-    precision; a warning names it.
+    A Conv2d or Linear that computes something else (``granq.plain``), or is only read (``F.linear(x, self.head.weight
+    / 2)``), stays in full precision; a warning names it.
 
     ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own,
     ``{layer: (weight, activation)}``, 0 for full precision; layers that read one place share its width. The image has
@@ -229,21 +227,16 @@ def _quantize_weights(model: fx.GraphModule, widths: dict[nn.Module, int], schem
     for layer in (layer for layer in widths if widths[layer]):
         quantizer = WeightQuantizer(widths[layer], scheme, getattr(layer, "groups", 1), sources.get(layer))
         parametrize.register_parametrization(layer, "weight", quantizer)
-        layer.register_load_state_dict_pre_hook(_rename_on_load)
-        layer.register_state_dict_post_hook(_rename_on_save)
+        layer.register_load_state_dict_pre_hook(partial(_rename, "weight", _STORED))
+        layer.register_state_dict_post_hook(partial(_rename, _STORED, "weight"))
 
 
 _STORED = "parametrizations.weight.original"
 
 
-def _rename_on_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    if prefix + "weight" in state_dict:
-        state_dict[prefix + _STORED] = state_dict.pop(prefix + "weight")
-
-
-def _rename_on_save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    if prefix + _STORED in state_dict:
-        state_dict[prefix + "weight"] = state_dict.pop(prefix + _STORED)
+def _rename(old: str, new: str, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    if prefix + old in state_dict:
+        state_dict[prefix + new] = state_dict.pop(prefix + old)
 
 
 class LayerQuantizers(NamedTuple):
@@ -307,11 +300,9 @@ def calibrate(
 ) -> None:
     """Set the static activation ranges of ``model`` to a moving average over batches; learned ones stay.
 
-    Args:
-        batches: images (N, 3, H, W), or pairs (images, labels).
-        quantile: share of the values inside the range (``ranges.quantile_range``), above 0.5 to 1, the extremes.
-        full_precision: track what the network holds without quantization, to which ``reestimate_batchnorm`` brings
-            activations back.
+    Batches are images (N, 3, H, W) or pairs (images, labels). ``quantile`` is the share of the values inside the range
+    (``ranges.quantile_range``), 1 for the extremes. With ``full_precision`` the ranges are those of the network without
+    quantization, to which ``reestimate_batchnorm`` brings activations back.
     """
     places = [place for place in activation_places(model).values() if place.tracked and place.learned is None]
     for place in places:
@@ -324,13 +315,6 @@ def calibrate(
 
 
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
-    """Set the static range of the image, which is known without any: pixels end at black and white.
-
-    ``low`` and ``high`` are (1, C, 1, 1), such as ``data.pixel_bounds`` gives.
-    """
+    """Set the static range of the image (1, C, 1, 1), known without any: pixels end at black and white."""
     place = image_place(model)
-    if not place.tracked or place.learned is not None:
-        raise UserError("the range of the image is not static, or it is learned: it cannot be set")
-    if place.granularity == "per_tensor":
-        low, high = low.amin().view(1, 1, 1, 1), high.amax().view(1, 1, 1, 1)
     place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)

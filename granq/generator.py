@@ -73,9 +73,9 @@ def build_generator(classes: int, image_size: int) -> Generator:
 
 
 def synthesize(generator: Any, count: int, classes: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Draw images (count, 3, H, W) in float32 and their labels (count,), from the global random state.
+    """Draw images (count, 3, H, W) in float32 and labels (count,) of ``classes``, by default the generator's.
 
-    ``generator`` is any module (noise (N, 100), labels (N,)) -> images; unless ``classes`` is given, it says how many.
+    ``generator`` is any module (noise (N, 100), labels (N,)) -> images. Draws from the global random state.
     """
     labels = torch.randint(0, classes or generator.classes, (count,), device=device)
     return at_least_float32(generator(torch.randn(count, LATENT, device=device), labels)), labels

@@ -66,7 +66,7 @@ def trace(model: nn.Module) -> fx.Graph:
     # fixed: otherwise ``if mask is not None`` would be true
     fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
     try:
-        graph = trace_plain(model, fixed or None)
+        graph = trace_plain(model, fixed)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot trace {type(model).__name__}: {reason}") from error
@@ -75,10 +75,7 @@ def trace(model: nn.Module) -> fx.Graph:
 
 
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
-    """Return the nodes whose value is quantized, each once: two layers that read one tensor share its place.
-
-    ``where`` is "relu", after every ``relu_ceiling``, or "inputs", in front of each of the ``layers`` (names).
-    """
+    """Return the nodes whose value is quantized: ReLUs, or what ``layers`` (names) read, each once."""
     if where == "relu":
         return [node for node in graph.nodes if relu_ceiling(root, node) is not None]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]

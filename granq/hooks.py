@@ -36,10 +36,9 @@ def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
 def watch(
     model: nn.Module, names: Iterable[str], visit: Callable[[str, Any, Any], None], *, before: bool = False
 ) -> Iterator[None]:
-    """Call ``visit(name, input, output)`` at every call of the modules ``names`` within the block.
+    """Call ``visit(name, input, output)`` at every call of the modules ``names``, or ``before`` it, without output.
 
-    A later layer may change the output in place: clone what you keep. With ``before`` the visit comes before the module
-    computes, and the output is ``None``.
+    A later layer may change the output in place: clone what you keep.
     """
 
     with ExitStack() as hooks:

@@ -58,11 +58,6 @@ def choose_qparams(x: Tensor, bits: int, granularity: str = "per_sample_channel"
     ``x`` is (N, C, H, W), (N, F), or weights (O, I, kh, kw), (O, I); both results have the shape given at
     ``_KEPT_DIMS``. A NaN or an infinity makes its group NaN. Raises UserError for another tensor, ``bits`` outside
     2 to 8 or an unknown granularity.
-
-    Example:
-        >>> x = torch.tensor([0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 2, 2)
-        >>> choose_qparams(x, bits=3).scale_inv.item()
-        3.5
     """
     return qparams_from_range(*min_max(x, granularity), bits)
 

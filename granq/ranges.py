@@ -9,10 +9,9 @@ from granq.quantizer import QParams, at_least_float32, float_codes
 
 
 def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor, Tensor]:
-    """Return ends of every group's range, beyond which lie the fewest values: ``1 - quantile`` of each sign.
+    """Return ends of every group's range, ``per_tensor`` or ``per_channel``, beyond which lie ``1 - quantile`` values.
 
-    Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range. ``x`` is
-    (N, C, H, W) or (N, F), the granularity ``per_tensor`` or ``per_channel``, the quantile above 0.5.
+    Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range.
     """
     rows = x.transpose(0, 1).flatten(1) if granularity == "per_channel" else x.reshape(1, -1)
     rows, shape = rows.sort(1).values, (1, -1, *(1,) * (x.dim() - 2))
@@ -22,10 +21,7 @@ def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor
 
 
 class LearnedSteps(nn.Module):
-    """Quantization parameters whose steps are learned, as logarithms: a gradient step then changes them by a share.
-
-    Zero points stay, so the range grows and shrinks around zero.
-    """
+    """Parameters whose steps are learned, as logarithms: a gradient step changes them by a share. Zero points stay."""
 
     zero_point: Tensor
 

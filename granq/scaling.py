@@ -1,7 +1,7 @@
 """Where the scale goes: one quantized convolution, executed in four ways (docs/method.md, section 3).
 
 With ``u = q + z`` the integers of the input (N, C, H, W), ``s`` their multiplier, ``v`` and ``t`` those of the weight
-(O, C/groups, kh, kw), every way computes ``y[o] = sum_c 1/(s_c t_oc) * conv(u[c], v[o, c])``, (N, O, H', W'):
+(O, C, kh, kw), every way computes ``y[o] = sum_c 1/(s_c t_oc) * conv(u[c], v[o, c])``, (N, O, H', W'):
 
 1. ``layerwise``          one ``s``: an integer convolution, one rescale of its sums
 2. ``accumulation_time``  every input channel is convolved in integers, rescaled and added: in a loop, or all at once
@@ -66,12 +66,16 @@ def to_integers(x: Tensor, qparams: QParams, bits: int) -> Integers:
     return Integers(values.to(torch.int8 if largest < 2**7 else torch.int16), qparams.scale_inv)
 
 
-def accumulate(values: Tensor, weight: Tensor, conv: Conv, carrier: torch.dtype = torch.int32) -> Tensor:
-    """Convolve integers exactly in ``carrier``. Raises OverflowError if some sum of this type may not fit it."""
+def accumulate(values: Tensor, weight: Tensor, conv: Conv, carrier: torch.dtype | None = None) -> Tensor:
+    """Convolve integers exactly. Raises OverflowError if some sum may not fit ``carrier``.
+
+    It is int32 unless given; float32 on a GPU, where PyTorch convolves no integers.
+    """
+    carrier = carrier or (torch.int32 if values.device.type == "cpu" else torch.float32)
     # one byte is no looser than its bound; of two, only the largest value says how many bits are in use
     most = values.abs().max() if values.dtype == torch.int16 else torch.iinfo(values.dtype).max
     largest = int(weight.abs().sum((1, 2, 3), dtype=torch.int64).max() * most)
-    limit = 2**31 if carrier == torch.int32 else int(2 / torch.finfo(carrier).eps)  # 2**24 for float32
+    limit = 2**31 if carrier == torch.int32 else 2**24
     if largest >= limit:
         raise OverflowError(f"a sum may reach {largest}, which {carrier} does not hold exactly")
     return convolve(values.to(carrier), weight.to(carrier), conv)
@@ -87,7 +91,7 @@ def convolve(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     return nn.functional.conv2d(x, weight, None, *conv)
 
 
-def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.dtype = torch.int32) -> Tensor:
+def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.dtype | None = None) -> Tensor:
     """Convolve integers once, rescale once. Raises UserError unless all input channels and kernels share a scale."""
     if x.scale_inv.shape[1] != 1 or weight.scale_inv.shape[1] != 1:
         raise UserError("one rescale after the sum needs one scale for all input channels")
@@ -95,20 +99,18 @@ def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.
     return accumulate(x.values, weight.values, conv, carrier) * factor
 
 
-def accumulation_time(
-    x: Integers, weight: Integers, conv: Conv = PLAIN, grouped: bool = False, carrier: torch.dtype = torch.int32
-) -> Tensor:
+def accumulation_time(x: Integers, weight: Integers, conv: Conv = PLAIN, grouped: bool = False) -> Tensor:
     """Rescale each input channel inside the sum: in a loop, or ``grouped``, (N, C, O, H', W') in memory."""
     (n, c), o = x.values.shape[:2], len(weight.values)
     kernels = weight.values.transpose(0, 1).contiguous()  # (C, O, kh, kw)
     weight_scale = weight.scale_inv.expand(o, c, 1, 1).transpose(0, 1)
     factor = 1 / (x.scale_inv.expand(-1, c, 1, 1)[:, :, None] * weight_scale)  # (N or 1, C, O, 1, 1)
     if grouped:
-        partial = accumulate(x.values, kernels.flatten(0, 1)[:, None], conv._replace(groups=c), carrier)
+        partial = accumulate(x.values, kernels.flatten(0, 1)[:, None], conv._replace(groups=c))
         return (partial.unflatten(1, (c, o)) * factor).sum(1)
     out = factor.new_zeros(n, o, *conv.output_size(x.values.shape[2:], kernels.shape[2:]))
     for i in range(c):
-        out += accumulate(x.values[:, i : i + 1], kernels[i][:, None], conv, carrier) * factor[:, i]
+        out += accumulate(x.values[:, i : i + 1], kernels[i][:, None], conv) * factor[:, i]
     return out
 
 
