@@ -21,21 +21,13 @@ from granq.errors import UserError, one_of
 from granq.schemes import GRANULARITIES, check_bits
 
 #: The dimensions that keep their own range. All other dimensions are reduced and share it.
-#:
-#:   granularity          x (N, C, H, W) -> scale     x (N, F) -> scale
-#:   per_tensor           (1, 1, 1, 1)                (1, 1)
-#:   per_channel          (1, C, 1, 1)                (1, F)
-#:   per_sample           (N, 1, 1, 1)                (N, 1)
-#:   per_sample_channel   (N, C, 1, 1)                (N, 1)     GranQ, activations
-#:   per_out_channel      (O, 1, 1, 1)                (O, 1)     the usual for weights (O, I, kh, kw)
-#:   per_kernel           (O, I, 1, 1)                (O, 1)     GranQ's release, weights
-_KEPT_DIMS: dict[str, tuple[int, ...]] = {
-    "per_tensor": (),
-    "per_channel": (1,),
-    "per_sample": (0,),
-    "per_sample_channel": (0, 1),
-    "per_out_channel": (0,),
-    "per_kernel": (0, 1),
+_KEPT_DIMS: dict[str, tuple[int, ...]] = {  # x (N, C, H, W) -> scale; x (N, F) -> scale
+    "per_tensor": (),  # (1, 1, 1, 1); (1, 1)
+    "per_channel": (1,),  # (1, C, 1, 1); (1, F)
+    "per_sample": (0,),  # (N, 1, 1, 1); (N, 1)
+    "per_sample_channel": (0, 1),  # (N, C, 1, 1); (N, 1): GranQ, activations
+    "per_out_channel": (0,),  # (O, 1, 1, 1); (O, 1): the usual for weights (O, I, kh, kw)
+    "per_kernel": (0, 1),  # (O, I, 1, 1); (O, 1): GranQ's release, weights
 }
 EPS = 1e-8  # the smallest range; a constant group then has a large finite scale and comes back exactly
 

@@ -55,9 +55,6 @@ class Conv(NamedTuple):
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in spans)
 
 
-PLAIN = Conv()
-
-
 def to_integers(x: Tensor, qparams: QParams, bits: int) -> Integers:
     """Quantize ``x``, clamped, and hold ``q + z``. Raises UserError if that needs more than 16 bits."""
     values = quantize(x, *qparams, bits) + qparams.zero_point  # floats that are whole
@@ -91,7 +88,7 @@ def convolve(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     return nn.functional.conv2d(x, weight, None, *conv)
 
 
-def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.dtype | None = None) -> Tensor:
+def layerwise(x: Integers, weight: Integers, conv: Conv, carrier: torch.dtype | None = None) -> Tensor:
     """Convolve integers once, rescale once. Raises UserError unless all input channels and kernels share a scale."""
     if x.scale_inv.shape[1] != 1 or weight.scale_inv.shape[1] != 1:
         raise UserError("one rescale after the sum needs one scale for all input channels")
@@ -99,7 +96,7 @@ def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.
     return accumulate(x.values, weight.values, conv, carrier) * factor
 
 
-def accumulation_time(x: Integers, weight: Integers, conv: Conv = PLAIN, grouped: bool = False) -> Tensor:
+def accumulation_time(x: Integers, weight: Integers, conv: Conv, grouped: bool = False) -> Tensor:
     """Rescale each input channel inside the sum: in a loop, or ``grouped``, (N, C, O, H', W') in memory."""
     (n, c), o = x.values.shape[:2], len(weight.values)
     kernels = weight.values.transpose(0, 1).contiguous()  # (C, O, kh, kw)
@@ -114,7 +111,7 @@ def accumulation_time(x: Integers, weight: Integers, conv: Conv = PLAIN, grouped
     return out
 
 
-def prescaled(x: Integers, weight: Tensor, conv: Conv = PLAIN) -> Tensor:
+def prescaled(x: Integers, weight: Tensor, conv: Conv) -> Tensor:
     """Rescale all channels in one vectorized step, then convolve once with the dequantized ``weight``: GranQ."""
     return convolve(x.dequantize(), weight, conv)
 
@@ -124,12 +121,12 @@ def fold(weight: Integers, scale_inv: Tensor) -> Tensor:
     return weight.dequantize() * (1 / scale_inv).expand(1, -1, 1, 1)
 
 
-def folded(x: Integers, folded_weight: Tensor, conv: Conv = PLAIN) -> Tensor:
+def folded(x: Integers, folded_weight: Tensor, conv: Conv) -> Tensor:
     """Convolve the integers once with the weight of ``fold``; no rescale is left."""
     return convolve(x.values.to(folded_weight.dtype), folded_weight, conv)
 
 
-def float_bound(x: Integers, weight: Integers, conv: Conv = PLAIN) -> Tensor:
+def float_bound(x: Integers, weight: Integers, conv: Conv) -> Tensor:
     """Bound how far two executions may be apart at every output, in float64: ``(K + 4) * eps * sum(|x^| * |w^|)``.
 
     A product meets at most 4 + (K - 1) roundings of half an eps: two for scales, the rescale, its own, and the sum of
@@ -139,7 +136,7 @@ def float_bound(x: Integers, weight: Integers, conv: Conv = PLAIN) -> Tensor:
     return (weight.values[0].numel() + 4) * torch.finfo(x.scale_inv.dtype).eps * magnitude
 
 
-def count_scaling(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], conv: Conv = PLAIN) -> pd.DataFrame:
+def count_scaling(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], conv: Conv) -> pd.DataFrame:
     """Count what the executions do with one-byte integers and four-byte sums in one forward.
 
     A scale multiplication is one activation or one sum times (or divided by) a scale. Bytes: every operation reads each

@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused() -> None:
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 3, 3)
     integers = quantized(x, weight, "per_sample_channel", "per_out_channel")
     with pytest.raises(UserError, match="one scale for all input channels"):
-        scaling.layerwise(*integers)
+        scaling.layerwise(*integers, Conv())
     with pytest.raises(RuntimeError, match="must match the existing size"):  # images have scales of their own
         scaling.fold(integers[1], integers[0].scale_inv)
 
@@ -201,6 +201,6 @@ def test_counts_are_those_of_a_trace(conv: Conv) -> None:
 
 def test_counts_by_hand() -> None:
     """One image, 2 channels of 4x4, 3 filters of 3x3 without padding: 12 outputs, 24 partial sums, 32 inputs."""
-    counts = scaling.count_scaling((1, 2, 4, 4), (3, 2, 3, 3)).set_index("execution")
+    counts = scaling.count_scaling((1, 2, 4, 4), (3, 2, 3, 3), Conv()).set_index("execution")
     assert counts.scale_multiplications.tolist() == [12, 24, 24, 32, 0]
     assert counts.bytes["pre-scaled"] == 32 * 5 + 4 * (32 + 54) + 4 * 12
