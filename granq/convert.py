@@ -1,4 +1,4 @@
-"""Put quantizers into a model, and keep their state: everything that knows a quantizer's ranges is in this file.
+"""Put quantizers into a model, and keep their state.
 
 Weights become parametrizations of their layer. Activations become ``ActQuantizer`` modules in a rewritten ``torch.fx``
 graph, so that a ReLU module used twice, ``F.relu`` and ``x.relu_()`` each count as the place they are.
@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,20 +18,34 @@ from torch.nn.utils import parametrize
 from granq.errors import UserError
 from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, quantizable, to_module, trace
 from granq.hooks import Batch, eval_mode, images_of, temporarily
-from granq.plain import LAYERS, has_channels, is_plain, module_of
-from granq.quantizer import QParams, choose_qparams, fake_quantize_with, float_codes, min_max, qparams_from_range
-from granq.ranges import LearnedSteps, TrackedRanges, fake_quantize_learned
+from granq.plain import LAYERS, is_plain, module_of
+from granq.quantizer import QParams, at_least_float32, fake_quantize_with, float_codes, min_max, qparams_from_range
+from granq.ranges import LearnedSteps, fake_quantize_learned, quantile_range
 from granq.schemes import Scheme, check_bits, get_scheme
+
+MOMENTUM = 0.9  # of tracked ranges
 
 
 class Quantizer(nn.Module):
-    """What quantizers of weights and activations share: steps that may be learned."""
+    """What quantizers of weights and activations share: from a range, or learned steps, to values."""
 
-    def __init__(self, bits: int, granularity: str, scheme: Scheme) -> None:
+    def __init__(self, bits: int, granularity: str | None, clamp: bool, fold: bool) -> None:
         super().__init__()
-        self.bits, self.granularity, self.clamp, self.promote = bits, granularity, scheme.clamp, scheme.promote
+        self.bits, self.granularity, self.clamp, self.fold = bits, cast(str, granularity), clamp, fold
         self.learned: LearnedSteps | None = None
         self.bypassed = False  # nothing is quantized
+
+    def from_range(self, low: Tensor, high: Tensor) -> QParams:
+        """Return the parameters of a range. One that folds holds zero: zero padding has a code, ``q + z`` k bits."""
+        if self.fold:
+            low, high = low.clamp_max(0), high.clamp_min(0)
+        return qparams_from_range(low, high, self.bits)
+
+    def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Quantize and dequantize ``x``."""
+        if self.learned is not None:
+            return fake_quantize_learned(x, qparams, self.bits)
+        return fake_quantize_with(x, qparams, self.bits, self.clamp)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}learned.log_step")
@@ -49,31 +64,21 @@ class WeightQuantizer(Quantizer):
     source: "ActQuantizer | None"
 
     def __init__(self, bits: int, scheme: Scheme, groups: int, source: "ActQuantizer | None" = None) -> None:
-        super().__init__(bits, cast(str, scheme.weights), scheme)
+        super().__init__(bits, scheme.weights, scheme.clamp, source is not None)
         self.groups = groups
         object.__setattr__(self, "source", source)  # the quantizer of the layer's input does not become our submodule
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.bypassed:
             return weight
-        if self.learned is None and self.source is None:
-            return fake_quantize_with(weight, self.qparams(weight), self.bits, self.clamp)
-        step = self.input_step(weight)
-        if self.learned is not None:  # the input's step learns from here too: folded, it scales the grid of the weight
-            value = fake_quantize_learned(weight * step, self.learned(), self.bits)
-        else:
-            value = fake_quantize_with(weight * step, self.qparams(weight), self.bits, self.clamp)
-        return (value / step).to(weight.dtype)
+        step = self.input_step(weight)  # if it is learned, it learns from here too: it scales the grid of the weight
+        return (self.fake_quantize(weight * step, self.qparams(weight)) / step).to(weight.dtype)
 
     def qparams(self, weight: Tensor) -> QParams:
         """Return the parameters of ``weight * input_step``."""
         if self.learned is not None:
             return self.learned()
-        if self.source is None:
-            return choose_qparams(weight, self.bits, self.granularity, promote=self.promote)
-        low, high = min_max(weight * self.input_step(weight), self.granularity)
-        # a folded range holds zero: ``q + z`` then fits k bits and a sign
-        return qparams_from_range(low.clamp_max(0), high.clamp_min(0), self.bits, promote=self.promote)
+        return self.from_range(*min_max(weight * self.input_step(weight), self.granularity))
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the codes in floating point, in the shape of ``weight``."""
@@ -85,48 +90,54 @@ class WeightQuantizer(Quantizer):
         if source is None or not source.seen:
             return weight.new_ones((1,) * weight.dim())  # no batch has set the ranges yet
         step = source.qparams().scale
-        if step.numel() == 1 or self.groups == 1:
-            return step.reshape(1, -1, *(1,) * (weight.dim() - 2))
-        per_group = step.reshape(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, 0)
-        return per_group.reshape(*per_group.shape, *(1,) * (weight.dim() - 2))
+        if step.numel() > 1 and self.groups > 1:
+            step = step.reshape(self.groups, -1).repeat_interleave(len(weight) // self.groups, 0)
+        else:
+            step = step.reshape(1, -1)
+        return step.reshape(*step.shape, *(1,) * (weight.dim() - 2))
 
 
-class ActQuantizer(TrackedRanges, Quantizer):
-    """Fake quantization of one activation place: (N, C, ...) with ``channels``, or else rows (..., F).
+class ActQuantizer(Quantizer):
+    """Fake quantization of one activation place: (N, C, H, W) unless ``rows``, or else rows (..., F).
 
-    ``None`` stands for channels in (N, C, H, W) and rows in all other tensors.
+    Tracked ranges are a moving average, which forwards move while ``tracking`` only. They belong to the state dict.
     """
 
-    def __init__(self, bits: int, scheme: Scheme, channels: bool | None = None) -> None:
-        super().__init__(bits, cast(str, scheme.activations), scheme)
-        self.fold, self.channels = scheme.fold, channels
-        self.set_up(scheme.tracked)
+    running_min: Tensor
+    running_max: Tensor
+
+    def __init__(self, bits: int, scheme: Scheme, rows: bool) -> None:
+        super().__init__(bits, scheme.activations, scheme.clamp, scheme.fold)
+        self.rows, self.tracked, self.tracking, self.quantile = rows, scheme.tracked, False, 1.0
+        for name in ("running_min", "running_max") if self.tracked else ():
+            self.register_buffer(name, torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = self.groups(x)
-        value = self._quantize(grouped)
-        return value if grouped is x else value.view_as(x)
+        if self.tracking and self.tracked and self.learned is None:
+            self._observe(grouped)
+        if self.bypassed:
+            return x.clone()  # as the quantized value: another tensor than the one that may be changed in place
+        qparams = self.qparams() if self.tracked else self.from_range(*min_max(grouped, self.granularity))
+        return self.fake_quantize(grouped, qparams).view_as(x)
 
     def groups(self, x: Tensor) -> Tensor:
         """Return ``x`` as it is grouped: (N, C, H, W) or rows (N, F)."""
-        channels = x.dim() == 4 if self.channels is None else self.channels
-        if x.dim() == 2 or (x.dim() == 4 and channels):
-            return x
-        return x.flatten(2).unsqueeze(3) if channels else x.reshape(-1, x.shape[-1])
+        return x if x.dim() == 4 and not self.rows else x.reshape(-1, x.shape[-1])
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        if self.tracking and self.tracked and self.learned is None:
-            self.observe(x, self.granularity)
-        if self.bypassed:
-            return x.clone()  # as the quantized value: another tensor than the one that may be changed in place
-        if self.learned is not None:
-            return fake_quantize_learned(x, self.learned(), self.bits)
-        if self.tracked:
-            return fake_quantize_with(x, self.qparams(), self.bits, self.clamp)
-        # training under autocast asks for speed, not for the release's arithmetic in half precision
-        promote = self.promote or torch.is_autocast_enabled(x.device.type)
-        qparams = choose_qparams(x, self.bits, self.granularity, promote=promote)
-        return fake_quantize_with(x, qparams, self.bits, self.clamp)
+    @property
+    def seen(self) -> bool:
+        """Whether tracked ranges exist."""
+        return self.tracked and bool(self.running_min.numel())
+
+    def _observe(self, x: Tensor) -> None:
+        whole = self.quantile == 1
+        found = min_max(x, self.granularity) if whole else quantile_range(x, self.granularity, self.quantile)
+        low, high = map(at_least_float32, found)
+        if self.seen:
+            low = self.running_min.lerp(low, 1 - MOMENTUM)
+            high = self.running_max.lerp(high, 1 - MOMENTUM)
+        self.running_min, self.running_max = low, high
 
     def qparams(self) -> QParams:
         """Return learned parameters, or those of the tracked ranges. Raises UserError before the first batch."""
@@ -134,34 +145,33 @@ class ActQuantizer(TrackedRanges, Quantizer):
             return self.learned()
         if not self.seen:
             raise UserError("the activation ranges were never set; run granq.calibrate or train the student first")
-        low, high = self.running_min, self.running_max
-        if self.fold:  # zero padding then has an exact code
-            low, high = low.clamp_max(0), high.clamp_min(0)
-        return qparams_from_range(low, high, self.bits, promote=self.promote)
+        return self.from_range(self.running_min, self.running_max)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in ("running_min", "running_max") if self.tracked else ():
+            # a teacher's checkpoint has no ranges: keep ours; a student's has them in their own shape
+            setattr(self, name, state_dict.setdefault(prefix + name, getattr(self, name)).clone())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def quantize_model(
     model: nn.Module, scheme: str | Scheme, weight_bits: int, act_bits: int, image_bits: int | None = None,
     bits: Mapping[str, tuple[int, int]] | None = None,
 ) -> fx.GraphModule:  # fmt: skip
-    """Return a fake-quantized copy of ``model``; the model itself is not touched.
+    """Return a fake-quantized copy of ``model``, into which state dicts of ``model`` load.
 
-    Every Conv2d and Linear keeps its name and its state-dict keys, so a teacher's state dict loads into the copy. One
-    that computes something else (``granq.plain``), or is only read (``F.linear(x, normalize(self.head.weight))``),
-    stays in full precision; a warning names it.
+    A Conv2d or Linear that computes something else (``granq.plain``), or is only read (``F.linear(x, self.head.weight
+    / 2)``), stays in full precision; a warning names it.
 
     ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own,
     ``{layer: (weight, activation)}``, 0 for full precision; layers that read one place share its width. The image has
     ``image_bits``, if given, whatever ``bits`` say: hardware for k bits runs the first layer on 2k as two passes, one
     for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
 
-    Raises:
-        UserError: unknown scheme, width or layer, nothing to quantize, a network that is wrapped or quantized already,
-            a weight that is computed, a forward that cannot be traced, ``bits`` that contradict each other or that
-            nothing in the scheme can have, or ``image_bits`` where the image is not quantized.
+    Raises UserError for a model that cannot be traced, and for names and widths that it or the scheme does not have.
     """
     scheme = get_scheme(scheme)
-    widths = check_bits(weight_bits), check_bits(act_bits), check_bits(image_bits) if image_bits else 0
+    widths = check_bits(weight_bits), check_bits(act_bits)
     names = quantizable(model, scheme.skip)
     student = copy.deepcopy(model).eval()
     graph = trace(student)
@@ -172,9 +182,9 @@ def quantize_model(
     own = {name: (w and check_bits(w), a and check_bits(a)) for name, (w, a) in (bits or {}).items()}
     if unknown := [name for name in own if name not in (layers if any(own[name]) else layer_names(model))]:
         raise UserError(f"bits name what is no layer that can be quantized: {', '.join(unknown)}")
-    if scheme.weights is None and (asked := [name for name in own if own[name][0]]):
-        raise UserError(f"the scheme quantizes no weights: those of {asked[0]} take 0 bits")
-    _quantize_activations(student, graph, set(layers), own, *widths[1:], scheme)
+    if scheme.weights is None and any(w for w, _ in own.values()):
+        raise UserError("bits ask for low-bit weights, but the scheme quantizes none")
+    _quantize_activations(student, graph, set(layers), own, act_bits, image_bits, scheme)
     if left:
         warnings.warn(f"in full precision, as they compute something else: {', '.join(left)}", stacklevel=2)
     if scheme.activations and scheme.places == "relu" and not student.act_quant:
@@ -182,14 +192,14 @@ def quantize_model(
     quantized = to_module(student, graph)
     if image_bits:
         image_place(quantized)  # refuses a model that does not quantize its image
-    if scheme.weights is not None:
+    if scheme.weights:
         _quantize_weights(quantized, {layer: own.get(name, widths)[0] for name, layer in layers.items()}, scheme)
     return quantized.eval()
 
 
 def _quantize_activations(
-    student: Any, graph: fx.Graph, layers: set[str], own: dict[str, tuple[int, int]], act_bits: int, image_bits: int,
-    scheme: Scheme,
+    student: Any, graph: fx.Graph, layers: set[str], own: dict[str, tuple[int, int]], act_bits: int,
+    image_bits: int | None, scheme: Scheme,
 ) -> None:  # fmt: skip
     """Put a quantizer at every place: of the image's width, of the one that its layers have, or of ``act_bits``."""
     student.act_quant = quantizers = nn.ModuleDict()
@@ -200,12 +210,10 @@ def _quantize_activations(
         asked = {own[user.target][1]: user.target for user in node.users if user.target in own}
         if len(asked) > 1:
             raise UserError(f"{' and '.join(asked.values())} read one place, which cannot have {set(asked)} bits")
-        width = image_bits if image_bits and is_image(student, node) else next(iter(asked), act_bits)
-        if width:
-            linear = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
-            channels = False if linear else has_channels(student, node) or None
+        if width := image_bits if image_bits and is_image(student, node) else next(iter(asked), act_bits):
+            rows = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
             name = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
-            quantizers[name] = ActQuantizer(width, scheme, channels)
+            quantizers[name] = ActQuantizer(check_bits(width), scheme, rows)
             insert_call(graph, node, f"act_quant.{name}", scheme.places, layers)
 
 
@@ -217,24 +225,18 @@ def _quantize_weights(model: fx.GraphModule, widths: dict[nn.Module, int], schem
             if sources.setdefault(layer, source) is not source:
                 raise UserError(f"layer {name} is called on two inputs: the scales of both cannot fold into it")
     for layer in (layer for layer in widths if widths[layer]):
-        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-        quantizer = WeightQuantizer(widths[layer], scheme, groups, sources.get(layer))
+        quantizer = WeightQuantizer(widths[layer], scheme, getattr(layer, "groups", 1), sources.get(layer))
         parametrize.register_parametrization(layer, "weight", quantizer)
-        layer.register_load_state_dict_pre_hook(_rename_on_load)
-        layer.register_state_dict_post_hook(_rename_on_save)
+        layer.register_load_state_dict_pre_hook(partial(_rename, "weight", _STORED))
+        layer.register_state_dict_post_hook(partial(_rename, _STORED, "weight"))
 
 
 _STORED = "parametrizations.weight.original"
 
 
-def _rename_on_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    if prefix + "weight" in state_dict:
-        state_dict[prefix + _STORED] = state_dict.pop(prefix + "weight")
-
-
-def _rename_on_save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    if prefix + _STORED in state_dict:
-        state_dict[prefix + "weight"] = state_dict.pop(prefix + _STORED)
+def _rename(old: str, new: str, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    if prefix + old in state_dict:
+        state_dict[prefix + new] = state_dict.pop(prefix + old)
 
 
 class LayerQuantizers(NamedTuple):
@@ -263,10 +265,9 @@ def weight_quantizer(layer: nn.Module) -> WeightQuantizer | None:
     return next((step for step in steps if isinstance(step, WeightQuantizer)), None)
 
 
-def original_weight(layer: nn.Module) -> Tensor:
+def original_weight(layer: Any) -> Tensor:
     """Return the weight of a layer before quantization."""
-    weight = cast(Any, layer).parametrizations.weight.original if weight_quantizer(layer) else layer.weight
-    return cast(Tensor, weight).detach()
+    return (layer.parametrizations.weight.original if weight_quantizer(layer) else layer.weight).detach()
 
 
 def activation_places(model: nn.Module) -> dict[str, ActQuantizer]:
@@ -297,40 +298,23 @@ def bypassed(model: nn.Module, bypass: bool = True) -> AbstractContextManager[No
 def calibrate(
     model: nn.Module, batches: Iterable[Batch], quantile: float = 1.0, *, full_precision: bool = False
 ) -> None:
-    """Track activation ranges over batches of images; empty ones change nothing. Dynamic schemes have no such ranges.
+    """Set the static activation ranges of ``model`` to a moving average over batches; learned ones stay.
 
-    Args:
-        model: of ``quantize_model``.
-        batches: images (N, 3, H, W), or pairs (images, labels).
-        quantile: share of the values inside the range (``ranges.quantile_range``), above 0.5 to 1, the extremes.
-        full_precision: track what the network holds without quantization, to which ``reestimate_batchnorm`` brings
-            activations back.
+    Batches are images (N, 3, H, W) or pairs (images, labels). ``quantile`` is the share of the values inside the range
+    (``ranges.quantile_range``), 1 for the extremes. With ``full_precision`` the ranges are those of the network without
+    quantization, to which ``reestimate_batchnorm`` brings activations back.
     """
-    if not 0.5 < quantile <= 1:
-        raise UserError(f"quantile is a share, above 0.5 to 1, got {quantile}")
-    places = [place for place in activation_places(model).values() if place.tracked]
-    if any(place.learned for place in places):
-        raise UserError("the steps of this model are learned: they no longer follow ranges")
+    places = [place for place in activation_places(model).values() if place.tracked and place.learned is None]
+    for place in places:
+        place.running_min = place.running_max = torch.empty(0)
     with eval_mode(model), temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
-        fresh = places if quantile < 1 else []  # ranges tracked before were extremes
-        for images in map(images_of, batches if places else ()):
-            if len(images):
-                for place in fresh:
-                    place.running_min = place.running_max = torch.empty(0)
-                fresh = []
-                model(images.to(next(model.parameters()).device))
+        for batch in batches if places else ():
+            model(images_of(batch).to(next(model.parameters()).device))
     if not all(place.seen for place in places):
         raise UserError("no images to calibrate on")
 
 
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
-    """Set the static range of the image, which is known without any: pixels end at black and white.
-
-    ``low`` and ``high`` are (1, C, 1, 1), such as ``data.pixel_bounds`` gives; ``model`` is calibrated.
-    """
+    """Set the static range of the image (1, C, 1, 1), known without any: pixels end at black and white."""
     place = image_place(model)
-    if place.granularity == "per_tensor":
-        low, high = low.amin().view(1, 1, 1, 1), high.amax().view(1, 1, 1, 1)
-    if place.learned is not None or not place.seen or not low.shape == high.shape == place.running_min.shape:
-        raise UserError("the image needs a calibrated static range, and low and high of its shape")
     place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)

@@ -1,4 +1,4 @@
-"""Speed: the same numbers as the plain formulas, sooner. docs/speed.md has the measurements. Knows tensors only."""
+"""Speed: the same numbers as the plain formulas, sooner. Knows tensors only."""
 
 from typing import Any
 
@@ -8,10 +8,8 @@ from torch.nn import functional as F
 
 
 def min_max_channels_last(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """``x.amin(dims)`` and ``x.amax(dims)`` of channels_last (N, C, H, W), ``dims`` (2, 3) or (0, 2, 3), dims kept.
-
-    Whole rows of pixels are reduced first, which are long vectors; few channels on their own would be slow.
-    """
+    """``x.amin(dims)`` and ``x.amax(dims)`` of channels_last (N, C, H, W), ``dims`` (2, 3) or (0, 2, 3), dims kept."""
+    # whole rows of pixels are reduced first, which are long vectors: 16 channels on their own take 16 times as long
     n, c, h, w = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(n, h, w * c)
     over = (0, 1) if 0 in dims else (1,)
@@ -45,9 +43,8 @@ class _ChannelVarMean(torch.autograd.Function):
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """``conv(F.interpolate(x, scale_factor=2.0))`` of a 3x3 convolution with padding 1, (N, I, H, W) -> (N, O, 2H, 2W).
 
-    Of the nine pixels an output pixel reads only four differ. Adding up the weights of equal pixels leaves one 2x2
-    kernel for each of the four phases (even or odd row and column), and these are the 16 taps of one transposed
-    convolution of stride 2: the 3x3 kernel summed over every 2x2 window. 4 products per output instead of 9.
+    Of the nine pixels that an output reads only four differ. The 3x3 kernel, summed over every 2x2 window, is that of a
+    transposed convolution of stride 2: 4 products per output instead of 9.
     """
     out_channels, in_channels = conv.weight.shape[:2]
     windows = F.conv2d(conv.weight.flip(2, 3).reshape(-1, 1, 3, 3), conv.weight.new_ones(1, 1, 2, 2), padding=1)

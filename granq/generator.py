@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,22 +68,17 @@ class ConditionalGenerator(Generator):
 
 
 def build_generator(classes: int, image_size: int) -> Generator:
-    """Build the generator that the paper uses at this size: ``Generator`` up to 64 pixels, else the conditional one."""
-    if image_size < 4 or image_size % 4:
-        raise UserError(f"image_size must be a multiple of 4, got {image_size}")
+    """Build the paper's generator at this size, a multiple of 4: up to 64 pixels ``Generator``, else conditional."""
     return (Generator if image_size <= 64 else ConditionalGenerator)(classes, image_size)
 
 
-def synthesize(
-    generator: nn.Module, count: int, classes: int | None = None, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Draw images (count, 3, H, W) in float32 and their labels (count,), from the global random state.
+def synthesize(generator: Any, count: int, classes: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Draw images (count, 3, H, W) in float32 and labels (count,) of ``classes``, by default the generator's.
 
-    ``generator`` is any module (noise (N, 100), labels (N,)) -> images; unless ``classes`` is given, it says how many.
+    ``generator`` is any module (noise (N, 100), labels (N,)) -> images. Draws from the global random state.
     """
-    labels = torch.randint(0, classes or int(generator.classes), (count,), device=device)  # type: ignore[arg-type]
-    noise = torch.randn(count, LATENT, device=device)
-    return at_least_float32(generator(noise, labels)), labels
+    labels = torch.randint(0, classes or generator.classes, (count,), device=device)
+    return at_least_float32(generator(torch.randn(count, LATENT, device=device), labels)), labels
 
 
 @contextmanager

@@ -3,17 +3,15 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from inspect import signature
-from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from granq.errors import UserError
 from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, same_pad, trace_plain
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 SHAPE = {"shape", "ndim", "size", "dim"}
 
 
@@ -22,35 +20,22 @@ def layer_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
 
 
-def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
-    """Return the names of the layers that ``skip`` does not name; a model that is no plain network is a UserError."""
+def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
+    """Return the names of the layers that ``skip`` does not name. Raises UserError if nothing can be quantized."""
     kind, names = type(model).__name__, layer_names(model)
-    for name, module in model.named_modules():
-        inner = "_orig_mod" if hasattr(module, "_orig_mod") else "module" if isinstance(module, _WRAPPERS) else ""
-        if inner:
-            raise UserError(f"{name or 'the model'} is a {type(module).__name__}: quantize its .{inner} instead")
-        if any(base.__name__.startswith("FakeQuant") for base in type(module).__mro__):
-            raise UserError(f"{name} of {kind} quantizes already: pass the network before torch's quantization")
     if model._forward_pre_hooks or model._forward_hooks:
         warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
     if not any(names):  # "" is a network that is one layer itself
         raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
-    skipped = {one: [name for name in names if f"{name}.".startswith(f"{one}.")] for one in skip}
-    if unknown := [one for one, below in skipped.items() if not below]:
-        raise UserError(f"scheme.skip names what holds no layer of the model: {', '.join(unknown)}")
-    names = [name for name in names if not any(name in below for below in skipped.values())]
+    for one in skip:
+        below = [name for name in layer_names(model) if f"{name}.".startswith(f"{one}.")]
+        if not below:
+            raise UserError(f"scheme.skip names what holds no layer of the model: {one}")
+        names = [name for name in names if name not in below]
     for name in names:
-        layer = model.get_submodule(name)
-        if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
+        if "weight" not in model.get_submodule(name)._parameters:
             raise UserError(f"the weight of {name} is parametrized already: remove that first")
-    if hasattr(model, "act_quant"):
-        raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
     return names
-
-
-def layer_input(node: fx.Node) -> Any:
-    """Return what a call reads: its first argument, or the one named ``input``."""
-    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def reader(root: nn.Module, node: fx.Node) -> fx.Node | None:
@@ -72,7 +57,7 @@ def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
 def is_image(root: nn.Module, node: fx.Node) -> bool:
     """Say whether ``node`` is the image, or the image with a border around it."""
     padding = node.target in (F.pad, same_pad) or isinstance(module_of(root, node), nn.ZeroPad2d)
-    return node.op == "placeholder" or (padding and is_image(root, layer_input(node)))
+    return node.op == "placeholder" or (padding and is_image(root, node.all_input_nodes[0]))
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -81,28 +66,20 @@ def trace(model: nn.Module) -> fx.Graph:
     # fixed: otherwise ``if mask is not None`` would be true
     fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
     try:
-        graph = trace_plain(model, fixed or None)
+        graph = trace_plain(model, fixed)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
-        raise UserError(
-            f"cannot trace {type(model).__name__}: {(str(error) or type(error).__name__).splitlines()[0]}; "
-            "torch.fx needs a forward without control flow on tensor values"
-        ) from error
-    for node in graph.nodes:
-        if node.op == "placeholder" and (name := node.target.rpartition("_")[0]) in fixed:
-            node.target = name  # fx gave it a number
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot trace {type(model).__name__}: {reason}") from error
     _read_changed_values(graph, model)
     return graph
 
 
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
-    """Return the nodes whose value is quantized, each once: two layers that read one tensor share its place.
-
-    ``where`` is "relu", after every ``relu_ceiling``, or "inputs", in front of each of the ``layers`` (names).
-    """
+    """Return the nodes whose value is quantized: ReLUs, or what ``layers`` (names) read, each once."""
     if where == "relu":
         return [node for node in graph.nodes if relu_ceiling(root, node) is not None]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
-    return list(dict.fromkeys(value for node in calls if isinstance(value := layer_input(node), fx.Node)))
+    return list(dict.fromkeys(node.all_input_nodes[0] for node in calls))
 
 
 def insert_call(graph: fx.Graph, node: fx.Node, name: str, where: str, layers: set[str]) -> None:
@@ -141,16 +118,14 @@ def calls_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     """Yield every call of a layer in a traced model: its name, and the module whose result it reads."""
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
         if isinstance(module_of(model, node), LAYERS):
-            value = layer_input(node)
-            yield str(node.target), module_of(model, value) if isinstance(value, fx.Node) else None
+            yield str(node.target), module_of(model, node.all_input_nodes[0])
 
 
 def _read_changed_values(graph: fx.Graph, root: nn.Module) -> None:
     """``F.relu_(x)`` changes ``x`` even if nobody takes its result: who reads ``x`` later now reads the result."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node, place in order.items():
-        value = layer_input(node)
-        if isinstance(value, fx.Node) and _is_in_place(node, root):
+        for value in node.all_input_nodes[:1] if _is_in_place(node, root) else ():
             for user in [user for user in value.users if order[user] > place]:
                 user.replace_input_with(value, node)
 
@@ -161,8 +136,6 @@ def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
     if node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
         return True
-    try:
-        arguments = signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # torch's built-in functions have no signature, and no such argument
-        return False
-    return arguments.get("inplace") is True
+    with suppress(TypeError, ValueError):  # torch's built-in functions have no signature, and no such argument
+        return signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace") is True  # type: ignore
+    return False

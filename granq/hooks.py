@@ -36,19 +36,17 @@ def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
 def watch(
     model: nn.Module, names: Iterable[str], visit: Callable[[str, Any, Any], None], *, before: bool = False
 ) -> Iterator[None]:
-    """Call ``visit(name, input, output)`` at every call of the modules ``names`` within the block.
+    """Call ``visit(name, input, output)`` at every call of the modules ``names``, or ``before`` it, without output.
 
-    A later layer may change the output in place: clone what you keep. With ``before`` the visit comes before the module
-    computes, and the output is ``None``.
+    A later layer may change the output in place: clone what you keep.
     """
-
-    def hook(name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> None:
-        visit(name, args[0] if args else named.get("input"), output)
 
     with ExitStack() as hooks:
         for name in names:
-            module = model.get_submodule(name)
-            register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
-            handle = register(lambda _, *call, name=name: hook(name, *call), with_kwargs=True)
-            hooks.callback(handle.remove)
+
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any = None, name: str = name) -> None:
+                visit(name, args[0] if args else None, output)
+
+            module: Any = model.get_submodule(name)
+            hooks.callback((module.register_forward_pre_hook if before else module.register_forward_hook)(hook).remove)
         yield

@@ -1,6 +1,6 @@
-"""What generator and student minimize, one equation a function; the BatchNorm loss is in ``generator``.
+"""What generator and student minimize, one equation a function, as in ``docs/method.md``, section 5.
 
-Logits of teacher and student are (N, K) throughout, labels (N,). Equations: ``docs/method.md``, section 5.
+Logits of teacher and student are (N, K) throughout, labels (N,).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A file is safetensors. Of a quantized layer it holds ``NAME.weight.codes`` (uint8: code after code, lowest bits first)
 and ``NAME.weight.qparams`` (2, groups: multipliers, then zero points), or its values where these are smaller: 1x1
-kernels with a scale each. Everything else lies under its state-dict key. The header is JSON.
+kernels with a scale each. Everything else lies under its state-dict key.
 """
 
 import json
@@ -60,10 +60,7 @@ def _layers(student: fx.GraphModule) -> dict[str, Any]:
 
 @torch.no_grad()
 def save_packed(path: Path, saved: SavedRun) -> None:
-    """Write a student whose ranges are set. What ``load_student`` reads computes the same, bit for bit.
-
-    ``saved.facts`` are JSON: the network's name, and whatever else a reader should know.
-    """
+    """Write a student, its ranges set, and JSON facts. What ``load_student`` reads computes the same, bit for bit."""
     layers, records = _layers(saved.student), dict[str, dict[str, float]]()
     tensors = {  # without weights and their steps
         key: value
@@ -98,9 +95,8 @@ def _packed_weight(layer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
 def load_student(name: str | Path, device: str = "cpu", network: str = "") -> SavedRun:
     """Open a student: the name of one that comes with granq, a file of ``save_packed``, or a run folder.
 
-    From a file it is finished: its weights cannot be trained further. A network ``FILE.py:FUNCTION`` must be named
-    again: a file of others runs no code. Raises UserError if it is not, if there is no such student, or if the file is
-    damaged.
+    From a file its weights cannot be trained further. A network ``FILE.py:FUNCTION`` must be named again: a file of
+    others runs no code. Raises UserError if it is not, if there is no such student, or if the file is damaged.
     """
     if Path(name).is_dir():
         return load_run(name, device, network)

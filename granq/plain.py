@@ -28,8 +28,6 @@ _UNPADDED: dict[str, Any] = {"padding": (0, 0), "padding_mode": "zeros"}
 _OWN = ("weight", "bias", "running_mean", "running_var")
 #: values that tell a ReLU from other functions
 _PROBE = torch.tensor([-1e6, -99, -8, -6, -4, -3, -2, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 2, 3, 4, 5.9, 6.1, 8, 99, 1e6])
-#: after these, dimension 1 may be another one
-_MOVES = set("transpose permute view reshape movedim moveaxis swapaxes swapdims unflatten getattr".split())
 
 
 def is_plain(module: nn.Module | None) -> bool:
@@ -45,8 +43,8 @@ def changed_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if _base(m) and not is_plain(m) and not parametrize.is_parametrized(m)]
 
 
-def trace_plain(model: nn.Module, fixed: dict[str, Any] | None = None) -> fx.Graph:
-    """Trace ``model`` and make its layers plain where they can be; arguments of its forward in ``fixed`` are constants.
+def trace_plain(model: nn.Module, fixed: dict[str, Any]) -> fx.Graph:
+    """Trace ``model`` and make its layers plain where possible; arguments of its forward in ``fixed`` are constants.
 
     A layer whose forward leads fx to torch's own function on the unchanged parameters becomes the nodes of this
     forward. Any other convolution is compared on random inputs with a plain one after ``same_pad``.
@@ -54,7 +52,7 @@ def trace_plain(model: nn.Module, fixed: dict[str, Any] | None = None) -> fx.Gra
     opened = [m for m in changed_layers(model) if _opens(m)]
     padded = [m for m in changed_layers(model) if m not in opened and isinstance(m, nn.Conv2d) and _pads_same(m)]
     tracer = _Tracer(opened)
-    graph = tracer.trace(model, fixed)
+    graph = tracer.trace(model, fixed or None)
     settings = dict.fromkeys(opened, dict[str, Any]()) | tracer.settings | dict.fromkeys(padded, _UNPADDED)
     for layer, own in settings.items():
         _make_plain(layer, own)
@@ -115,10 +113,7 @@ def _opens(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _pads_same(conv: nn.Conv2d) -> bool:
-    """Say whether ``conv`` gives the numbers of a plain one after ``same_pad``.
-
-    Random inputs differ in the remainder of their size after a stride, and in magnitude.
-    """
+    """Say whether ``conv`` gives the numbers of a plain one after ``same_pad``, on images of several sizes."""
     plain, generator = copy.copy(conv), torch.Generator().manual_seed(0)  # the global random state stays
     _make_plain(plain, _UNPADDED)
     reach = max(d * (k - 1) + 1 for k, _, d in zip(*_sizes(conv), strict=True))
@@ -151,7 +146,7 @@ def same_pad(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilati
     if has_torch_function_unary(x):  # fx sees one function, which needs the size
         return handle_torch_function(same_pad, (x,), x, kernel, stride, dilation)
     ends: list[int] = []
-    for n, k, s, d in zip(*(reversed(sizes) for sizes in (x.shape[2:], kernel, stride, dilation)), strict=True):
+    for n, k, s, d in zip(x.shape[:1:-1], kernel[::-1], stride[::-1], dilation[::-1], strict=True):
         missing = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
         ends += [missing // 2, missing - missing // 2]
     return F.pad(x, ends)
@@ -163,10 +158,7 @@ def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
 
 
 def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
-    """Return ``c`` if ``node`` computes ``clamp(x, 0, c)``, as a ReLU (infinity) and a ReLU6 do, else ``None``.
-
-    It is tried: whatever reads one tensor and has no parameters gets a few values.
-    """
+    """Return ``c`` if ``node``, tried on a few values, computes ``clamp(x, 0, c)``: a ReLU (infinity) or a ReLU6."""
     module, method = module_of(root, node), node.op == "call_method"
     if len(node.all_input_nodes) != 1 or node.op == "output" or (module and module.state_dict()):
         return None
@@ -181,15 +173,3 @@ def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
     except Exception:  # it takes tensors of another shape, or gives something else than one
         return None
     return None if not same else math.inf if ceiling == x.max() else ceiling
-
-
-def has_channels(root: nn.Module, node: fx.Node) -> bool:
-    """Say whether channels are dimension 1 of ``node``: it comes from a convolution, without a change of layout."""
-    while node.all_input_nodes and getattr(node.target, "__name__", node.target) not in _MOVES:
-        module = module_of(root, node)
-        if isinstance(module, nn.modules.conv._ConvNd) or node.target in (F.conv1d, F.conv2d, F.conv3d):
-            return True
-        if isinstance(module, nn.Linear) or node.target is F.linear:
-            return False
-        node = node.all_input_nodes[0]
-    return False

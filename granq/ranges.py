@@ -1,58 +1,17 @@
-"""Ranges that last: a moving average of minima and maxima or of quantiles, and steps that are learned (LSQ)."""
+"""Ranges that are not those of one tensor: quantiles, and steps that are learned (LSQ)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from granq.quantizer import QParams, at_least_float32, float_codes, min_max
-
-MOMENTUM = 0.9  # of ranges
-
-
-class TrackedRanges(nn.Module):
-    """A moving average of every group's range, which forwards move while ``tracking`` only; the first batch sets it.
-
-    It belongs to the state dict: what is loaded from one is calibrated.
-    """
-
-    running_min: Tensor
-    running_max: Tensor
-
-    def set_up(self, tracked: bool) -> None:
-        """Prepare ranges, if there are any: they are shaped by the first batch."""
-        self.tracked, self.tracking, self.quantile = tracked, False, 1.0
-        for name in ("running_min", "running_max") if tracked else ():
-            self.register_buffer(name, torch.empty(0))
-
-    @property
-    def seen(self) -> bool:
-        """Whether tracked ranges exist."""
-        return self.tracked and bool(self.running_min.numel())
-
-    def observe(self, x: Tensor, granularity: str) -> None:
-        """Move the ranges by those of ``x``."""
-        found = min_max(x, granularity) if self.quantile == 1 else quantile_range(x, granularity, self.quantile)
-        low, high = map(at_least_float32, found)
-        if not self.seen:
-            self.running_min, self.running_max = low.clone(), high.clone()
-        else:
-            self.running_min = self.running_min.lerp(low, 1 - MOMENTUM)
-            self.running_max = self.running_max.lerp(high, 1 - MOMENTUM)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in ("running_min", "running_max") if self.tracked else ():
-            # a teacher's checkpoint has no ranges: keep ours; a student's has them in their own shape
-            saved = state_dict.setdefault(prefix + name, getattr(self, name))
-            setattr(self, name, torch.empty_like(saved).copy_(saved))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+from granq.quantizer import QParams, at_least_float32, float_codes
 
 
 def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor, Tensor]:
-    """Return ends of every group's range, beyond which lie the fewest values: ``1 - quantile`` of each sign.
+    """Return ends of every group's range, ``per_tensor`` or ``per_channel``, beyond which lie ``1 - quantile`` values.
 
-    Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range. ``x`` is
-    (N, C, H, W) or (N, F), the granularity ``per_tensor`` or ``per_channel``, the quantile above 0.5.
+    Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range.
     """
     rows = x.transpose(0, 1).flatten(1) if granularity == "per_channel" else x.reshape(1, -1)
     rows, shape = rows.sort(1).values, (1, -1, *(1,) * (x.dim() - 2))
@@ -62,10 +21,7 @@ def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor
 
 
 class LearnedSteps(nn.Module):
-    """Quantization parameters whose steps are learned, as logarithms: a gradient step then changes them by a share.
-
-    Zero points stay, so the range grows and shrinks around zero.
-    """
+    """Parameters whose steps are learned, as logarithms: a gradient step changes them by a share. Zero points stay."""
 
     zero_point: Tensor
 

@@ -1,7 +1,7 @@
 """Where the scale goes: one quantized convolution, executed in four ways (docs/method.md, section 3).
 
 With ``u = q + z`` the integers of the input (N, C, H, W), ``s`` their multiplier, ``v`` and ``t`` those of the weight
-(O, C/groups, kh, kw), every way computes ``y[o] = sum_c 1/(s_c t_oc) * conv(u[c], v[o, c])``, (N, O, H', W'):
+(O, C, kh, kw), every way computes ``y[o] = sum_c 1/(s_c t_oc) * conv(u[c], v[o, c])``, (N, O, H', W'):
 
 1. ``layerwise``          one ``s``: an integer convolution, one rescale of its sums
 2. ``accumulation_time``  every input channel is convolved in integers, rescaled and added: in a loop, or all at once
@@ -26,7 +26,7 @@ from granq.quantizer import QParams, quantize
 class Integers(NamedTuple):
     """A quantized tensor: ``values / scale_inv`` is what it stands for."""
 
-    values: Tensor  #: ``u = q + z``, int8 or uint8 where that is wide enough, else int16
+    values: Tensor  #: ``u = q + z``, int8 where that is wide enough, else int16
     scale_inv: Tensor  #: the multiplier, broadcastable to ``values``
 
     def dequantize(self) -> Tensor:
@@ -55,25 +55,24 @@ class Conv(NamedTuple):
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in spans)
 
 
-PLAIN = Conv()
-
-
 def to_integers(x: Tensor, qparams: QParams, bits: int) -> Integers:
     """Quantize ``x``, clamped, and hold ``q + z``. Raises UserError if that needs more than 16 bits."""
     values = quantize(x, *qparams, bits) + qparams.zero_point  # floats that are whole
-    low, high = (end.item() for end in values.aminmax()) if values.numel() else (0, 0)
-    if (largest := max(-low, high)) >= 2**15:
+    if (largest := values.abs().max()) >= 2**15:
         raise UserError(f"q + z reaches {largest:.0f}, beyond int16: choose ranges that hold zero")
-    wide = torch.uint8 if low >= 0 and high < 2**8 else torch.int16
-    return Integers(values.to(torch.int8 if largest < 2**7 else wide), qparams.scale_inv)
+    return Integers(values.to(torch.int8 if largest < 2**7 else torch.int16), qparams.scale_inv)
 
 
-def accumulate(values: Tensor, weight: Tensor, conv: Conv, carrier: torch.dtype = torch.int32) -> Tensor:
-    """Convolve integers exactly in ``carrier``. Raises OverflowError if some sum of this type may not fit it."""
+def accumulate(values: Tensor, weight: Tensor, conv: Conv, carrier: torch.dtype | None = None) -> Tensor:
+    """Convolve integers exactly. Raises OverflowError if some sum may not fit ``carrier``.
+
+    It is int32 unless given; float32 on a GPU, where PyTorch convolves no integers.
+    """
+    carrier = carrier or (torch.int32 if values.device.type == "cpu" else torch.float32)
     # one byte is no looser than its bound; of two, only the largest value says how many bits are in use
     most = values.abs().max() if values.dtype == torch.int16 else torch.iinfo(values.dtype).max
     largest = int(weight.abs().sum((1, 2, 3), dtype=torch.int64).max() * most)
-    limit = 2**31 if carrier == torch.int32 else int(2 / torch.finfo(carrier).eps)  # 2**24 for float32
+    limit = 2**31 if carrier == torch.int32 else 2**24
     if largest >= limit:
         raise OverflowError(f"a sum may reach {largest}, which {carrier} does not hold exactly")
     return convolve(values.to(carrier), weight.to(carrier), conv)
@@ -89,7 +88,7 @@ def convolve(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     return nn.functional.conv2d(x, weight, None, *conv)
 
 
-def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.dtype = torch.int32) -> Tensor:
+def layerwise(x: Integers, weight: Integers, conv: Conv, carrier: torch.dtype | None = None) -> Tensor:
     """Convolve integers once, rescale once. Raises UserError unless all input channels and kernels share a scale."""
     if x.scale_inv.shape[1] != 1 or weight.scale_inv.shape[1] != 1:
         raise UserError("one rescale after the sum needs one scale for all input channels")
@@ -97,62 +96,52 @@ def layerwise(x: Integers, weight: Integers, conv: Conv = PLAIN, carrier: torch.
     return accumulate(x.values, weight.values, conv, carrier) * factor
 
 
-def accumulation_time(
-    x: Integers, weight: Integers, conv: Conv = PLAIN, grouped: bool = False, carrier: torch.dtype = torch.int32
-) -> Tensor:
-    """Rescale each input channel inside the sum: in a loop, or ``grouped``, (N, C, O/groups, H', W') in memory."""
-    (n, c), (o, per_group) = x.values.shape[:2], weight.values.shape[:2]
-    wide = o // conv.groups  # output channels that read one input channel
-    # kernels and their scales, by the input channel they read: (C, wide, kh, kw) and (C, wide, 1, 1)
-    kernels, weight_scale = (
-        t.unflatten(0, (conv.groups, wide)).transpose(1, 2).flatten(0, 1)
-        for t in (weight.values, weight.scale_inv.expand(o, per_group, 1, 1))
-    )
-    factor = 1 / (x.scale_inv.expand(-1, c, 1, 1)[:, :, None] * weight_scale)  # (N or 1, C, wide, 1, 1)
+def accumulation_time(x: Integers, weight: Integers, conv: Conv, grouped: bool = False) -> Tensor:
+    """Rescale each input channel inside the sum: in a loop, or ``grouped``, (N, C, O, H', W') in memory."""
+    (n, c), o = x.values.shape[:2], len(weight.values)
+    kernels = weight.values.transpose(0, 1).contiguous()  # (C, O, kh, kw)
+    weight_scale = weight.scale_inv.expand(o, c, 1, 1).transpose(0, 1)
+    factor = 1 / (x.scale_inv.expand(-1, c, 1, 1)[:, :, None] * weight_scale)  # (N or 1, C, O, 1, 1)
     if grouped:
-        partial = accumulate(x.values, kernels.flatten(0, 1)[:, None], conv._replace(groups=c), carrier)
-        scaled = partial.unflatten(1, (c, wide)) * factor  # (N, C, wide, H', W')
-        return scaled.unflatten(1, (conv.groups, per_group)).sum(2).flatten(1, 2)
-    out = factor.new_zeros(n, conv.groups, wide, *conv.output_size(x.values.shape[2:], kernels.shape[2:]))
+        partial = accumulate(x.values, kernels.flatten(0, 1)[:, None], conv._replace(groups=c))
+        return (partial.unflatten(1, (c, o)) * factor).sum(1)
+    out = factor.new_zeros(n, o, *conv.output_size(x.values.shape[2:], kernels.shape[2:]))
     for i in range(c):
-        partial = accumulate(x.values[:, i : i + 1], kernels[i][:, None], conv._replace(groups=1), carrier)
-        out[:, i // per_group].add_(partial * factor[:, i])
-    return out.flatten(1, 2)
+        out += accumulate(x.values[:, i : i + 1], kernels[i][:, None], conv) * factor[:, i]
+    return out
 
 
-def prescaled(x: Integers, weight: Tensor, conv: Conv = PLAIN) -> Tensor:
+def prescaled(x: Integers, weight: Tensor, conv: Conv) -> Tensor:
     """Rescale all channels in one vectorized step, then convolve once with the dequantized ``weight``: GranQ."""
     return convolve(x.dequantize(), weight, conv)
 
 
-def fold(weight: Integers, scale_inv: Tensor, conv: Conv = PLAIN) -> Tensor:
+def fold(weight: Integers, scale_inv: Tensor) -> Tensor:
     """Multiply the steps of the input channels, ``scale_inv`` (1, C or 1, 1, 1), into the weight, for ``folded``."""
-    o, per_group = weight.values.shape[:2]
-    step = (1 / scale_inv).expand(1, per_group * conv.groups, 1, 1).reshape(conv.groups, per_group, 1, 1)
-    return weight.dequantize() * step.repeat_interleave(o // conv.groups, 0)
+    return weight.dequantize() * (1 / scale_inv).expand(1, -1, 1, 1)
 
 
-def folded(x: Integers, folded_weight: Tensor, conv: Conv = PLAIN) -> Tensor:
+def folded(x: Integers, folded_weight: Tensor, conv: Conv) -> Tensor:
     """Convolve the integers once with the weight of ``fold``; no rescale is left."""
     return convolve(x.values.to(folded_weight.dtype), folded_weight, conv)
 
 
-def float_bound(x: Integers, weight: Integers, conv: Conv = PLAIN) -> Tensor:
+def float_bound(x: Integers, weight: Integers, conv: Conv) -> Tensor:
     """Bound how far two executions may be apart at every output, in float64: ``(K + 4) * eps * sum(|x^| * |w^|)``.
 
     A product meets at most 4 + (K - 1) roundings of half an eps: two for scales, the rescale, its own, and the sum of
-    K terms. To first order twice that keeps two apart (Higham 2002, section 3.1); one more eps is for the second order.
+    K terms. Twice that keeps two apart (Higham 2002, section 3.1); one more eps is for the second order.
     """
     magnitude = convolve(x.dequantize().abs().double(), weight.dequantize().abs().double(), conv)
     return (weight.values[0].numel() + 4) * torch.finfo(x.scale_inv.dtype).eps * magnitude
 
 
-def count_scaling(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], conv: Conv = PLAIN) -> pd.DataFrame:
-    """Count exactly what the executions do with one-byte integers and four-byte sums in one forward.
+def count_scaling(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], conv: Conv) -> pd.DataFrame:
+    """Count what the executions do with one-byte integers and four-byte sums in one forward.
 
     A scale multiplication is one activation or one sum times (or divided by) a scale. Bytes: every operation reads each
-    activation-sized operand once and writes its result once; the convolution also reads the weights, prepared before.
-    Factors of the rescale have no spatial size and do not count. Columns: execution, scale_multiplications, bytes.
+    activation-sized operand once and writes its result once; the convolution also reads the weights. Factors have no
+    spatial size and do not count. Columns: execution, scale_multiplications, bytes.
     """
     inputs, weights = math.prod(x_shape), math.prod(weight_shape)
     outputs = x_shape[0] * weight_shape[0] * math.prod(conv.output_size(x_shape[2:], weight_shape[2:]))

@@ -1,9 +1,9 @@
 """Schemes: what is quantized, and how, as data. Imports no torch, so that the command line answers at once."""
 
 import operator
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Literal, SupportsIndex, get_args
 
-from pydantic import BaseModel, field_validator, model_validator
+from pydantic import BaseModel, model_validator
 
 from granq.errors import UserError, one_of
 
@@ -20,33 +20,24 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     tracked: bool = False  #: ranges are a moving average, then frozen (static); otherwise each tensor's own (dynamic)
     places: Literal["relu", "inputs"] = "inputs"  #: after every ReLU and ReLU6, or in front of every layer
     clamp: bool = True  #: keep codes within their range
-    promote: bool = True  #: compute the ranges of half-precision tensors in float32
     skip: tuple[str, ...] = ()  #: names of layers that stay in full precision, or of modules with all that they hold
     fold: bool = False  #: multiply weights by the steps of their inputs before they are quantized: integer convolutions
-
-    @field_validator("skip", mode="before")
-    @classmethod
-    def _names(cls, skip: Any) -> Any:
-        if isinstance(skip, str):
-            raise ValueError(f"skip is a tuple of names, such as ({skip!r},)")
-        return skip
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scheme":
         static = self.tracked and self.activations in ("per_channel", "per_tensor")
         if self.tracked and self.activations and not static:
             raise ValueError(f"{self.activations} ranges belong to single images: only per_channel or per_tensor track")
-        if self.fold and not (static and self.places == "inputs" and self.weights in ("per_out_channel", "per_tensor")):
-            raise ValueError("only tracked ranges at the inputs fold, into weights per_out_channel or per_tensor")
-        if self.fold and not self.clamp:
-            raise ValueError("a scheme that folds runs in integers, whose codes are clamped")
+        folds = static and self.clamp and self.places == "inputs" and self.weights in ("per_out_channel", "per_tensor")
+        if self.fold and not folds:
+            raise ValueError("only clamped, tracked inputs fold, into weights per_out_channel or per_tensor")
         return self
 
 
 #: docs/method.md, section 2. ``layerwise`` and ``per_channel`` quantize where ``granq`` does, so that they differ from
 #: it in granularity and tracking only; ``strict`` and ``foldable`` quantize the input of every layer.
 SCHEMES: dict[str, Scheme] = {
-    "granq": Scheme(weights="per_kernel", activations="per_sample_channel", places="relu", clamp=False, promote=False),
+    "granq": Scheme(weights="per_kernel", activations="per_sample_channel", places="relu", clamp=False),
     "strict": Scheme(weights="per_out_channel", activations="per_sample_channel"),
     "layerwise": Scheme(weights="per_out_channel", activations="per_tensor", tracked=True, places="relu"),
     "per_channel": Scheme(weights="per_out_channel", activations="per_channel", tracked=True, places="relu"),
@@ -63,8 +54,7 @@ def get_scheme(scheme: str | Scheme) -> Scheme:
 
 
 def check_bits(bits: SupportsIndex) -> int:
-    """Return a width as Python's int, whose powers do not overflow. Raises UserError unless it is 2 to 8, and whole."""
-    width = operator.index(bits) if hasattr(bits, "__index__") and not isinstance(bits, bool) else 0
-    if not 2 <= width <= 8:
-        raise UserError(f"bits must be an integer from 2 to 8, got {bits!r}")
-    return width
+    """Return a width as Python's int, whose powers do not overflow. Raises UserError unless it is from 2 to 8."""
+    if not 2 <= operator.index(bits) <= 8:
+        raise UserError(f"bits must be an integer from 2 to 8, got {bits}")
+    return operator.index(bits)

@@ -148,7 +148,7 @@ def test_audit_integers_and_files_know_the_widths(tiny: nn.Module, tmp_path: Pat
     assert {name: part.bits for name, part in twin.act_quant.named_children()} == {
         name: place.bits for name, place in activation_places(student).items()
     }
-    assert not measure_integer_agreement(student, IMAGES, twin).beyond_bound.any()
+    assert not measure_integer_agreement(student, IMAGES).beyond_bound.any()
 
     (tmp_path / "net.py").write_text(
         "from tests.conftest import TinyNet\n\n\ndef net(classes): return TinyNet(classes)\n"

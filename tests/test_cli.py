@@ -384,15 +384,17 @@ def test_tuples_as_pandas_writes_them_are_read(tmp_path):
 def test_a_wrong_twin_is_refused_before_anything_is_written(folder, teacher, tmp_path, capsys, monkeypatch):
     assert main([*quantize_args(folder, teacher, tmp_path / "run", "foldable")]) == 0
 
+    integer_model = granq.integer.integer_model
+
     def wrong(student):
-        twin = granq.integer.integer_model(student)
+        twin = integer_model(student)
         relus = [node for node in twin.graph.nodes if "activ" in str(node.target)]
         relus[0].replace_all_uses_with(relus[0].args[0])
         twin.graph.erase_node(relus[0])
         twin.recompile()
         return twin
 
-    monkeypatch.setattr(granq, "integer_model", wrong)
+    monkeypatch.setattr(granq.integer, "integer_model", wrong)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "integers")]) == 2
     assert "computes something else than the student: network" in capsys.readouterr().err

@@ -48,7 +48,6 @@ def test_codes_are_those_of_the_cpu(granularity, layout):
 def test_constant_channels_in_half_precision():
     x = torch.full((2, 3, 4, 4), 2.5, dtype=torch.float16, device="cuda")
     assert torch.equal(fake_quantize(x, 3), x)
-    assert not fake_quantize(x, 3, promote=False).isfinite().any()  # as the public release does
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

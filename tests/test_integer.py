@@ -190,7 +190,7 @@ def test_eight_bits_in_onnxruntime(tmp_path, make):
         if isinstance(module, integer.IntegerLayer):
             kinds = {kind for shape, kind in stored if shape == module.weight.shape}
             assert kinds == {onnx.TensorProto.UINT8}
-    assert (logits - twin(x)).abs().max() < integer.ROUNDING * logits.abs().max()
+    assert (logits - twin(x)).abs().max() < 1e-3 * logits.abs().max()
     assert len(codes) == len(right) == len(activation_places(student))
     for code, own in zip(codes, right, strict=True):
         assert code.dtype == torch.uint8 and code.max() > 127
@@ -205,7 +205,7 @@ def test_sums_that_float32_rounds_stay_within_the_bound(tmp_path):
     student, x = quantize_model(nn.Sequential(layer).eval(), "foldable", 8, 8), 1 - torch.rand(8, 1024, 2, 2) / 10
     calibrate(student, [x])
     twin = integer_model(student)
-    frame, (found,) = measure_integer_agreement(student, x, twin), run_exported(twin, x, tmp_path / "n.onnx")
+    frame, (found,) = measure_integer_agreement(student, x), run_exported(twin, x, tmp_path / "n.onnx")
     assert frame.max_accumulator[0] > 2**24 and (frame.beyond_bound == 0).all()
     assert ((found - twin(x)).abs() <= (1024 + 8) * torch.finfo(torch.float32).eps * (found.abs() + 1)).all()
 
@@ -279,23 +279,29 @@ def test_the_example_of_an_activation_inside_a_batchnorm():
 
 
 @pytest.mark.parametrize("what", ["activation", "norm", "pooling", "rescale", "nan"])
-def test_a_twin_that_computes_something_else_is_found(what):
+def test_a_twin_that_computes_something_else_is_found(what, monkeypatch):
     student, x = quantize_model(building_blocks(), "foldable", 3, 3), torch.randn(8, 3, 21, 16)
     calibrate(student, [x])
-    twin = integer_model(student)
-    layer = twin.get_submodule("4")
-    if what == "activation":
-        (node,) = [node for node in twin.graph.nodes if node.target == "1.act"]
-        node.replace_all_uses_with(node.args[0])
-        twin.graph.erase_node(node)
-        twin.recompile()
-    elif what == "norm":
-        layer.offset.add_(0.1 * layer.offset.abs().max())
-    elif what == "pooling":
-        twin.set_submodule("6", nn.AdaptiveMaxPool2d(1))
-    else:
-        layer.rescale[0] *= torch.nan if what == "nan" else 2
-    frame = measure_integer_agreement(student, x, twin)
+
+    def wrong(student):
+        twin = integer_model(student)
+        layer = twin.get_submodule("4")
+        if what == "activation":
+            (node,) = [node for node in twin.graph.nodes if node.target == "1.act"]
+            node.replace_all_uses_with(node.args[0])
+            twin.graph.erase_node(node)
+            twin.recompile()
+        elif what == "norm":
+            layer.offset.add_(0.1 * layer.offset.abs().max())
+        elif what == "pooling":
+            twin.set_submodule("6", nn.AdaptiveMaxPool2d(1))
+        else:
+            layer.rescale[0] *= torch.nan if what == "nan" else 2
+        return twin
+
+    assert (measure_integer_agreement(student, x).beyond_bound == 0).all()
+    monkeypatch.setattr(integer, "integer_model", wrong)
+    frame = measure_integer_agreement(student, x)
     assert (frame.beyond_bound[:-1] == 0).all() and frame.beyond_bound.iloc[-1] > 0
 
 

@@ -203,20 +203,9 @@ def test_a_relu_is_what_behaves_like_one(activation, ceiling):
     assert relu_ceilings(student) == [ceiling] and torch.equal(torch.get_rng_state(), state)
 
 
-def test_wrapped_and_quantized_networks_are_refused(tiny):
-    with pytest.raises(UserError, match=r"the model is a DataParallel: quantize its \.module instead"):
-        quantize(nn.DataParallel(tiny), "strict", 3, 3)
-    with pytest.raises(UserError, match=r"the model is a OptimizedModule: quantize its \._orig_mod instead"):
-        quantize(torch.compile(tiny), "strict", 3, 3)
-    with pytest.raises(UserError, match=r"1 is a OptimizedModule"):
-        quantize(nn.Sequential(nn.Conv2d(3, 3, 1), torch.compile(tiny)), "strict", 3, 3)
+def test_a_network_that_is_quantized_already_is_refused(tiny):
     with pytest.raises(UserError, match="weight of conv1 is parametrized already"):
         quantize(quantize(tiny, "strict", 3, 3), "strict", 3, 3)
-    qat = torch.ao.quantization
-    tiny.conv1.qconfig = qat.get_default_qat_qconfig("x86")
-    tiny.conv1 = torch.ao.nn.qat.Conv2d.from_float(tiny.conv1.train())
-    with pytest.raises(UserError, match=r"conv1\.weight_fake_quant of TinyNet quantizes already"):
-        quantize(tiny, "strict", 3, 3)
 
 
 def test_a_weight_that_a_hook_computes_is_refused(tiny):

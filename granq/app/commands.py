@@ -224,7 +224,7 @@ def export(
     granq.runs.RunFolder(out).check_free()
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
-    agreement = granq.measure_integer_agreement(saved.student, images, twin)
+    agreement = granq.measure_integer_agreement(saved.student, images)
     if (wrong := agreement.layer[agreement.beyond_bound > 0]).any():
         raise UserError(f"the integer twin computes something else than the student: {', '.join(wrong)}")
     out.mkdir(parents=True, exist_ok=True)

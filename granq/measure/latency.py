@@ -103,14 +103,14 @@ def _executions(c: int, n: int, size: int, bits: int, device: str) -> dict[str, 
         return scaling.to_integers(tensor, choose_qparams(tensor, bits, granularity), bits)
 
     one, static, own = (integers(x, g) for g in ("per_tensor", "per_channel", "per_sample_channel"))
-    weight, carrier = integers(kernels, "per_out_channel"), torch.int32 if device == "cpu" else torch.float32
+    weight = integers(kernels, "per_out_channel")
     return {
-        "layer-wise": partial(scaling.layerwise, one, weight, SAME, carrier),
+        "layer-wise": partial(scaling.layerwise, one, weight, SAME),
         "layer-wise, float32": partial(scaling.layerwise, one, weight, SAME, torch.float32),
-        "accumulation-time, loop": partial(scaling.accumulation_time, own, weight, SAME, False, carrier),
-        "accumulation-time, grouped": partial(scaling.accumulation_time, own, weight, SAME, True, carrier),
+        "accumulation-time, loop": partial(scaling.accumulation_time, own, weight, SAME),
+        "accumulation-time, grouped": partial(scaling.accumulation_time, own, weight, SAME, grouped=True),
         "pre-scaled": partial(scaling.prescaled, own, weight.dequantize(), SAME),
-        "folded": partial(scaling.folded, static, scaling.fold(weight, static.scale_inv, SAME), SAME),
+        "folded": partial(scaling.folded, static, scaling.fold(weight, static.scale_inv), SAME),
     }
 
 

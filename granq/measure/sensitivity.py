@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from granq.convert import ActQuantizer, activation_places, calibrate, quantize_model
 from granq.errors import one_of
 from granq.files import write_csv
-from granq.graph import calls_of_layers, layer_input, layer_names
+from granq.graph import calls_of_layers, layer_names
 from granq.hooks import Batch, eval_mode, images_of
 from granq.measure import running
 from granq.measure.audit import audit
@@ -159,8 +159,8 @@ class _Mixed(fx.Interpreter):
         graph, self.owner = copy.deepcopy(root.graph), dict[fx.Node, str]()
         for node in list(graph.nodes):
             if isinstance(module_of(root, node), LAYERS):
-                self.owner[node], place = str(node.target), layer_input(node)
-                if isinstance(place, fx.Node) and isinstance(module_of(root, place), ActQuantizer):
+                self.owner[node], place = str(node.target), node.all_input_nodes[0]
+                if isinstance(module_of(root, place), ActQuantizer):
                     with graph.inserting_after(place):  # a call for every layer, so that one can be left out
                         call = graph.call_module(str(place.target), place.args)
                     node.replace_input_with(place, call)
