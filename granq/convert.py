@@ -29,9 +29,10 @@ MOMENTUM = 0.9  # of tracked ranges
 class Quantizer(nn.Module):
     """What quantizers of weights and activations share: from a range, or learned steps, to values."""
 
-    def __init__(self, bits: int, granularity: str | None, clamp: bool, fold: bool) -> None:
+    def __init__(self, bits: int, granularity: str | None, scheme: Scheme, fold: bool) -> None:
         super().__init__()
-        self.bits, self.granularity, self.clamp, self.fold = bits, cast(str, granularity), clamp, fold
+        self.bits, self.granularity, self.fold = bits, cast(str, granularity), fold
+        self.clamp, self.promote = scheme.clamp, scheme.promote
         self.learned: LearnedSteps | None = None
         self.bypassed = False  # nothing is quantized
 
@@ -39,7 +40,9 @@ class Quantizer(nn.Module):
         """Return the parameters of a range. One that folds holds zero: zero padding has a code, ``q + z`` k bits."""
         if self.fold:
             low, high = low.clamp_max(0), high.clamp_min(0)
-        return qparams_from_range(low, high, self.bits)
+        # training under autocast asks for speed, not for the release's arithmetic in half precision
+        promote = self.promote or torch.is_autocast_enabled(low.device.type)
+        return qparams_from_range(low, high, self.bits, promote=promote)
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """Quantize and dequantize ``x``."""
@@ -64,7 +67,7 @@ class WeightQuantizer(Quantizer):
     source: "ActQuantizer | None"
 
     def __init__(self, bits: int, scheme: Scheme, groups: int, source: "ActQuantizer | None" = None) -> None:
-        super().__init__(bits, scheme.weights, scheme.clamp, source is not None)
+        super().__init__(bits, scheme.weights, scheme, source is not None)
         self.groups = groups
         object.__setattr__(self, "source", source)  # the quantizer of the layer's input does not become our submodule
 
@@ -107,7 +110,7 @@ class ActQuantizer(Quantizer):
     running_max: Tensor
 
     def __init__(self, bits: int, scheme: Scheme, rows: bool) -> None:
-        super().__init__(bits, scheme.activations, scheme.clamp, scheme.fold)
+        super().__init__(bits, scheme.activations, scheme, scheme.fold)
         self.rows, self.tracked, self.tracking, self.quantile = rows, scheme.tracked, False, 1.0
         for name in ("running_min", "running_max") if self.tracked else ():
             self.register_buffer(name, torch.empty(0))
@@ -317,4 +320,6 @@ def calibrate(
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
     """Set the static range of the image (1, C, 1, 1), known without any: pixels end at black and white."""
     place = image_place(model)
+    if place.granularity == "per_tensor":
+        low, high = low.amin().expand(1, 1, 1, 1), high.amax().expand(1, 1, 1, 1)
     place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)

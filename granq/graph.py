@@ -35,6 +35,8 @@ def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
     for name in names:
         if "weight" not in model.get_submodule(name)._parameters:
             raise UserError(f"the weight of {name} is parametrized already: remove that first")
+    if hasattr(model, "act_quant"):
+        raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
     return names
 
 

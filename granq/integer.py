@@ -141,7 +141,7 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
 
 def _values(network: nn.Module, images: Tensor) -> list[Tensor]:
     """Return what enters every place for a few of ``images`` in float64, and at the end the logits."""
-    places, found = [n for n, _ in network.named_modules() if n.startswith("act_quant.")], list[Tensor]()
+    places, found = [f"act_quant.{n}" for n, _ in cast(Any, network).act_quant.named_children()], list[Tensor]()
     with watch(network, places, lambda _, x, __: found.append(x.clone()), before=True):
         found.append(network(images[:8].double()))
     return found

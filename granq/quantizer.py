@@ -21,13 +21,21 @@ from granq.errors import UserError, one_of
 from granq.schemes import GRANULARITIES, check_bits
 
 #: The dimensions that keep their own range. All other dimensions are reduced and share it.
-_KEPT_DIMS: dict[str, tuple[int, ...]] = {  # x (N, C, H, W) -> scale; x (N, F) -> scale
-    "per_tensor": (),  # (1, 1, 1, 1); (1, 1)
-    "per_channel": (1,),  # (1, C, 1, 1); (1, F)
-    "per_sample": (0,),  # (N, 1, 1, 1); (N, 1)
-    "per_sample_channel": (0, 1),  # (N, C, 1, 1); (N, 1): GranQ, activations
-    "per_out_channel": (0,),  # (O, 1, 1, 1); (O, 1): the usual for weights (O, I, kh, kw)
-    "per_kernel": (0, 1),  # (O, I, 1, 1); (O, 1): GranQ's release, weights
+#:
+#:   granularity          x (N, C, H, W) -> scale     x (N, F) -> scale
+#:   per_tensor           (1, 1, 1, 1)                (1, 1)
+#:   per_channel          (1, C, 1, 1)                (1, F)
+#:   per_sample           (N, 1, 1, 1)                (N, 1)
+#:   per_sample_channel   (N, C, 1, 1)                (N, 1)     GranQ, activations
+#:   per_out_channel      (O, 1, 1, 1)                (O, 1)     the usual for weights (O, I, kh, kw)
+#:   per_kernel           (O, I, 1, 1)                (O, 1)     GranQ's release, weights
+_KEPT_DIMS: dict[str, tuple[int, ...]] = {
+    "per_tensor": (),
+    "per_channel": (1,),
+    "per_sample": (0,),
+    "per_sample_channel": (0, 1),
+    "per_out_channel": (0,),
+    "per_kernel": (0, 1),
 }
 EPS = 1e-8  # the smallest range; a constant group then has a large finite scale and comes back exactly
 
@@ -35,23 +43,31 @@ EPS = 1e-8  # the smallest range; a constant group then has a large finite scale
 class QParams(NamedTuple):
     """Quantization parameters of every group, broadcastable against the tensor they belong to."""
 
-    scale_inv: Tensor  #: the multiplier ``s``
+    scale_inv: Tensor  #: the multiplier ``s``; the quantization step is ``1 / s``
     zero_point: Tensor  #: ``z``, integral, stored as floating point
 
     @property
     def scale(self) -> Tensor:
-        """The quantization step, in units of the tensor."""
+        """The quantization step ``1 / scale_inv``, in units of the tensor."""
         return 1 / self.scale_inv
 
 
-def choose_qparams(x: Tensor, bits: int, granularity: str = "per_sample_channel") -> QParams:
+def choose_qparams(x: Tensor, bits: int, granularity: str = "per_sample_channel", *, promote: bool = True) -> QParams:
     """Choose scale and zero point of every group from the minimum and maximum of its values.
 
     ``x`` is (N, C, H, W), (N, F), or weights (O, I, kh, kw), (O, I); both results have the shape given at
-    ``_KEPT_DIMS``. A NaN or an infinity makes its group NaN. Raises UserError for another tensor, ``bits`` outside
-    2 to 8 or an unknown granularity.
+    ``_KEPT_DIMS``. An empty group has the range [0, 0]. The values of a group that holds a NaN or an infinity become
+    NaN, so the damage stays visible in its group. With ``promote`` half-precision ranges are computed in float32, where
+    ``1e-8`` does not underflow; without it, as in the public release, constant float16 channels give NaN.
+
+    Raises UserError for another tensor, ``bits`` outside 2 to 8 or an unknown granularity.
+
+    Example:
+        >>> x = torch.tensor([0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 2, 2)
+        >>> choose_qparams(x, bits=3).scale_inv.item()
+        3.5
     """
-    return qparams_from_range(*min_max(x, granularity), bits)
+    return qparams_from_range(*min_max(x, granularity), bits, promote=promote)
 
 
 def min_max(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
@@ -64,15 +80,23 @@ def min_max(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
         kept = (0,)  # a row of a matrix: its single values cannot have a range of their own
     dims = tuple(d for d in range(x.dim()) if d not in kept)
     x = x.detach()
+    if x.numel() == 0:
+        zero = x.new_zeros([1 if d in dims else n for d, n in enumerate(x.shape)])
+        return zero, zero
     if dims in ((2, 3), (0, 2, 3)) and x.is_contiguous(memory_format=torch.channels_last):
         return fast.min_max_channels_last(x, dims)
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
 
 
-def qparams_from_range(low: Tensor, high: Tensor, bits: int) -> QParams:
-    """Compute scale and zero point of groups whose range is known, in float32 at least: in float16 1e-8 is zero."""
-    bits, low, high = check_bits(bits), at_least_float32(low), at_least_float32(high)
-    scale_inv = (2**bits - 1) / (high - low).clamp_min(EPS)
+def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, promote: bool = True) -> QParams:
+    """Compute scale and zero point of groups whose range is known: tracked ranges, or those of ``min_max``."""
+    bits = check_bits(bits)
+    if promote:
+        low, high = at_least_float32(low), at_least_float32(high)
+    # The epsilon bounds the range from below, it is not added to it. It is a tensor and no float of Python, so that in
+    # float16 it becomes zero just as in the release; made on the device, as a copy to a GPU would wait for it.
+    span = torch.maximum(high - low, low.new_full((), EPS))
+    scale_inv = (2**bits - 1) / span
     return QParams(scale_inv, torch.round(scale_inv * low) + 2 ** (bits - 1))
 
 
@@ -80,7 +104,7 @@ def quantize(x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp:
     """Quantize ``x`` to integer codes ``round(s * x - z)`` in its shape, with parameters that broadcast to it.
 
     ``clamp`` keeps codes within -2^(k-1) .. 2^(k-1)-1, in int8. Without it, in int32, a tie in the rounding can
-    give 2^(k-1), one above. Raises UserError for NaN or infinity, which have no integer code.
+    give 2^(k-1), one above. Raises UserError for NaN or infinity in ``x`` or its range: they have no integer code.
     """
     codes = float_codes(x, scale_inv, zero_point, bits, clamp)
     if not torch.isfinite(codes).all():
@@ -93,18 +117,20 @@ def dequantize(codes: Tensor, scale_inv: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.to(scale_inv.dtype) + zero_point) / scale_inv
 
 
-def fake_quantize(x: Tensor, bits: int, granularity: str = "per_sample_channel", clamp: bool = True) -> Tensor:
+def fake_quantize(
+    x: Tensor, bits: int, granularity: str = "per_sample_channel", clamp: bool = True, *, promote: bool = True
+) -> Tensor:
     """Quantize and dequantize ``x`` with ranges taken from ``x`` itself; the gradient is one (straight-through).
 
     The result has the shape and dtype of ``x``, (N, C, H, W) or (N, F), and at most ``2**bits`` distinct values per
-    group if clamped, which the public release does not do.
+    group if clamped, which the public release does not do. ``promote`` is that of ``choose_qparams``.
 
     Example:
         >>> x = torch.tensor([[0, 0.1, 0.2, 0.3]]).reshape(1, 1, 2, 2)
         >>> [round(v, 6) for v in fake_quantize(x, bits=3).flatten().tolist()]
         [0.0, 0.085714, 0.214286, 0.3]
     """
-    return fake_quantize_with(x, choose_qparams(x, bits, granularity), bits, clamp)
+    return fake_quantize_with(x, choose_qparams(x, bits, granularity, promote=promote), bits, clamp)
 
 
 def fake_quantize_with(x: Tensor, qparams: QParams, bits: int, clamp: bool = True) -> Tensor:
@@ -118,7 +144,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod  # with ctx: torch inspects the signature of a forward without it at every call, 50 microseconds
     def forward(ctx: Any, x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int, clamp: bool) -> Tensor:
         codes = float_codes(x, scale_inv, zero_point, bits, clamp)
-        return codes.add_(zero_point).div_(scale_inv).to(x.dtype)  # in place: without copies
+        # In place: the same operations in the same order as the formula, without its copies.
+        return codes.add_(zero_point).div_(scale_inv).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

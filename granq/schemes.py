@@ -20,6 +20,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     tracked: bool = False  #: ranges are a moving average, then frozen (static); otherwise each tensor's own (dynamic)
     places: Literal["relu", "inputs"] = "inputs"  #: after every ReLU and ReLU6, or in front of every layer
     clamp: bool = True  #: keep codes within their range
+    promote: bool = True  #: compute the ranges of half-precision tensors in float32
     skip: tuple[str, ...] = ()  #: names of layers that stay in full precision, or of modules with all that they hold
     fold: bool = False  #: multiply weights by the steps of their inputs before they are quantized: integer convolutions
 
@@ -37,7 +38,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 #: docs/method.md, section 2. ``layerwise`` and ``per_channel`` quantize where ``granq`` does, so that they differ from
 #: it in granularity and tracking only; ``strict`` and ``foldable`` quantize the input of every layer.
 SCHEMES: dict[str, Scheme] = {
-    "granq": Scheme(weights="per_kernel", activations="per_sample_channel", places="relu", clamp=False),
+    "granq": Scheme(weights="per_kernel", activations="per_sample_channel", places="relu", clamp=False, promote=False),
     "strict": Scheme(weights="per_out_channel", activations="per_sample_channel"),
     "layerwise": Scheme(weights="per_out_channel", activations="per_tensor", tracked=True, places="relu"),
     "per_channel": Scheme(weights="per_out_channel", activations="per_channel", tracked=True, places="relu"),

@@ -223,6 +223,11 @@ def test_image_range_is_that_of_the_image_alone(tiny):
     set_image_range(student, low, high)
     after = {n: place.running_max for n, place in activation_places(student).items()}
     assert [n for n in before if before[n] is not after[n]] == ["x"] and torch.equal(after["x"], high)
+    one = quantize_model(tiny, Scheme(weights="per_tensor", activations="per_tensor", tracked=True), 3, 3)
+    calibrate(one, [torch.randn(4, 3, 8, 8)])
+    set_image_range(one, low, high)
+    place = activation_places(one)["x"]
+    assert place.running_min.tolist() == [[[[-2.5]]]] and place.running_max.tolist() == [[[[2.5]]]]
 
 
 def test_only_the_image_has_bits_of_its_own(tiny):
@@ -441,3 +446,9 @@ def test_what_no_scheme_can_have_is_told(tiny):
         quantize_model(tiny, Scheme(weights=None, activations="per_tensor"), 3, 3, bits={"conv1": (8, 3)})
     with pytest.raises(ValidationError, match="only clamped, tracked inputs fold"):
         Scheme(weights="per_out_channel", activations="per_channel", tracked=True, fold=True, clamp=False)
+
+
+def test_a_module_called_act_quant_is_not_overwritten(tiny):
+    tiny.act_quant = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="TinyNet has an act_quant of its own"):
+        quantize_model(tiny, "strict", 3, 3)

@@ -139,6 +139,11 @@ def test_dtypes_and_constant_channels(dtype, shape):
     assert out.dtype == dtype and out.isfinite().all() and torch.equal(out[0], x[0])
 
 
+def test_the_release_s_arithmetic_breaks_in_half_precision():
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    assert fake_quantize(x, 3, promote=False).isnan().all()
+
+
 def test_nan_and_infinity_stay_in_their_group():
     x = torch.randn(2, 3, 4, 4)
     x[0, 0, 0, 0], x[1, 1, 0, 0] = float("nan"), float("inf")
@@ -147,6 +152,11 @@ def test_nan_and_infinity_stay_in_their_group():
     assert fake_quantize(x, 3).isnan().sum() == 32
     with pytest.raises(ValueError, match="finite"):
         quantize(x, *choose_qparams(x, 3), 3)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_empty_batch(granularity):
+    assert fake_quantize(torch.empty(0, 3, 4, 4), 3, granularity).shape == (0, 3, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +188,7 @@ def test_torch_compiles_it():
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 1, 3, 3), (2, 4, 1, 1)])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 1, 3, 3), (2, 4, 1, 1), (0, 4, 2, 2)])
 def test_ranges_do_not_depend_on_the_memory_format(granularity, shape):
     x = torch.randn(shape)
     for plain, other in zip(
