@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from tyro.conf import arg
 
 import granq  # its names are imported at first use: the command line answers without torch
@@ -23,16 +22,9 @@ Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PA
 Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION")]
 TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it pretrained weights are downloaded")]
 BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images of --bits auto
-BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
+BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, by images of --generator"
 Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
 Std = Annotated[str, arg(help="likewise, the standard deviation")]
-_PAPER = "paper --schemes granq layerwise per_channel --bits 3,3 4,4 5,5"
-#: What ``granq sweep --preset`` makes of these names: the rows of the paper. Arguments that follow change them.
-PRESETS = {
-    "paper-cifar10": f"{_PAPER} --data cifar10 --network resnet20_cifar10",
-    "paper-cifar100": f"{_PAPER} --data cifar100 --network resnet20_cifar100",
-    "paper-imagenet": f"{_PAPER} --data imagenet --network resnet18 resnet50 mobilenetv2_w1",
-}
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -58,22 +50,8 @@ class Files(BaseModel):
 class Job(QATConfig, Files):
     """Everything that ``granq quantize`` needs."""
 
-    @model_validator(mode="after")
-    def _draws_images(self) -> Job:
-        """Bits are chosen on the images of a generator that learned to draw them."""
-        if self.auto_bits and not (self.layer_bits or self.generator or 0 < self.warmup_epochs < self.epochs):
-            raise ValueError("--bits auto needs a warm-up and an epoch after it, or --generator")
-        stops = self.auto_bits and self.recipe != "match" and 0 < self.generator_epochs <= self.warmup_epochs
-        if stops and not (self.layer_bits or self.generator):
-            raise ValueError("with --bits auto the generator cannot stop within the warm-up, a run of its own")
-        return self
-
     def run(self) -> dict[str, Any]:
-        """Quantize a teacher without its training data.
-
-        Returns:
-            The run's row of a results table, which ``result.json`` keeps too.
-        """
+        """Quantize a teacher without its training data. Return a row of a results table, as ``result.json`` has it."""
         from granq import devices, files, runs
         from granq.measure import workbench
 
@@ -89,9 +67,9 @@ class Job(QATConfig, Files):
         def evaluate(model: Any) -> float:
             return granq.top1_on(model, test, spec, device)
 
-        config, start = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields}), self.generator
+        config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
         if choose := bool(self.auto_bits and not self.layer_bits):
-            config, start, generator = self._choose_bits(config, teacher, device)
+            config = self._choose_bits(config, teacher, generator)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
         result = granq.train(
@@ -100,7 +78,7 @@ class Job(QATConfig, Files):
         )  # fmt: skip
         names = workbench.dataset_name(self.data), Path(self.network).name
         row = source | result.row(*names, facts["teacher_top1"], len(test))
-        row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
+        row |= {"generator": str(self.generator or ""), "preset": self.preset, "out": str(self.out)}
         row["method"] = workbench.method_name(row)
         row |= {name: ",".join(map(str, facts["spec"][name])) for name in ("mean", "std")}
         image, _ = next(granq.batches(test, spec, batch_size=1))
@@ -112,31 +90,19 @@ class Job(QATConfig, Files):
         files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
 
-    def _choose_bits(self, c: QATConfig, teacher: Any, device: str) -> tuple[QATConfig, Path, Any]:
-        """Allocate bits on generated images. Return the settings of what is left of the run, its start and generator.
-
-        Without ``--generator`` the warm-up comes first, as a run of its own in the folder.
-        """
+    def _choose_bits(self, config: QATConfig, teacher: Any, generator: Any) -> QATConfig:
+        """Return the settings with bits for each layer, by what it costs on generated images to quantize it."""
         from granq import runs
 
-        folder, start = runs.RunFolder(self.out), self.generator or self.out / "warmup"
+        folder = runs.RunFolder(self.out)
         with folder.claimed():
             if not folder.config.is_file():
-                folder.write_config(c, {})  # so that it can be resumed from here on
-            if not self.generator:
-                alone: Any = dict(recipe="gdfq", refined_images=0) if c.recipe == "match" else {}
-                warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
-                granq.train(teacher, warm, out=start, resume=start.exists())
-                later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
-                stop = c.generator_epochs and c.generator_epochs - c.warmup_epochs  # above 0: see _draws_images
-                rest = dict(epochs=c.epochs - c.warmup_epochs, warmup_epochs=0, milestones=later)
-                c = c.change(**rest, generator_epochs=max(stop, 0))
-            images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
+                folder.write_config(config, {})  # so that it can be resumed from here on
+            images = [*granq.generated_batches(generator, config.seed, BIT_IMAGES)]
             how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
-            table = granq.measure_sensitivity(
-                teacher, images, c.scheme, BIT_CHOICES, **how, out=self.out / "sensitivity.csv"
-            )
-            return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
+            how["out"] = self.out / "sensitivity.csv"
+            table = granq.measure_sensitivity(teacher, images, config.scheme, BIT_CHOICES, **how)
+            return config.change(layer_bits=granq.allocate_bits(table, config.auto_bits))
 
 
 def parse_bits(text: str) -> dict[str, Any]:
@@ -163,37 +129,35 @@ def likely_data(network: str) -> str:
 
 
 def channels(mean: str, std: str) -> dict[str, Any]:
-    """Return ``"0.5,0.5,0.5"`` as keywords of ``granq.describe_data``. Raises UserError unless these are numbers."""
-    try:
-        given = {name: [float(x) for x in text.split(",")] for name, text in (("mean", mean), ("std", std)) if text}
-        if any(len(values) != 3 for values in given.values()):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--mean and --std take three numbers, such as 0.5,0.5,0.5; got {mean!r}, {std!r}") from None
+    """Return ``"0.5,0.5,0.5"`` as keywords of ``granq.describe_data``, which reads the numbers."""
+    given = {name: text.split(",") for name, text in (("mean", mean), ("std", std)) if text}
+    if any(len(values) != 3 for values in given.values()):
+        raise UserError(f"--mean and --std take three numbers, such as 0.5,0.5,0.5; got {mean!r}, {std!r}")
     return given
 
 
 def from_arguments(argv: Sequence[str]) -> Job:
     """Return the run that ``argv``, options of ``granq quantize``, describes. Raises ValidationError or UserError."""
-    groups = vars(tyro.cli(options(argv), args=argv, config=MARKERS, prog="granq quantize")).values()
-    values: dict[str, Any] = {name: value for group in groups for name, value in vars(group).items()}
-    return Job(**values | _asked_bits(values.pop("bits")))
+    asked = {part.partition("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
+    asked |= {name.removeprefix("no_") for name in asked}
+    groups = vars(tyro.cli(options("from_row" in asked), args=argv, config=MARKERS, prog="granq quantize")).values()
+    return Job(**complete({k: value for group in groups for k, value in vars(group).items() if k in asked}))
 
 
-def options(argv: Sequence[str]) -> type:
-    """Return the options of ``granq quantize`` as a dataclass of groups, with the defaults that ``argv`` chooses.
+def options(repeats: bool) -> type:
+    """Return the options of ``granq quantize`` as a dataclass of groups; a row that it ``repeats`` names the data, too.
 
     It checks nothing: tyro would put a box around pydantic's messages.
     """
-    start, groups = defaults(argv), []
-    given = {name: [field(default_factory=partial(start.get, name))] for name in [*start, "bits"]}
-    start["bits"] = ("auto:{auto_bits}" if start["auto_bits"] else "{weight_bits},{act_bits}").format_map(start)
+    groups, start = [], {"bits": "3,3"} | ({"data": "", "network": ""} if repeats else {})
     bases: tuple[Any, ...] = (Files, *reversed(QATConfig.__bases__))
     for model in bases:
+        start |= {name: known.default for name, known in model.model_fields.items() if not known.is_required()}
         shown = {name: (known.rebuild_annotation(), known.description) for name, known in model.model_fields.items()}
         if "scheme" in shown:  # named here, and widths are one option
             shown |= {"scheme": (str, shown["scheme"][1]), "bits": (str, BITS_HELP)}
             del shown["weight_bits"], shown["act_bits"], shown["auto_bits"]
+        given = {name: [field(default_factory=partial(start.get, name))] for name in start}
         fields = [
             (name, Annotated[kind, arg(help=text)] if text else kind, *given.get(name, ()))
             for name, (kind, text) in shown.items()
@@ -203,38 +167,27 @@ def options(argv: Sequence[str]) -> type:
     return make_dataclass("Quantize", groups, namespace={"__doc__": "Quantize a teacher without its training data."})
 
 
-def defaults(argv: Sequence[str]) -> dict[str, Any]:
-    """Return what the options in ``argv`` change: a preset with its recipe, or the row that ``--from-row`` names.
-
-    tyro cannot tell what a user wrote from what was filled in. What other defaults depend on is therefore read first.
-    """
-    argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), part) for part in argv]  # tyro takes both
-    first = ArgumentParser(prog="granq", add_help=False, allow_abbrev=False)
-    for name in ("data", "network", "bits", "recipe", "preset", "generator"):
-        first.add_argument(f"--{name}")
-    for name in ("image-size", "batch-size"):
-        first.add_argument(f"--{name}", type=int)
-    first.add_argument("--from-row", nargs=2)
-    first.add_argument("--layer-bits", nargs="*")
-    given = {name: value for name, value in vars(first.parse_known_args(argv)[0]).items() if value is not None}
-    start = {name: known.default for name, known in Files.model_fields.items() if not known.is_required()}
-    if given.pop("layer_bits", ()) and given.get("bits", "").startswith("auto:"):
-        raise UserError("--bits auto chooses what --layer-bits gives; leave one of them out")
-    if "from_row" in given:
-        row = read_row(*given["from_row"])
-        return start | _settings(row if "bits" not in given else row | {"layer_bits": "{}"})
-    data, network, preset = (given.pop(name, "") for name in ("data", "network", "preset"))
-    changes: dict[str, Any] = {"recipe": "adadfq"} | _asked_bits(given.pop("bits", "3,3"))
-    changes |= {"warmup_epochs": 0} if given.pop("generator", "") else {}
-    if data and network:
-        given["image_size"] = granq.describe_data(data, network, given.get("image_size")).image_size
-    changes |= given
-    if preset != "paper":
-        return start | dict(QATConfig.for_recipe(**changes))
-    if changes["recipe"] == "match":
+def complete(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what was asked for, with the settings of its row, or of its preset, recipe and data."""
+    bits = _asked_bits(asked.pop("bits")) if "bits" in asked else {}
+    if bits.get("auto_bits") and ("layer_bits" in asked or "generator" not in asked):
+        raise UserError("--bits auto needs --generator RUN, and chooses on its images what --layer-bits would give")
+    if "from_row" in asked:
+        row = _settings(read_row(*asked["from_row"])) | ({"layer_bits": {}} | bits if bits else {}) | asked
+        if not row.get("network"):
+            raise UserError("the network of this row is code, which runs only if --network names it again")
+        return row
+    data, network, recipe = asked["data"], asked["network"], asked.get("recipe", "adadfq")
+    settings: dict[str, Any] = {"weight_bits": 3, "act_bits": 3, "recipe": recipe} | bits
+    settings |= {"warmup_epochs": 0} if "generator" in asked else {}
+    settings["image_size"] = granq.describe_data(data, network, asked.get("image_size")).image_size
+    settings |= {name: value for name, value in asked.items() if name in QATConfig.model_fields}
+    if asked.get("preset") != "paper":
+        return dict(QATConfig.for_recipe(**settings)) | asked
+    if recipe == "match":
         raise UserError("--preset paper is for recipes adadfq and gdfq; match takes --epochs and --iterations")
     name = network.rpartition(":")[2]  # a folder's name says nothing of the network
-    return start | dict(QATConfig.paper(data, name, changes.pop("weight_bits"), **changes))
+    return dict(QATConfig.paper(data, name, settings.pop("weight_bits"), **settings)) | asked
 
 
 def read_row(table: str | Path, number: str | int) -> dict[str, str]:
@@ -252,17 +205,10 @@ def read_row(table: str | Path, number: str | int) -> dict[str, str]:
 
 def _settings(row: dict[str, str]) -> dict[str, Any]:
     """Return what a row says of its run."""
-
-    def value(text: str) -> Any:
-        try:
-            # spreadsheets write TRUE, and 4.0 where a column lacks some values; pandas writes tuples
-            text = text.lower() if text.lower() in ("true", "false") else text
-            read = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", text))
-        except ValueError:
-            return text
-        return int(read) if isinstance(read, float) and read.is_integer() else read
-
-    settings = {name: value(row[name]) for name in QATConfig.model_fields.keys() - {"device"} if name in row}
+    settings: dict[str, Any] = {name: row[name] for name in QATConfig.model_fields.keys() - {"device"} if name in row}
+    for name in settings.keys() & {"milestones", "layer_bits"}:  # pandas writes tuples, (4,) and (4, 8)
+        settings[name] = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", row[name]))
+    settings["image_bits"] = int(float(row.get("image_bits", 0)))  # 0.0 where a column lacks some values
     widths = (int(float(number)) for number in re.findall(r"[\d.]+", row["bits"]))
     settings |= dict(zip(("weight_bits", "act_bits"), widths, strict=True))
     start = dict(QATConfig.model_validate(settings, strict=False))
