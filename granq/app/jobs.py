@@ -68,12 +68,15 @@ class Job(QATConfig, Files):
             return granq.top1_on(model, test, spec, device)
 
         config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
-        if choose := bool(self.auto_bits and not self.layer_bits):
-            config = self._choose_bits(config, teacher, generator)
+        if self.auto_bits and not self.layer_bits:
+            images = [*granq.generated_batches(generator, config.seed, BIT_IMAGES)]
+            how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
+            table = granq.measure_sensitivity(teacher, images, config.scheme, BIT_CHOICES, **how)
+            config = config.change(layer_bits=granq.allocate_bits(table, config.auto_bits))
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
         result = granq.train(
-            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume or choose, facts=facts,
+            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume, facts=facts,
             generator=generator, pixels=granq.pixel_bounds(spec),
         )  # fmt: skip
         names = workbench.dataset_name(self.data), Path(self.network).name
@@ -89,20 +92,6 @@ class Job(QATConfig, Files):
             row |= {"row_last_top1": before, "difference": row["last_top1"] - before}
         files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
-
-    def _choose_bits(self, config: QATConfig, teacher: Any, generator: Any) -> QATConfig:
-        """Return the settings with bits for each layer, by what it costs on generated images to quantize it."""
-        from granq import runs
-
-        folder = runs.RunFolder(self.out)
-        with folder.claimed():
-            if not folder.config.is_file():
-                folder.write_config(config, {})  # so that it can be resumed from here on
-            images = [*granq.generated_batches(generator, config.seed, BIT_IMAGES)]
-            how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
-            how["out"] = self.out / "sensitivity.csv"
-            table = granq.measure_sensitivity(teacher, images, config.scheme, BIT_CHOICES, **how)
-            return config.change(layer_bits=granq.allocate_bits(table, config.auto_bits))
 
 
 def parse_bits(text: str) -> dict[str, Any]:
