@@ -7,13 +7,13 @@ A class is a folder; what is hidden (``.ipynb_checkpoints``) is none. A train sp
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from granq.errors import UserError, one_of
 
@@ -25,13 +25,7 @@ _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _C
 IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt").read_text().split()
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
-
-
-class ImageData(Protocol):
-    """A sized dataset of (uint8 image (3, size, size), label)."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
+ImageData = Dataset[Any]  #: of (uint8 image (3, size, size), label), with a length
 
 
 class DataSpec(BaseModel, frozen=True, extra="forbid"):
@@ -190,7 +184,7 @@ def pixel_bounds(spec: DataSpec) -> tuple[Tensor, Tensor]:
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalized (images, labels) in the stored order. Raises UserError unless images are uint8."""
-    for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
+    for images, labels in DataLoader(dataset, batch_size=batch_size):
         if images.dtype != torch.uint8:  # floats from 0 to 1 would be divided by 255 once more
             raise UserError(f"images must be uint8 (0 to 255), as load_split gives, got {images.dtype}")
         yield normalize(images, spec), labels

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Container
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -179,8 +179,8 @@ def train_teacher(
     settings |= spec.model_dump(include={"image_size", "mean", "std"})
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device)
-    train = load_split(spec, "train")
-    loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
+    train: Any = load_split(spec, "train")
+    loader = DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     model = model.to(memory_format=torch.channels_last).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
     weights, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
@@ -214,7 +214,7 @@ def _continue(checkpoint: Path, settings: dict[str, Any], parts: dict[str, Any],
     """Load what ``train_teacher`` saved, and return how many epochs it has."""
     saved = read_checkpoint(checkpoint, device)
     if saved.get("settings") != settings:
-        raise UserError(f"{checkpoint} is of another training: {saved.get('settings')}, not {settings}")
+        raise UserError(f"{checkpoint} is of another training, {saved.get('settings')}: delete it, or train as it says")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["rng"].cpu())

@@ -94,21 +94,15 @@ class Job(QATConfig, Files):
         return row
 
 
-def parse_bits(text: str) -> dict[str, Any]:
-    """Return the widths in ``"3,3"``. Raises UserError unless these are two numbers from 2 to 8."""
-    if not re.fullmatch("[2-8],[2-8]", text):
-        raise UserError(f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}")
-    return {"weight_bits": int(text[0]), "act_bits": int(text[2])}
-
-
-def _asked_bits(text: str) -> dict[str, Any]:
-    """Return what ``--bits`` says: two widths, or the average of ``auto:3.0``, from 2 to 8."""
-    if not text.startswith("auto:"):
-        return parse_bits(text) | {"auto_bits": 0.0}
-    average = float(text[5:]) if re.fullmatch(r"auto:\d(\.\d+)?", text) else 0.0
-    if not BIT_CHOICES[0] <= average <= BIT_CHOICES[-1]:
-        raise UserError(f"--bits auto:AVERAGE takes an average from 2 to 8, such as auto:3.0; got {text!r}")
-    return {"weight_bits": int(average), "act_bits": int(average), "auto_bits": average}
+def parse_bits(text: str, auto: bool = False) -> dict[str, Any]:
+    """Return the widths in ``"3,3"``, or the average in ``"auto:3.0"``. Raises UserError unless from 2 to 8."""
+    if found := re.fullmatch("([2-8]),([2-8])", text):
+        return {"weight_bits": int(found[1]), "act_bits": int(found[2])}
+    found = re.fullmatch(r"auto:(\d(\.\d+)?)", text) if auto else None
+    if found and 2 <= (average := float(found[1])) <= 8:
+        return {"weight_bits": int(average), "act_bits": int(average), "auto_bits": average}
+    known = "such as 3,3, or an average, such as auto:3.0" if auto else "such as 3,3"
+    raise UserError(f"--bits takes two numbers from 2 to 8, weights,activations, {known}; got {text!r}")
 
 
 def likely_data(network: str) -> str:
@@ -158,7 +152,7 @@ def options(repeats: bool) -> type:
 
 def complete(asked: dict[str, Any]) -> dict[str, Any]:
     """Return what was asked for, with the settings of its row, or of its preset, recipe and data."""
-    bits = _asked_bits(asked.pop("bits")) if "bits" in asked else {}
+    bits = {"auto_bits": 0.0} | parse_bits(asked.pop("bits"), auto=True) if "bits" in asked else {}
     if bits.get("auto_bits") and ("layer_bits" in asked or "generator" not in asked):
         raise UserError("--bits auto needs --generator RUN, and chooses on its images what --layer-bits would give")
     if "from_row" in asked:
