@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from granq.errors import UserError, one_of
 
@@ -25,7 +25,7 @@ _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _C
 IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt").read_text().split()
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
-ImageData = Dataset[Any]  #: of (uint8 image (3, size, size), label), with a length
+ImageData = Any  #: a dataset of (uint8 image (3, size, size), label), with a length
 
 
 class DataSpec(BaseModel, frozen=True, extra="forbid"):

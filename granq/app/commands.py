@@ -299,8 +299,8 @@ def sweep(
         plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
     table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster, network)
     print(table.to_string(index=False, na_rep=""))
-    counts: Result = table.state.value_counts().to_dict()
-    result = {"out": str(out), "runs": len(table)} | counts
+    counts: Any = table.state.value_counts().to_dict()
+    result: Result = {"out": str(out), "runs": len(table)} | counts
     if (left := len(table) - counts.get("done", 0)) and not status:
         result["failed"] = f"{left} of {len(table)} runs did not finish; see {out}/*.error"
     return result

@@ -57,7 +57,7 @@ class Job(QATConfig, Files):
 
         runs.RunFolder(self.out).check_free(self.resume)
         device = devices.resolve_device(self.device)
-        generator = granq.load_generator(self.generator, device) if self.generator else None
+        generator: Any = granq.load_generator(self.generator, device) if self.generator else None
         spec = granq.describe_data(self.data, self.network, self.image_size, **channels(self.mean, self.std))
         teacher, spec = granq.load_teacher(self.network, spec, self.teacher, device)
         if spec.image_size != self.image_size:

@@ -84,7 +84,7 @@ def status(out: Path) -> pd.DataFrame:
         elif history.is_file():
             row["state"] = "stopped"
         if history.is_file():
-            row |= pd.read_csv(history)[["epoch", "test_top1"]].iloc[-1].to_dict()
+            row |= dict(pd.read_csv(history)[["epoch", "test_top1"]].iloc[-1])
         rows.append(row)
     if results:
         write_csv(out / "results.csv", pd.DataFrame(results))
