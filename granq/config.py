@@ -6,7 +6,7 @@
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from granq.schemes import Scheme, get_scheme
@@ -77,15 +77,8 @@ class Match(BaseModel):
 class QATConfig(Match, Game, Quantization, Run):
     """Everything that decides a run besides the teacher. Defaults: CIFAR, a short budget.
 
-    Raises:
-        pydantic.ValidationError: (a ValueError) a wrong type, range or name, or settings that contradict each other.
+    Raises pydantic's ValidationError, a ValueError, for a wrong type, range or name, and for what contradicts itself.
     """
-
-    @field_validator("scheme")
-    @classmethod
-    def _known(cls, scheme: str | Scheme) -> str | Scheme:
-        get_scheme(scheme)
-        return scheme
 
     @model_validator(mode="after")
     def _consistent(self) -> "QATConfig":
