@@ -101,7 +101,8 @@ class QATConfig(Match, Game, Quantization, Run):
     @classmethod
     def for_recipe(cls, recipe: str, scheme: str | Scheme = "granq", **changes: Any) -> "QATConfig":
         """Return the short budget of a recipe."""
-        own = {"student_lr": 5e-4, "refined_images": 2048} if recipe == "match" else {}
+        refined = 32 * changes.get("batch_size", cls.model_fields["batch_size"].default)
+        own = {"student_lr": 5e-4, "refined_images": refined} if recipe == "match" else {}
         return cls(**{"recipe": recipe, "scheme": scheme} | own | changes)
 
     @classmethod

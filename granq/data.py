@@ -119,7 +119,7 @@ def _read_folder(folder: Path, names: list[str], transform: Any = None) -> Any:
     try:
         return Folder(str(folder), transform, loader=_open_image, is_valid_file=shown)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{folder} needs images in the class folders of the test split: {error}") from error
+        raise UserError(f"{folder} needs a folder with images for each class: {error}") from error
 
 
 def load_split(spec: DataSpec, split: str) -> ImageData:
@@ -141,7 +141,10 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         cifar = getattr(datasets, spec.name.upper())
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
     else:
-        data = _read_folder(split_folder(spec.root, split), spec.label_names(), transform)
+        folder, names = split_folder(spec.root, split), spec.label_names()
+        if len(names) != spec.classes or not {*class_names(folder)} <= {*names}:  # labels would mean other classes
+            raise UserError(f"{folder} must hold {spec.classes} class folders, those of the test split or WordNet ids")
+        data = _read_folder(folder, names, transform)
     if not small:
         return data
     images, labels = zip(*DataLoader(data, batch_size=500), strict=True)

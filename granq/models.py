@@ -194,6 +194,7 @@ def train_teacher(
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
                 logits = model(images.to(memory_format=torch.channels_last))
+            logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
             loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

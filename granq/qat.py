@@ -98,8 +98,9 @@ def quantized(model: nn.Module, config: QATConfig) -> fx.GraphModule:
 class Game:
     """One run in memory: networks, optimizers, history. ``play`` is the method.
 
-    Teacher, settings, generator and pixels are those of ``granq.train``. Raises UserError if the teacher gives no
-    logits (N, K), has no BatchNorm2d with running statistics, or if its traced copy computes something else.
+    Teacher, settings, generator and pixels are those of ``granq.train``. Raises UserError if the teacher cannot take
+    such images, gives no logits (N, K), has no BatchNorm2d with running statistics, or if its traced copy computes
+    something else.
     """
 
     def __init__(
@@ -133,10 +134,13 @@ class Game:
         """Return the number of classes; refuse now what no later step would notice."""
         shape = (1, 3, self.config.image_size, self.config.image_size)
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)  # the run's state stays
-        with batchnorm_inputs(self.teacher) as norms:
-            logits = self.teacher(image)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-            raise UserError("a teacher gives one tensor of logits (N, two classes or more), which this one does not")
+        try:
+            with batchnorm_inputs(self.teacher) as norms:
+                logits = self.teacher(image)
+        except RuntimeError as error:
+            raise UserError(f"the teacher cannot take images of {shape}: {str(error).splitlines()[0]}") from error
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.isfinite().all():
+            raise UserError("a teacher gives one tensor of finite logits (N, two classes or more), this one does not")
         batchnorm_loss(norms)  # raises if there are none
         with bypassed(self.student):
             difference = (self.student(image) - logits).abs().max()

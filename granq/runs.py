@@ -7,6 +7,7 @@ Nothing in it is ever executed: settings are JSON, checkpoints load with ``weigh
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -93,11 +94,14 @@ def train(
     else:
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
         identity = fingerprint(config, game.teacher, *([generator] if generator else []), loss=own)
+        here = versions(game.device)
         with folder.claimed():
             if resume and (saved := folder.load(identity, game.device)):
                 game.restore(saved)
+                if (began := folder.read_config().get("versions")) != here:
+                    warnings.warn(f"{out} began with {began}, not with {here}: the last bits may differ", stacklevel=2)
             else:  # nothing is trained yet: a config that is there may be of another teacher
-                folder.write_config(config, (facts or {}) | {"versions": versions(game.device)})
+                folder.write_config(config, (facts or {}) | {"versions": here})
             _run(game, evaluate, after_epoch, folder, identity)
     history = pd.DataFrame(game.rows)
     tops = [*history.test_top1[~history.warmup.astype(bool)]] or [game.ptq_top1]
@@ -256,7 +260,7 @@ def student_of(source: str | Path, own: str, named: str, config: QATConfig, spec
 
 def same_network(one: str, other: str) -> bool:
     """Say whether two names mean one network: a file of networks may lie elsewhere today."""
-    return one.rpartition(":")[2] == other.rpartition(":")[2]
+    return one == other or (".py:" in one and ".py:" in other and one.rpartition(":")[2] == other.rpartition(":")[2])
 
 
 def load_generator(run: str | Path, device: str = "cpu") -> Generator:

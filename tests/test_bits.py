@@ -189,14 +189,16 @@ def test_bits_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     given = "--data cifar10 --network resnet20_cifar10 --out o".split()
     job = jobs.from_arguments([*given, "--layer-bits", "conv1", "8", "6", "fc", "4", "0"])
     assert job.layer_bits == {"conv1": (8, 6), "fc": (4, 0)} and job.auto_bits == 0
-    job = jobs.from_arguments([*given, "--bits", "auto:2.5", "--epochs", "7", "--generator", "g"])
+    job = jobs.from_arguments([*given, "--bits", "auto:2.5", "--epochs", "7"])
     assert (job.auto_bits, job.weight_bits, job.act_bits, job.layer_bits, job.epochs) == (2.5, 2, 2, {}, 7)
     for wrong, sentence in (
         (["--bits", "auto:1.9"], "from 2 to 8, weights,activations, such as 3,3, or an average, such as auto:3.0; got"),
         (["--bits", "auto:8.1"], "or an average, such as auto:3.0; got 'auto:8.1'"),
         (["--bits", "auto:x"], "or an average, such as auto:3.0; got 'auto:x'"),
-        (["--bits", "auto:3", "--layer-bits", "fc", "3", "3", "--generator", "g"], "what --layer-bits would give"),
-        (["--bits", "auto:3"], "needs --generator RUN"),
+        (["--bits", "auto:3", "--layer-bits", "fc", "3", "3"], "leave one of them out"),
+        (["--bits", "auto:3", "--warmup-epochs", "0"], "needs a warm-up and an epoch after it, or --generator"),
+        (["--bits", "auto:3", "--epochs", "4"], "needs a warm-up and an epoch after it"),
+        (["--bits", "auto:3", "--generator-epochs", "4"], "generator_epochs must end after the warm-up"),
     ):
         assert main(["quantize", *given, *wrong]) == 2
         shown = capsys.readouterr().err
@@ -222,14 +224,11 @@ def small(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_auto_allocates_resumes_and_is_repeated(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = small[small.index("--network") + 1]
-    assert main([*small, "--bits", "3,3", "--out", str(tmp_path / "warm")]) == 0
-    run = [*small, "--bits", "auto:3.0", "--generator", str(tmp_path / "warm"), "--warmup-epochs", "0"]
-    capsys.readouterr()
+    run, network = [*small, "--bits", "auto:3.0"], small[small.index("--network") + 1]
     assert main([*run, "--out", str(tmp_path / "a")]) == 0
     row = json.loads(capsys.readouterr().out)
-    assert (row["bits"], row["auto_bits"], row["epochs"], row["warmup_epochs"]) == ("W3A3", 3.0, 3, 0)
-    assert method_name(row) == "foldable + auto 3.0" and row["generator"] == str(tmp_path / "warm")
+    assert (row["bits"], row["auto_bits"], row["epochs"], row["warmup_epochs"]) == ("W3A3", 3.0, 2, 0)
+    assert method_name(row) == "foldable + auto 3.0" and row["generator"] == str(tmp_path / "a/warmup")
     saved = granq.load_run(tmp_path / "a", network=network)
     own = {name: tuple(pair) for name, pair in json.loads(row["layer_bits"]).items()}
     assert saved.config.layer_bits == own and set(own) == set(OWN)
@@ -246,10 +245,11 @@ def test_auto_allocates_resumes_and_is_repeated(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(granq, "measure_sensitivity", interrupted)
-    assert main([*run, "--out", str(out)]) == 130 and not out.exists()
+    assert main([*run, "--out", str(out)]) == 130
     capsys.readouterr()
     monkeypatch.setattr(granq, "measure_sensitivity", measure)
-    assert main([*run, "--out", str(out)]) == 0
+    assert main([*run, "--out", str(out)]) == 2 and "or --resume a run" in capsys.readouterr().err
+    assert main([*run, "--out", str(out), "--resume"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["layer_bits"] == row["layer_bits"] and again["last_top1"] == row["last_top1"]
     state = granq.load_run(out, network=network).student.state_dict()
@@ -264,6 +264,18 @@ def test_auto_allocates_resumes_and_is_repeated(
     assert json.loads(capsys.readouterr().out)["difference"] == 0
     state = granq.load_run(tmp_path / "c", network=network).student.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in saved.student.state_dict().items())
+
+
+def test_auto_on_a_given_generator_keeps_the_epochs(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small, "--bits", "3,3", "--out", str(tmp_path / "warm")]) == 0
+    given = ["--bits", "auto:2.5", "--generator", str(tmp_path / "warm"), "--warmup-epochs", "0"]
+    capsys.readouterr()
+    assert main([*small, *given, "--out", str(tmp_path / "run")]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["bits"], row["epochs"], row["generator"]) == ("W2.5A2.5", 3, str(tmp_path / "warm"))
+    assert not (tmp_path / "run/warmup").exists()
 
 
 def test_budgets_are_measured_before_training(tiny: nn.Module) -> None:

@@ -94,7 +94,7 @@ def test_what_the_user_wrote_wins_over_preset_and_recipe():
     assert (paper.batch_size, paper.milestones, paper.epochs) == (16, (100, 200, 300), 7)
     assert (paper.weight_bits, paper.act_bits, paper.image_size) == (4, 3, 32)
     match = jobs.from_arguments(f"{given} --recipe match --scheme foldable --batch-size 8".split())
-    assert (match.refined_images, match.student_lr) == (2048, 5e-4)
+    assert (match.refined_images, match.student_lr) == (8 * 32, 5e-4)
     assert jobs.from_arguments(f"{given} --generator runs/warm".split()).warmup_epochs == 0
     assert jobs.from_arguments(f"{given} --generator runs/warm --warmup-epochs 3".split()).warmup_epochs == 3
     plain = jobs.from_arguments(given.split())
@@ -343,7 +343,7 @@ def test_underscores_choose_the_same_defaults():
     given = "--data digits --network resnet20_cifar10 --out o --scheme foldable --recipe match".split()
     dashes, underscores = ([*given, f"--image{c}bits", "6", f"--batch{c}size=16"] for c in "-_")
     job = jobs.from_arguments(dashes)
-    assert job == jobs.from_arguments(underscores) and (job.image_bits, job.refined_images) == (6, 2048)
+    assert job == jobs.from_arguments(underscores) and (job.image_bits, job.refined_images) == (6, 512)
 
 
 def test_nothing_there_is_overwritten(tmp_path, capsys):
@@ -470,3 +470,14 @@ def test_the_folder_of_a_network_decides_nothing(tmp_path):
     (tmp_path / "resnet50_cifar100").mkdir()
     given = f"--data imagenet --network {tmp_path / 'resnet50_cifar100/net.py'}:mobilenet --out run --preset paper"
     assert jobs.from_arguments([*given.split(), "--bits", "4,4"]).alpha_ds == 0.3  # MobileNetV2's
+
+
+def test_a_teacher_is_audited_at_the_size_of_its_images(own, folder, tmp_path, capsys):
+    """MACs of a convolution grow with the pixels; the file knows them better than the data set's name."""
+    spec = describe_data(folder, own, 16)
+    models.save_teacher(tmp_path / "t.safetensors", models.build_network(own, 2), own, spec, 50.0)
+    audit = f"audit --network {own} --data {folder} --teacher {tmp_path / 't.safetensors'} --json"
+    for given, size in (((), 16), (("--image-size", "8"), 8)):
+        assert main([*audit.split(), *given]) == 0
+        shown = answer(capsys)
+        assert shown["image_size"] == size and shown["layers"][0]["macs"] == (size - 2) ** 2 * 3 * 4 * 9

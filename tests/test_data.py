@@ -103,9 +103,15 @@ def test_splits_with_other_classes_are_refused(folder):
     """Each split numbers its folders: label 0 would be one class in training and another in the test."""
     other = sorted(Path(folder.removeprefix("folder:"), "train").iterdir())[0]
     other.rename(other.with_name("zebra"))
-    with pytest.raises(UserError, match="train needs images in the class folders of the test split: 'zebra' is not"):
+    with pytest.raises(UserError, match="train must hold 2 class folders, those of the test split"):
         load_split(describe_data(folder, "resnet20_cifar10"), "train")
     load(folder)  # a test split alone is enough to quantize
+
+
+def test_labels_are_those_of_the_network(folder):
+    spec = describe_data(folder, "resnet20_cifar10").model_copy(update={"classes": 3})
+    with pytest.raises(UserError, match="must hold 3 class folders"):
+        load_split(spec, "test")
 
 
 def test_normalized_by_hand():
@@ -162,7 +168,7 @@ def test_labels_of_a_part_of_imagenet_are_those_of_the_whole(some_of_imagenet):
     with pytest.raises(UserError, match="no folder train"):
         load_split(whole, "train")
     (some_of_imagenet / "val/tench").mkdir()
-    with pytest.raises(UserError, match="needs images in the class folders of the test split: 'tench' is not in list"):
+    with pytest.raises(UserError, match="must hold 1000 class folders, .*WordNet ids"):
         load_split(spec, "test")
     with pytest.raises(UserError, match="tell 1000 classes apart"):  # another data set, which has folders like these
         describe_data(f"folder:{some_of_imagenet}", "resnet18", 32).fit_classes(1000)
@@ -230,5 +236,5 @@ def test_a_class_without_images_is_told(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "test" / name).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "test/cat/1.png")
-    with pytest.raises(UserError, match="needs images in the class folders .*dog"):
+    with pytest.raises(UserError, match="needs a folder with images for each class: .*dog"):
         load_split(describe_data(f"folder:{tmp_path}", "cifar"), "test")

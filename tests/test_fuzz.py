@@ -117,7 +117,7 @@ COMMANDS = {
         "--student-lr": "0.001", "--image-bits": "6", "--bf16": None,
     },
     "audit": {"--network": "resnet20_cifar10", "--scheme": "granq", "--bits": "3,3", "--image-size": "32",
-              "--data": "digits", "--fail-under": "10"},
+              "--data": "digits", "--fail-under": "10", "--teacher": "TEACHER"},
     "sweep": {"--data": "digits", "--network": "resnet20_cifar10", "--schemes": "strict", "--bits": "3,3",
               "--seeds": "0", "--epochs": "3", "--warmup-epochs": "1", "--status": None},
     "evaluate": {"RUN": "FINISHED", "--data": "FOLDER"},

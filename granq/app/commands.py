@@ -94,12 +94,13 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
 
 
 def audit(
-    *, network: Network, scheme: str = "granq", bits: str = "3,3", data: str | None = None,
-    image_size: int | None = None, fail_under: float | None = None, out: Path | None = None,
+    *, network: Network, scheme: str = "granq", bits: str = "3,3", teacher: Path | None = None,
+    data: str | None = None, image_size: int | None = None, fail_under: float | None = None, out: Path | None = None,
 ) -> Result:  # fmt: skip
     """Say, layer by layer, what a scheme really quantizes in a network; it needs no weights and no images.
 
     Args:
+        teacher: checkpoint; without it weights are random
         data: for its classes and its size; by default cifar10, cifar100 or imagenet, as the network's name says
         fail_under: exit code 1 if fewer percent of the weights are quantized
         out: write the table as CSV
@@ -111,11 +112,13 @@ def audit(
     widths, spec = parse_bits(bits), granq.describe_data(data or likely_data(network), network, image_size)
     torch.manual_seed(0)
     model = granq.build_network(network, spec.classes)
+    if teacher:
+        model, spec = granq.load_teacher(network, spec, teacher)
     torch.manual_seed(0)
-    images = torch.randn(2, 3, spec.image_size, spec.image_size)
-    frame = granq.audit(granq.quantize_model(model, scheme, **widths), images)
+    size = image_size or spec.image_size
+    frame = granq.audit(granq.quantize_model(model, scheme, **widths), torch.randn(2, 3, size, size))
     result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
-    result |= {"weights": "random, seed 0", "image_size": spec.image_size} | granq.summarize_audit(frame)
+    result |= {"weights": str(teacher or "random, seed 0"), "image_size": size} | granq.summarize_audit(frame)
     if out:
         granq.files.write_csv(out, frame)
     else:

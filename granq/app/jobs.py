@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tyro.conf import arg
 
 import granq  # its names are imported at first use: the command line answers without torch
@@ -22,7 +22,7 @@ Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PA
 Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION")]
 TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it pretrained weights are downloaded")]
 BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images of --bits auto
-BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, by images of --generator"
+BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
 Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
 Std = Annotated[str, arg(help="likewise, the standard deviation")]
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -50,6 +50,15 @@ class Files(BaseModel):
 class Job(QATConfig, Files):
     """Everything that ``granq quantize`` needs."""
 
+    @model_validator(mode="after")
+    def _draws_images(self) -> Job:
+        """Bits are chosen on the images of a generator that learned to draw them, in a run of its own."""
+        learns = 0 < self.warmup_epochs < min(self.epochs, self.generator_epochs or self.epochs)
+        if self.auto_bits and not (self.layer_bits or self.generator or learns):
+            until = "; generator_epochs must end after the warm-up" if self.generator_epochs else ""
+            raise ValueError(f"--bits auto needs a warm-up and an epoch after it, or --generator{until}")
+        return self
+
     def run(self) -> dict[str, Any]:
         """Quantize a teacher without its training data. Return a row of a results table, as ``result.json`` has it."""
         from granq import devices, files, runs
@@ -57,7 +66,7 @@ class Job(QATConfig, Files):
 
         runs.RunFolder(self.out).check_free(self.resume)
         device = devices.resolve_device(self.device)
-        generator: Any = granq.load_generator(self.generator, device) if self.generator else None
+        generator = granq.load_generator(self.generator, device) if self.generator else None
         spec = granq.describe_data(self.data, self.network, self.image_size, **channels(self.mean, self.std))
         teacher, spec = granq.load_teacher(self.network, spec, self.teacher, device)
         if spec.image_size != self.image_size:
@@ -67,21 +76,18 @@ class Job(QATConfig, Files):
         def evaluate(model: Any) -> float:
             return granq.top1_on(model, test, spec, device)
 
-        config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
-        if self.auto_bits and not self.layer_bits:
-            images = [*granq.generated_batches(generator, config.seed, BIT_IMAGES)]
-            how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
-            table = granq.measure_sensitivity(teacher, images, config.scheme, BIT_CHOICES, **how)
-            config = config.change(layer_bits=granq.allocate_bits(table, config.auto_bits))
+        config, start = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields}), self.generator
+        if choose := bool(self.auto_bits and not self.layer_bits):
+            config, start, generator = self._choose_bits(config, teacher, device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
         result = granq.train(
-            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume, facts=facts,
+            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume or choose, facts=facts,
             generator=generator, pixels=granq.pixel_bounds(spec),
         )  # fmt: skip
         names = workbench.dataset_name(self.data), Path(self.network).name
         row = source | result.row(*names, facts["teacher_top1"], len(test))
-        row |= {"generator": str(self.generator or ""), "preset": self.preset, "out": str(self.out)}
+        row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
         row["method"] = workbench.method_name(row)
         row |= {name: ",".join(map(str, facts["spec"][name])) for name in ("mean", "std")}
         image, _ = next(granq.batches(test, spec, batch_size=1))
@@ -92,6 +98,30 @@ class Job(QATConfig, Files):
             row |= {"row_last_top1": before, "difference": row["last_top1"] - before}
         files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
+
+    def _choose_bits(self, c: QATConfig, teacher: Any, device: str) -> tuple[QATConfig, Path, Any]:
+        """Allocate bits on generated images. Return the settings of what is left of the run, its start and generator.
+
+        Without ``--generator`` the warm-up comes first, as a run of its own in the folder.
+        """
+        from granq import runs
+
+        folder, start = runs.RunFolder(self.out), self.generator or self.out / "warmup"
+        with folder.claimed():
+            if not folder.config.is_file():
+                folder.write_config(c, {})  # so that it can be resumed from here on
+            if not self.generator:
+                alone: Any = dict(recipe="gdfq", refined_images=0) if c.recipe == "match" else {}
+                warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
+                granq.train(teacher, warm, out=start, resume=start.exists())
+                later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
+                left = {name: max(getattr(c, name) - c.warmup_epochs, 0) for name in ("epochs", "generator_epochs")}
+                c = c.change(warmup_epochs=0, milestones=later, **left)
+            images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
+            how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
+            how |= {"out": self.out / "sensitivity.csv"}  # what is measured stays so when the run is resumed
+            table = granq.measure_sensitivity(teacher, images, c.scheme, BIT_CHOICES, **how)
+        return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
 
 
 def parse_bits(text: str, auto: bool = False) -> dict[str, Any]:
@@ -153,8 +183,8 @@ def options(repeats: bool) -> type:
 def complete(asked: dict[str, Any]) -> dict[str, Any]:
     """Return what was asked for, with the settings of its row, or of its preset, recipe and data."""
     bits = {"auto_bits": 0.0} | parse_bits(asked.pop("bits"), auto=True) if "bits" in asked else {}
-    if bits.get("auto_bits") and ("layer_bits" in asked or "generator" not in asked):
-        raise UserError("--bits auto needs --generator RUN, and chooses on its images what --layer-bits would give")
+    if bits.get("auto_bits") and "layer_bits" in asked:
+        raise UserError("--bits auto chooses what --layer-bits gives; leave one of them out")
     if "from_row" in asked:
         row = _settings(read_row(*asked["from_row"])) | ({"layer_bits": {}} | bits if bits else {}) | asked
         if not row.get("network"):
