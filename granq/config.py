@@ -1,13 +1,12 @@
-"""The settings of a run: everything that decides it besides the teacher. Imports no torch.
+"""The settings of a run. Imports no torch.
 
-What belongs together is written together; ``QATConfig`` has all of it, flat: ``QATConfig(epochs=4)``, ``--epochs 4``,
-CSV column ``epochs``.
+``QATConfig`` has all of them, flat: ``QATConfig(epochs=4)``, ``--epochs 4``, CSV column ``epochs``.
 """
 
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from granq.schemes import Scheme, get_scheme
@@ -78,29 +77,21 @@ class Match(BaseModel):
 class QATConfig(Match, Game, Quantization, Run):
     """Everything that decides a run besides the teacher. Defaults: CIFAR, a short budget.
 
-    Raises:
-        pydantic.ValidationError: (a ValueError) a wrong type, range or name, or settings that contradict each other.
+    Raises pydantic's ValidationError, a ValueError, for a wrong type, range or name, and for what contradicts itself.
     """
-
-    @field_validator("scheme")
-    @classmethod
-    def _known(cls, scheme: str | Scheme) -> str | Scheme:
-        get_scheme(scheme)
-        return scheme
 
     @model_validator(mode="after")
     def _consistent(self) -> "QATConfig":
         scheme, refined = get_scheme(self.scheme), self.refined_images
         image = scheme.activations and scheme.places == "inputs"
-        fits = {
-            f"warmup_epochs must be at most epochs, {self.epochs}": self.warmup_epochs <= self.epochs,
-            f"image_bits needs a scheme that quantizes the image, not {self.scheme}": image or not self.image_bits,
-            f"refined_images must be a multiple of batch_size, {self.batch_size}": refined % self.batch_size == 0,
-            "refined_images is for recipe match: in others the generator learns": self.recipe == "match" or not refined,
-        }
-        for sentence, holds in fits.items():
-            if not holds:
-                raise ValueError(sentence)
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs must be at most epochs, {self.epochs}")
+        if self.image_bits and not image:
+            raise ValueError(f"image_bits needs a scheme that quantizes the image, not {self.scheme}")
+        if refined % self.batch_size:
+            raise ValueError(f"refined_images must be a multiple of batch_size, {self.batch_size}")
+        if refined and self.recipe != "match":
+            raise ValueError("refined_images is for recipe match: in others the generator learns")
         return self
 
     def change(self, **changes: Any) -> Self:
@@ -110,19 +101,17 @@ class QATConfig(Match, Game, Quantization, Run):
     @classmethod
     def for_recipe(cls, recipe: str, scheme: str | Scheme = "granq", **changes: Any) -> "QATConfig":
         """Return the short budget of a recipe."""
-        chosen: dict[str, Any] = {"recipe": recipe, "scheme": scheme}
-        if recipe == "match":
-            refined = 32 * changes.get("batch_size", cls.model_fields["batch_size"].default)
-            chosen |= {"student_lr": 5e-4, "refined_images": refined}
-        return cls(**(chosen | changes))
+        refined = 32 * changes.get("batch_size", cls.model_fields["batch_size"].default)
+        own = {"student_lr": 5e-4, "refined_images": refined} if recipe == "match" else {}
+        return cls(**{"recipe": recipe, "scheme": scheme} | own | changes)
 
     @classmethod
     def paper(cls, data: str, network: str, bits: int, **changes: Any) -> "QATConfig":
         """Return the published settings (docs/method.md, section 6), by data, network, width and image size."""
         chosen: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
-        data = PurePath(data.removeprefix("folder:")).name  # a folder is called as what it holds
-        if data in ("cifar10", "cifar100", "digits") or "cifar" in network or changes.get("image_size", 224) <= 64:
-            batch = 200 if "cifar100" in (data, network.rpartition("_")[2]) else 16
+        holds = PurePath(data).name + network  # a folder is called as what it holds
+        if "cifar" in holds or changes.get("image_size", 224) <= 64:
+            batch = 200 if "cifar100" in holds else 16
             chosen |= dict(epochs=200, batch_size=batch, milestones=(100, 200, 300))
             return cls(**(chosen | changes))
         chosen |= dict(epochs=400, batch_size=16, image_size=224, temperature=5.0, student_lr=1e-5)

@@ -7,7 +7,7 @@ A class is a folder; what is hidden (``.ipynb_checkpoints``) is none. A train sp
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -25,13 +25,7 @@ _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _C
 IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt").read_text().split()
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
-
-
-class ImageData(Protocol):
-    """A sized dataset of (uint8 image (3, size, size), label)."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
+ImageData = Any  #: a dataset of (uint8 image (3, size, size), label), with a length
 
 
 class DataSpec(BaseModel, frozen=True, extra="forbid"):
@@ -46,10 +40,7 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     given: bool = False  #: mean and std are the user's own: no teacher file changes them
 
     def fit_classes(self, classes: int) -> "DataSpec":
-        """Return what a network of so many classes sees. Raises UserError if the data have another number.
-
-        For 1,000 a folder with a part of ImageNet has the labels of the whole.
-        """
+        """Return what a network of so many classes sees: 1,000 in a folder with a part of ImageNet, else its own."""
         if classes != self.classes and not (classes == len(IMAGENET_IDS) and self.has_imagenet_ids()):
             raise UserError(f"the network's weights tell {classes} classes apart, but {self.name} has {self.classes}")
         return self.model_copy(update={"classes": classes})
@@ -78,8 +69,8 @@ def describe_data(
     ``mean`` and ``std`` of the three channels, from 0 to 1, are those that the teacher was trained with. Without them a
     teacher file or timm's ``pretrained_cfg`` brings its own (``models.load_teacher``); else those of the data are
     taken. A folder has none: for a ``network`` named like CIFAR's or SVHN's they are CIFAR's at 32 pixels, else
-    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the images, if 20 of the test images are
-    squares of one size up to 64, else 224.
+    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the first image, if it is a square of at
+    most 64 pixels.
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both or none of them")
@@ -89,25 +80,22 @@ def describe_data(
         function = network.rpartition(":")[2]  # a file's path says nothing of images
         classes, facts = len(names), _CIFAR if "cifar" in function or "svhn" in function else _IMAGENET
         if ".py:" in network and image_size is None:
-            paths = [path for path, _ in _read_folder(test, names).samples]
-            sizes = {_open_image(path).size for path in paths[:: -(-len(paths) // 20)]}
-            width, height = sizes.pop() if len(sizes) == 1 else (0, 0)
+            width, height = _open_image(_read_folder(test, names).samples[0][0]).size
             image_size = width - width % 4 if 4 <= width == height <= 64 else 224
     else:
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))
         classes, facts = _KNOWN[name]
-    facts = facts | {"name": name, "classes": classes, "root": root}
-    facts |= {} if image_size is None else {"image_size": image_size}
-    return DataSpec(**facts | ({} if mean is None else {"mean": mean, "std": std, "given": True}))
+    facts = facts | {"name": name, "classes": classes, "root": root, "given": mean is not None}
+    own = {"image_size": image_size, "mean": mean, "std": std}
+    return DataSpec(**facts | {key: value for key, value in own.items() if value is not None})
 
 
 def split_folder(root: str | Path, split: str) -> Path:
     """Return the folder of split ``train`` or ``test`` (test/ or val/). Raises UserError if there is none."""
     names = ["train"] if split == "train" else ["test", "val"]
-    for name in names:
-        if Path(root, name).is_dir():
-            return Path(root, name)
+    if found := [folder for name in names if (folder := Path(root, name)).is_dir()]:
+        return found[0]
     raise UserError(f"{root} does not exist or has no folder {' or '.join(names)} with a folder for each class")
 
 
@@ -154,10 +142,8 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
     else:
         folder, names = split_folder(spec.root, split), spec.label_names()
-        found = class_names(folder)
-        if len(names) != spec.classes or not {*found} <= {*names}:
-            whose = "WordNet ids" if spec.name == "imagenet" else f"those of {split_folder(spec.root, 'test')}"
-            raise UserError(f"{folder} must hold {spec.classes} class folders, {whose}; it holds {len(found)}")
+        if len(names) != spec.classes or not {*class_names(folder)} <= {*names}:  # labels would mean other classes
+            raise UserError(f"{folder} must hold {spec.classes} class folders, those of the test split or WordNet ids")
         data = _read_folder(folder, names, transform)
     if not small:
         return data
@@ -201,7 +187,7 @@ def pixel_bounds(spec: DataSpec) -> tuple[Tensor, Tensor]:
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalized (images, labels) in the stored order. Raises UserError unless images are uint8."""
-    for images, labels in DataLoader(cast(Any, dataset), batch_size=batch_size):
+    for images, labels in DataLoader(dataset, batch_size=batch_size):
         if images.dtype != torch.uint8:  # floats from 0 to 1 would be divided by 255 once more
             raise UserError(f"images must be uint8 (0 to 255), as load_split gives, got {images.dtype}")
         yield normalize(images, spec), labels

@@ -12,13 +12,10 @@ from granq.errors import UserError
 
 def resolve_device(device: str) -> str:
     """Return ``device``; ``auto`` becomes cuda, mps or cpu, whichever is there first. Raises UserError if it is not."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if device == "auto":
-        return "cuda" if cuda else "mps" if mps else "cpu"
-    known = ["cpu", *["mps"] * mps, *["cuda"] * cuda, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if device not in known:
-        raise UserError(f"there is no device {device!r} here; known are auto, cpu, cuda and mps")
-    return device
+    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if device not in ("auto", *here):
+        raise UserError(f"there is no device {device!r} here, but auto, {', '.join(here)}")
+    return here[0] if device == "auto" else device
 
 
 def versions(device: str = "cpu") -> dict[str, str]:
@@ -26,8 +23,7 @@ def versions(device: str = "cpu") -> dict[str, str]:
     import torchvision
 
     name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device == "cuda" else name
     found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     return found | {"device": f"{device} ({name})"}
 

@@ -6,16 +6,14 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from granq.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -36,7 +34,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
 
 
-def write_csv(path: Path, table: "pd.DataFrame", float_format: str | None = None) -> None:
+def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
     """Write ``table`` as CSV, atomically."""
     save_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format=float_format))
 

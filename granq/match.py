@@ -77,7 +77,7 @@ class Match(GDFQ):
                 set_image_range(student, *game.pixels)
         images = torch.cat([self.draw(game)[0] for _ in range(REESTIMATION)])
         reestimate_batchnorm(student, game.teacher, images)
-        if scheme.clamp and (scheme.tracked or any(q.weight for q in layer_quantizers(student).values())):
+        if scheme.clamp:
             learn_steps(student)
 
     def step(self, game: Game) -> dict[str, Tensor]:
@@ -94,6 +94,7 @@ class Match(GDFQ):
             return {"student_loss": loss.detach()} | describe_images(images, t, labels, batchnorm_loss(norms))
 
 
+@torch.no_grad()
 def refined_images(game: Game) -> tuple[Tensor, Tensor]:
     """Make the images that a run trains on, with labels. They depend on seed and generator only, also when resumed."""
     c, generator = game.config, copy.deepcopy(game.generator)  # drawing moves the running statistics of its norms
@@ -105,11 +106,10 @@ def refined_images(game: Game) -> tuple[Tensor, Tensor]:
                 images = random_shapes(c.batch_size, c.image_size, game.device)
                 labels = torch.randint(0, game.classes, (c.batch_size,), device=game.device)
             else:
-                with torch.no_grad(), game.autocast():
+                with game.autocast():
                     images, labels = synthesize(generator, c.batch_size, game.classes, game.device)
-                with torch.no_grad():  # as smooth as photographs are, in different light
-                    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
-                    images = vary((images + smooth) / 2, SPREAD)
+                smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
+                images = vary((images + smooth) / 2, SPREAD)  # as smooth as photographs are, in different light
             with game.autocast():
                 batches.append((refine(game.teacher, images, labels), labels))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -120,10 +120,9 @@ def refined_images(game: Game) -> tuple[Tensor, Tensor]:
 def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, lr: float = 0.03) -> Tensor:
     """Move the pixels of generated images toward the teacher's BatchNorm statistics, and toward their labels.
 
-    A generator matches the statistics on average; pixels are free to match them in this batch, and after a few steps of
-    Adam nearly do (the distilled data of ZeroQ, Cai et al., CVPR 2020, and DeepInversion, Yin et al., CVPR 2020).
-
-    Images are (N, 3, H, W) and stay as they are, labels (N,); ``lr`` of Adam is in units of the images.
+    A generator matches the statistics on average; pixels match them in this batch, as the distilled data of ZeroQ (Cai
+    et al., CVPR 2020) and DeepInversion (Yin et al., CVPR 2020). Images are (N, 3, H, W) and stay as they are, labels
+    (N,); ``lr`` of Adam is in units of the images.
     """
     pixels = images.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], lr)
@@ -138,11 +137,10 @@ def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, 
 
 
 def vary(images: Tensor, spread: float) -> Tensor:
-    """Return images in different light: contrast 1 +- ``spread``, brightness and colour shifted; half are flipped.
+    """Return images (N, 3, H, W) in different light: contrast 1 +- ``spread``, brightness and colour; half are flipped.
 
-    A generator's images differ in what they show but little in mean and contrast, of which BatchNorm statistics over a
-    batch say nothing. (N, 3, H, W) -> the same; shifts are normal with deviation ``spread`` (0 to 1) for the image and
-    0.4 times that for each channel, in units of the images. Draws from the global random state.
+    A generator's images differ little in mean and contrast, of which BatchNorm statistics over a batch say nothing.
+    Shifts have the deviation ``spread`` for an image, and 0.4 times that for each channel, in units of the images.
     """
     one, each = images.new_empty((len(images), 1, 1, 1)), images.new_empty((*images.shape[:2], 1, 1))
     contrast = one.clone().uniform_(1 - spread, 1 + spread)
@@ -153,9 +151,8 @@ def vary(images: Tensor, spread: float) -> Tensor:
 def random_shapes(count: int, image_size: int, device: str = "cpu") -> Tensor:
     """Draw images of shapes that hide each other, from no data at all: (count, 3, size, size), standardized.
 
-    Dead leaves (Lee, Mumford and Huang, IJCV 2001): 5 to 40 turned ellipses and rectangles, many small and few large as
-    in photographs of any scale, each of one color with a slope of light. Baradad et al. (NeurIPS 2021) train networks
-    on such images. Draws from the global random state.
+    Dead leaves (Lee, Mumford and Huang, IJCV 2001): 5 to 40 turned ellipses and rectangles, many small and few large,
+    each of one color with a slope of light. Baradad et al. (NeurIPS 2021) train networks on such images.
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -180,17 +177,13 @@ def random_shapes(count: int, image_size: int, device: str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
-    """Move the student's BatchNorm statistics by as much as quantization moved those of ``images``.
+    """Move the student's BatchNorm statistics by as much as quantization moved those of a few hundred images.
 
-    Quantized weights and inputs shift the mean and scale the variance of every channel. In one forward, layer after
-    layer, a BatchNorm gets the teacher's running mean plus the difference, and its running variance times the ratio,
-    of what student and teacher see on the same images: what sets these apart from real images cancels. The ratio is
-    kept between 1/4 and 4. It is 1 where a channel is constant in student or teacher: there is no contrast to compare,
-    and with the teacher's variance the means agree after the BatchNorm, too. The mean is the empirical bias correction
-    of Nagel et al. (ICCV 2019, section 4.2). A BatchNorm that is called several times stays as it is: it would need
-    statistics for each call. Modes of both networks, and the teacher's statistics, stay.
-
-    ``student`` is a quantized copy of ``teacher``; ``images`` (N, 3, H, W) are a few hundred, such as generated ones.
+    In one forward, layer after layer, a BatchNorm gets the teacher's running mean plus the difference, and its running
+    variance times the ratio (1/4 to 4), of what student and teacher see on the same images (N, 3, H, W): what sets
+    these apart from real images cancels. The ratio is 1 where a channel is constant in student or teacher: there is no
+    contrast to compare. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2). A BatchNorm
+    that is called several times stays as it is: it would need statistics for each call.
     """
     norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}  # variance and mean, of every call
@@ -215,13 +208,13 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
 def learn_steps(model: nn.Module) -> list[nn.Parameter]:
     """Make the steps of weights and of static activation ranges parameters, from what they are now on (LSQ).
 
-    Dynamic ranges stay those of each image. Returns the logarithms of the steps. Raises UserError if the scheme does
-    not clamp its codes, so that its steps bound nothing, or if ranges were not calibrated yet.
+    Returns the logarithms of the steps. Raises UserError if the scheme does not clamp its codes, so that its steps
+    bound nothing, or if ranges were not calibrated yet.
     """
     weights = {q.weight: q.weight.qparams(q.original) for q in layer_quantizers(model).values() if q.weight}
     places = {place: place.qparams() for place in activation_places(model).values() if place.tracked}
     quantizers = [*weights.items(), *places.items()]
-    if not quantizers or not all(quantizer.clamp for quantizer, _ in quantizers):
+    if not all(quantizer.clamp for quantizer, _ in quantizers):
         raise UserError("steps are learned where codes are clamped to their range, which this scheme does not do")
     for quantizer, qparams in quantizers:
         quantizer.learned = LearnedSteps(*qparams)

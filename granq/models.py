@@ -1,16 +1,14 @@
 """Teachers by name: networks of pytorchcv, torchvision, timm or a file of yours; pretrained, read, or trained here."""
 
 import inspect
-import json
 import pickle
 import re
 import runpy
-import shlex
 import warnings
 from collections.abc import Container
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,9 +54,7 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
         import timm
 
         return timm.create_model(own, pretrained=pretrained, **head).eval()
-    if source in ("", "torchvision") and own in torchvision.list_models():
-        if not pretrained and "weights_backbone" in inspect.signature(torchvision.get_model_builder(own)).parameters:
-            head["weights_backbone"] = None  # by default those of segmentation and detection are downloaded
+    if source in ("", "torchvision") and own in torchvision.list_models(torchvision):
         return torchvision.get_model(own, weights="DEFAULT" if pretrained else None, **head).eval()
     known = "resnet20_cifar10, resnet18, mobilenetv2_w1, torchvision:resnet18, timm:resnet18, FILE.py:FUNCTION"
     raise UserError(f"unknown network {name!r}; known are the names of pytorchcv and torchvision, such as {known}")
@@ -91,8 +87,7 @@ def load_teacher(
 
     ``path`` is a safetensors file or ``torch.save`` of a state dict, alone or under one of ``WRAPPERS``; ``None``
     downloads pretrained weights. Mean and deviation are the user's own, if given; else those in the file; else, where
-    the data have none, those of timm's ``pretrained_cfg``. Raises UserError if the file is missing or damaged, holds
-    more than weights, or is of another network or number of classes.
+    the data have none, those of timm's ``pretrained_cfg``. Raises UserError if the file does not fit.
     """
     if path is None and ".py:" in network:
         raise UserError(f"{network} names no pretrained weights: pass a teacher file")
@@ -118,7 +113,7 @@ def load_teacher(
     except RuntimeError as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
-    return model.to(device), spec.fit_classes(logits.shape[1]) if isinstance(logits, Tensor) else spec
+    return model.to(device), spec.fit_classes(logits.shape[1])
 
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
@@ -128,8 +123,9 @@ def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
             return read_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = _save_again(path, refused[1]) if refused else " ".join(str(error).split())[:250]
+        reason = " ".join(str(error).split())[:250]
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"only code can read its {refused[1]}; if you trust the author, save the state dict alone"
         raise UserError(f"{path} holds no weights: {reason}") from error
     while isinstance(state, dict) and (inner := [state[k] for k in WRAPPERS if isinstance(state.get(k), dict)]):
         state = inner[0]
@@ -142,15 +138,6 @@ def _own_name(name: Any, own: Container[str]) -> str:
     """Return a name without what DataParallel, torch.compile and others put in front, unless it is one of ``own``."""
     rest = re.sub(r"^(module|model|net)\.|_orig_mod\.", "", str(name), count=1)
     return name if name in own or rest == name else _own_name(rest, own)
-
-
-def _save_again(path: Path, kind: str) -> str:
-    """Return how the weights of a file that holds a ``kind``, too, which only code can read, are saved alone."""
-    old, new, wrappers = map(json.dumps, (str(path), str(path.with_suffix(".weights.pt")), WRAPPERS))
-    program = f'import torch; c = torch.load({old}, "cpu", weights_only=False); '
-    program += 'c = getattr(c, "state_dict", lambda: c)(); '
-    program += f"torch.save(next((c[k] for k in {wrappers} if k in c), c), {new})"
-    return f"only code can read its {kind}; if you trust the author, save them alone: python -c {shlex.quote(program)}"
 
 
 @torch.inference_mode()
@@ -184,24 +171,22 @@ def train_teacher(
 ) -> tuple[nn.Module, float]:  # fmt: skip
     """Train a teacher: SGD with Nesterov, OneCycle up to ``lr``, label smoothing, shifts and flips, averaged weights.
 
-    Returns it in eval mode, and its top-1 accuracy in percent on the test split, measured once. ``seed`` decides the
-    initial weights, the order and the shifts; the global random state stays. ``bf16`` trains under bfloat16 autocast.
-    ``checkpoint`` is a file that every epoch replaces; where there is one, training goes on from it, on the CPU to the
-    same bits. Raises UserError if it is of other settings, FloatingPointError if a weight becomes NaN or infinite.
+    Returns it in eval mode, and its top-1 accuracy in percent on the test split, measured once. ``checkpoint`` is a
+    file that every epoch replaces; where there is one, training goes on from it, on the CPU to the same bits. Raises
+    UserError if it is of other settings, FloatingPointError if a weight becomes NaN or infinite.
     """
     settings = dict(network=network, data=spec.name, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, bf16=bf16)
     settings |= spec.model_dump(include={"image_size", "mean", "std"})
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device)
-    train = load_split(spec, "train")
-    loader = DataLoader(cast(Any, train), batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
+    train: Any = load_split(spec, "train")
+    loader = DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     model = model.to(memory_format=torch.channels_last).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 5e-4}]
-    groups += [{"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+    weights, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": weights, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
     optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
-    rise = 0.25 if steps != 4 else 0.5  # of four steps a quarter is one, and OneCycleLR divides by one less
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.25)
     parts: dict[str, Any] = dict(model=model, averaged=averaged, optimizer=optimizer, schedule=schedule)
     begun = _continue(checkpoint, settings, parts, device) if checkpoint and checkpoint.is_file() else 0
     for epoch in tqdm(range(begun, epochs), f"teacher {network}", epochs, False, unit="epoch", initial=begun):
@@ -230,7 +215,7 @@ def _continue(checkpoint: Path, settings: dict[str, Any], parts: dict[str, Any],
     """Load what ``train_teacher`` saved, and return how many epochs it has."""
     saved = read_checkpoint(checkpoint, device)
     if saved.get("settings") != settings:
-        raise UserError(f"{checkpoint} is of another training: {saved.get('settings')}, not {settings}")
+        raise UserError(f"{checkpoint} is of another training, {saved.get('settings')}: delete it, or train as it says")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["rng"].cpu())

@@ -20,7 +20,7 @@ from granq.config import QATConfig
 from granq.convert import bypassed, calibrate, layer_quantizers, quantize_model, tracking
 from granq.devices import resolve_device
 from granq.errors import UserError
-from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.graph import plain_copy
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
@@ -109,8 +109,6 @@ class Game:
     ) -> None:  # fmt: skip
         self.config, self.recipe, self.pixels = config, recipe, pixels
         self.device = resolve_device(config.device)
-        if self.device.startswith("cuda:"):
-            torch.cuda.set_device(self.device)  # whose random state belongs to the run
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         teacher = copy.deepcopy(teacher).to(self.device).eval()
         self.teacher = plain_copy(teacher).requires_grad_(False)  # recipe match compares both after every BatchNorm
@@ -118,11 +116,13 @@ class Game:
         self.classes = self._check_networks()
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
-        self._check_generator()
+        g = self.generator
+        if isinstance(g, Generator) and (g.classes, g.size) != (new.classes, new.size):
+            raise UserError(
+                f"the generator draws {g.classes} classes at {4 * g.size} pixels, not {new.classes} at {4 * new.size}"
+            )
         self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.generator_params = [p for p in self.generator.parameters() if p.requires_grad]
-        if not self.generator_params:
-            raise UserError("the generator has no parameter that learns: leave requires_grad on")
         adam = torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999))
         self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": adam}
         self.optimize_student()
@@ -139,11 +139,9 @@ class Game:
                 logits = self.teacher(image)
         except RuntimeError as error:
             raise UserError(f"the teacher cannot take images of {shape}: {str(error).splitlines()[0]}") from error
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.isfinite().all():
-            raise UserError("a teacher gives one tensor of finite logits (N, classes), which this one does not")
-        if logits.shape[1] < 2:
-            raise UserError("a teacher with one logit tells no classes apart, so that there is nothing to teach")
-        batchnorm_loss(norms)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.isfinite().all():
+            raise UserError("a teacher gives one tensor of finite logits (N, two classes or more), this one does not")
+        batchnorm_loss(norms)  # raises if there are none
         with bypassed(self.student):
             difference = (self.student(image) - logits).abs().max()
         if difference > 1e-3 * logits.abs().max():
@@ -153,30 +151,16 @@ class Game:
             )
         return logits.shape[1]
 
-    @torch.no_grad()
-    def _check_generator(self) -> None:
-        """Refuse a generator that draws other images; its state and the run's random numbers stay."""
-        size, ends = self.config.image_size, torch.tensor([0, self.classes - 1])
-        if (known := getattr(self.generator, "classes", self.classes)) != self.classes:
-            raise UserError(f"the generator draws {known} classes, but the teacher knows {self.classes}")
-        with torch.random.fork_rng():
-            drawn = copy.deepcopy(self.generator).cpu()(torch.randn(2, LATENT), ends).shape
-        if drawn != (2, 3, size, size):
-            raise UserError(f"the generator draws {tuple(drawn)} for two labels, not images of {size} pixels")
-
     def optimize_student(self) -> None:
         """Build the student's optimizer anew, for the parameters that it has now."""
-        rates = dict.fromkeys(self.student.parameters(), 1)
-        for module in self.student.modules():
-            rates |= {p: rate for p in module.parameters(recurse=False) if (rate := self.recipe.rate(module)) > 1}
+        rates = {p: self.recipe.rate(m) for m in self.student.modules() for p in m.parameters(recurse=False)}
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in rates if rates[p] == r], "rate": r} for r in sorted(set(rates.values()))
+            {"params": [p for p in rates if rates[p] == r], "rate": r} for r in sorted({*rates.values()})
         ]
         self.student_params = [p for group in groups for p in group["params"]]
         self.optimizers["student"] = self.recipe.optimizer(groups, self.config.student_lr)
 
     def autocast(self) -> torch.autocast:
-        """Compute in bfloat16 within a block, if the settings say so."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.bf16)
 
     def play(self, train_student: bool) -> dict[str, Tensor]:
@@ -235,10 +219,10 @@ class Game:
 
     @torch.no_grad()
     def _moved_codes(self) -> dict[str, float]:
-        """Return the share of weights that have another code than an epoch ago, and of these, that of two epochs ago.
+        """Return the percentage of weights whose code changed in this epoch, and of these, that went back to the old.
 
-        In percent, NaN where there is nothing to compare. A weight that never crosses a rounding boundary does not
-        learn, and one that goes back and forth does not settle.
+        NaN where there is nothing to compare. A weight that keeps its code does not learn, and one that goes back and
+        forth does not settle.
         """
         layers = [(q.weight, q.original) for q in layer_quantizers(self.student).values()]
         rows = [quantizer.codes(weight).flatten().to(torch.int16) for quantizer, weight in layers if quantizer]
@@ -307,10 +291,5 @@ def describe_images(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor)
 
 
 def diversity(images: Tensor) -> Tensor:
-    """Share of the variance of images (N, C, H, W) that is between images: 1 - 1/N of noise, 0 of one image N times.
-
-    NaN of a single image.
-    """
-    if len(images) == 1:
-        return images.new_full((), math.nan)
+    """Share of the variance of images (N, C, H, W) that is between images: 1 - 1/N of noise, 0 of one image N times."""
     return images.var(0, correction=0).mean() / images.var((0, 2, 3), correction=0).mean().clamp_min(1e-12)

@@ -69,16 +69,16 @@ def train(
     """Quantize ``teacher`` without data and fine-tune the student on generated images.
 
     Args:
-        teacher: network with BatchNorm2d layers; a copy of it is used, the caller's stays as it is.
+        teacher: network with BatchNorm2d layers, of which a copy is used.
         config: the settings.
-        evaluate: student -> test accuracy in percent, after the warm-up and every later epoch; it only measures.
+        evaluate: student -> test accuracy in percent, after the warm-up and every later epoch.
         out: run folder, new or empty.
         resume: continue the run in ``out``; on the CPU it ends bit for bit as an uninterrupted run.
         facts: what ``config.json`` keeps besides the settings.
         generator: starts from a copy of this one: any module (noise (N, 100), labels (N,)) -> images (N, 3, H, W).
         student_loss: (teacher's logits, student's, labels) -> loss, instead of the recipe's.
-        pixels: lowest and highest value of each channel of an image (1, 3, 1, 1): what ``config.image_bits`` cover in
-            recipe match where ranges are static, instead of the range of generated images.
+        pixels: lowest and highest value of each channel of an image (1, 3, 1, 1): the range of static
+            ``config.image_bits`` in recipe match, instead of that of generated images.
         after_epoch: called with the run after each epoch.
 
     Raises:
@@ -89,17 +89,23 @@ def train(
     if folder:
         folder.check_free(resume)
     game = begin(teacher, config, student_loss, generator=generator, pixels=pixels)  # refuses before the folder is made
-    with folder.claimed() if folder else nullcontext():
+    if folder is None:
+        _run(game, evaluate, after_epoch)
+    else:
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
-        identity = fingerprint(config, game.teacher, *([generator] if generator else []), loss=own) if folder else ""
-        if folder:
-            _start(folder, game, identity, resume, facts or {})
-        _run(game, evaluate, folder, identity, after_epoch)
+        identity = fingerprint(config, game.teacher, *([generator] if generator else []), loss=own)
+        here = versions(game.device)
+        with folder.claimed():
+            if resume and (saved := folder.load(identity, game.device)):
+                game.restore(saved)
+                if (began := folder.read_config().get("versions")) != here:
+                    warnings.warn(f"{out} began with {began}, not with {here}: the last bits may differ", stacklevel=2)
+            else:  # nothing is trained yet: a config that is there may be of another teacher
+                folder.write_config(config, (facts or {}) | {"versions": here})
+            _run(game, evaluate, after_epoch, folder, identity)
     history = pd.DataFrame(game.rows)
-    trained = history.test_top1[~history.warmup.astype(bool)]
-    last, best = (trained.iloc[-1], trained.max()) if len(trained) else (game.ptq_top1,) * 2
-    top1 = game.ptq_top1, float(last), float(best)
-    return Result(game.student, game.generator, config, history, *top1, game.seconds)
+    tops = [*history.test_top1[~history.warmup.astype(bool)]] or [game.ptq_top1]
+    return Result(game.student, game.generator, config, history, game.ptq_top1, tops[-1], max(tops), game.seconds)
 
 
 def begin(teacher: nn.Module, config: QATConfig, student_loss: StudentLoss | None = None, **more: Any) -> Game:
@@ -110,26 +116,17 @@ def begin(teacher: nn.Module, config: QATConfig, student_loss: StudentLoss | Non
     return Game(teacher, config, recipe, **more)
 
 
-def _start(folder: "RunFolder", game: Game, identity: str, resume: bool, facts: dict[str, Any]) -> None:
-    """Continue from the checkpoint, if there is one to continue from, or write what the run is."""
-    here = versions(game.device)
-    saved = folder.load(identity, game.device) if resume else None
-    if saved is None:  # nothing is trained yet: a config that is there may be of another teacher
-        return folder.write_config(game.config, facts | {"versions": here})
-    game.restore(saved)
-    if (began := folder.read_config().get("versions")) != here:
-        warnings.warn(f"{folder.path} began with {began}, not with {here}: the last bits may differ", stacklevel=3)
-
-
-def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", identity: str, after_epoch: Any) -> None:
+def _run(
+    game: Game, evaluate: Evaluate | None, after_epoch: Callable[[Game], None] | None,
+    folder: "RunFolder | None" = None, identity: str = "",
+) -> None:  # fmt: skip
     """Run the epochs that are left, and keep each."""
     c, trouble = game.config, ""
     name = f"{c.scheme} {c.bits} seed {c.seed}"
     with tqdm(total=c.epochs, initial=game.epoch, desc=name, unit="epoch", leave=False) as progress:
         while game.epoch < c.epochs:
             row = game.run_epoch(evaluate)
-            test, teacher, bn = f"{row['test_top1']:.1f}%", f"{row['teacher_top1']:.0f}%", f"{row['bn_loss']:.2f}"
-            progress.set_postfix(test=test, teacher=teacher, bn=bn)
+            progress.set_postfix(test=f"{row['test_top1']:.1f}%", teacher=f"{row['teacher_top1']:.0f}%")
             progress.update()
             before, trouble = trouble, generator_trouble(game.rows, game.classes)
             if trouble and not before:  # said when it begins, not in every epoch
@@ -143,19 +140,18 @@ def _run(game: Game, evaluate: Evaluate | None, folder: "RunFolder | None", iden
 
 def generator_trouble(rows: list[dict[str, float]], classes: int) -> str:
     """Say what is wrong with the generator after the last of ``rows``; empty if nothing is (docs/reliability.md)."""
-    row, guess = rows[-1], 100 / classes
-    trained = [other["student_loss"] for other in rows if not other["warmup"]]
+    row, guess, said = rows[-1], 100 / classes, ""
+    losses = [row["student_loss"] for row in rows if not row["warmup"]]
     if row["diversity"] < LOW_DIVERSITY:
-        said = f"the generator has collapsed: only {row['diversity']:.0%} of the variance is between its images"
-        return f"{said}; lower generator_lr or take another seed"
-    if trained and row["teacher_top1"] < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
-        said = f"the teacher gives only {row['teacher_top1']:.0f} % of its images the label they were drawn for"
-        return f"{said} (guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"
-    rises = trained and trained[-1] > trained[0] + RISE * abs(trained[0])
-    if rises and "generator_loss" in row:  # it plays against the student
-        said = "the student's loss is above that of its first epoch: the generator draws what it cannot follow"
-        return f"{said}, and its accuracy may fall (docs/results.md); generator_epochs stops the generator"
-    return ""
+        said = f"the generator has collapsed: only {row['diversity']:.0%} of the variance is between its images; "
+        said += "lower generator_lr or take another seed"
+    elif losses and row["teacher_top1"] < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
+        said = f"the teacher gives only {row['teacher_top1']:.0f} % of its images the label they were drawn for "
+        said += f"(guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"
+    elif losses and losses[-1] > losses[0] + RISE * abs(losses[0]) and "generator_loss" in row:  # both play
+        said = "the student's loss is above that of its first epoch: the generator draws what it cannot follow, and "
+        said += "its accuracy may fall (docs/results.md); generator_epochs stops the generator"
+    return said
 
 
 class RunFolder:
@@ -192,8 +188,6 @@ class RunFolder:
         except Timeout:
             raise UserError(f"{self.path} is in use by another process; wait for it or choose another --out") from None
         with held:
-            for torn in self.path.glob(".c*.tmp"):
-                torn.unlink()
             yield
 
     def write_config(self, config: QATConfig, facts: dict[str, Any]) -> None:
@@ -246,7 +240,7 @@ def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRu
     """Load the student of a folder that ``granq quantize`` or ``granq sweep`` wrote.
 
     A network ``FILE.py:FUNCTION`` must be named again: a folder of others runs no code. Raises UserError if it is not,
-    if the folder has no finished epoch or a damaged file, or is of ``train`` alone, which knows no network.
+    or if the folder is no such run with a finished epoch.
     """
     state, facts = _read_run(run)
     if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
@@ -281,7 +275,6 @@ def load_generator(run: str | Path, device: str = "cpu") -> Generator:
 
 
 def _read_run(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    state = RunFolder(run).load() if RunFolder(run).config.is_file() else None
-    if state is None:
+    if not (state := RunFolder(run).load()):
         raise UserError(f"{run} holds no run with a finished epoch; make one with granq quantize --out {run}")
     return state, RunFolder(run).read_config()

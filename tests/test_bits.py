@@ -192,12 +192,13 @@ def test_bits_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     job = jobs.from_arguments([*given, "--bits", "auto:2.5", "--epochs", "7"])
     assert (job.auto_bits, job.weight_bits, job.act_bits, job.layer_bits, job.epochs) == (2.5, 2, 2, {}, 7)
     for wrong, sentence in (
-        (["--bits", "auto:1.9"], "an average from 2 to 8, such as auto:3.0; got 'auto:1.9'"),
-        (["--bits", "auto:8.1"], "an average from 2 to 8"),
-        (["--bits", "auto:x"], "an average from 2 to 8"),
+        (["--bits", "auto:1.9"], "from 2 to 8, weights,activations, such as 3,3, or an average, such as auto:3.0; got"),
+        (["--bits", "auto:8.1"], "or an average, such as auto:3.0; got 'auto:8.1'"),
+        (["--bits", "auto:x"], "or an average, such as auto:3.0; got 'auto:x'"),
         (["--bits", "auto:3", "--layer-bits", "fc", "3", "3"], "leave one of them out"),
         (["--bits", "auto:3", "--warmup-epochs", "0"], "needs a warm-up and an epoch after it, or --generator"),
         (["--bits", "auto:3", "--epochs", "4"], "needs a warm-up and an epoch after it"),
+        (["--bits", "auto:3", "--generator-epochs", "4"], "generator_epochs must end after the warm-up"),
     ):
         assert main(["quantize", *given, *wrong]) == 2
         shown = capsys.readouterr().err

@@ -103,14 +103,14 @@ def test_splits_with_other_classes_are_refused(folder):
     """Each split numbers its folders: label 0 would be one class in training and another in the test."""
     other = sorted(Path(folder.removeprefix("folder:"), "train").iterdir())[0]
     other.rename(other.with_name("zebra"))
-    with pytest.raises(UserError, match="train must hold 2 class folders, those of .*test; it holds 2"):
+    with pytest.raises(UserError, match="train must hold 2 class folders, those of the test split"):
         load_split(describe_data(folder, "resnet20_cifar10"), "train")
     load(folder)  # a test split alone is enough to quantize
 
 
 def test_labels_are_those_of_the_network(folder):
     spec = describe_data(folder, "resnet20_cifar10").model_copy(update={"classes": 3})
-    with pytest.raises(UserError, match="must hold 3 class folders, .* it holds 2"):
+    with pytest.raises(UserError, match="must hold 3 class folders"):
         load_split(spec, "test")
 
 
@@ -168,7 +168,7 @@ def test_labels_of_a_part_of_imagenet_are_those_of_the_whole(some_of_imagenet):
     with pytest.raises(UserError, match="no folder train"):
         load_split(whole, "train")
     (some_of_imagenet / "val/tench").mkdir()
-    with pytest.raises(UserError, match="must hold 1000 class folders, WordNet ids; it holds 4"):
+    with pytest.raises(UserError, match="must hold 1000 class folders, .*WordNet ids"):
         load_split(spec, "test")
     with pytest.raises(UserError, match="tell 1000 classes apart"):  # another data set, which has folders like these
         describe_data(f"folder:{some_of_imagenet}", "resnet18", 32).fit_classes(1000)
@@ -207,8 +207,6 @@ def test_images_of_a_network_of_ones_own_say_their_size(tmp_path, size, wanted):
     spec = describe_data(folder, network)
     assert (spec.image_size, spec.mean) == (wanted, describe_data("imagenet").mean)  # the path is not the network
     assert describe_data(folder, network, 16).image_size == 16 and describe_data(folder, "resnet18").image_size == 224
-    picture(tmp_path / "test/b/0.png", (20, 20))
-    assert describe_data(folder, network).image_size == 224
 
 
 def test_the_user_s_mean_and_deviation(folder):

@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import zipfile
 from argparse import Namespace
 from functools import partial
@@ -185,20 +183,16 @@ def test_a_network_s_own_names_stay(own, tmp_path, prefix):
 
 
 @pytest.mark.parametrize("kind", ["argparse.Namespace", "multiarray.scalar", "BatchNorm2d"])
-def test_what_only_code_can_read_is_saved_again_as_the_message_says(own, tmp_path, kind):
+def test_what_only_code_can_read_is_refused(own, tmp_path, kind):
     name, spec, network = own
     other = {"argparse.Namespace": Namespace(lr=0.1), "multiarray.scalar": np.float64(91.5), "BatchNorm2d": None}[kind]
     path = tmp_path / "it's mine.pth"
     torch.save({"net": network.state_dict(), "more": other} if other else nn.Sequential(nn.BatchNorm2d(3)), path)
-    with pytest.raises(UserError, match="only code can read its .*; if you trust the author, save them alone") as error:
+    with pytest.raises(
+        UserError, match="only code can read its .*; if you trust the author, save the state dict alone"
+    ) as error:
         load_teacher(name, spec, path)
     assert kind in str(error.value) or "Sequential" in str(error.value)
-    line = str(error.value).partition("save them alone: ")[2]
-    subprocess.run(line.replace("python", sys.executable, 1), shell=True, check=True, cwd=tmp_path)
-    if other:
-        assert same_bits(load_teacher(name, spec, tmp_path / "it's mine.weights.pt")[0], network)
-    else:
-        assert torch.load(tmp_path / "it's mine.weights.pt", weights_only=True).keys() >= {"0.weight"}
 
 
 def test_a_list_of_tensors_is_no_teacher(own, tmp_path):
@@ -364,24 +358,15 @@ def test_training_leaves_the_random_numbers_of_others(learn):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_four_steps_of_a_teacher(learn):
-    """OneCycleLR divides by the rise less one step."""
-    learn(epochs=4, batch_size=40)
-
-
 def test_teachers_that_take_or_give_something_else(tmp_path) -> None:
-    """One channel is told, and so are no weights; a dictionary, such as of segmentation, has no classes to compare."""
+    """One channel is told, and so are no weights."""
     (tmp_path / "nets.py").write_text(
         "from torch import nn\ndef grey(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())\n"
-        "class Maps(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.conv = nn.Conv2d(3, 2, 3)\n    def forward(self, x): return {'out': self.conv(x)}\n"
     )
     spec = describe_data("digits")
-    for name in ("grey", "Maps"):
-        torch.save(build_network(f"{tmp_path}/nets.py:{name}", 10).state_dict(), tmp_path / f"{name}.pth")
+    torch.save(build_network(f"{tmp_path}/nets.py:grey", 10).state_dict(), tmp_path / "grey.pth")
     with pytest.raises(UserError, match="takes no RGB images of 32 pixels"):
         load_teacher(f"{tmp_path}/nets.py:grey", spec, tmp_path / "grey.pth")
-    assert load_teacher(f"{tmp_path}/nets.py:Maps", spec, tmp_path / "Maps.pth")[1].classes == 10
     torch.save({"state_dict": {}}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="holds no weights"):
         load_teacher("resnet20_cifar10", spec, tmp_path / "empty.pth")

@@ -243,14 +243,8 @@ def test_export_and_evaluate(folder, teacher, tmp_path, capsys):
     facts = json.loads(header)["facts"]
     assert str(tmp_path) not in header  # where things lay is nobody's business
     assert facts["network"] == "resnet20_cifar10" and facts["teacher"] == teacher.name and facts["data"] == "data"
-    assert facts["images"] == 6 and facts["top1_low"] <= facts["top1"] <= facts["top1_high"] <= 100 and facts["torch"]
+    assert facts["images"] == 6 and facts["torch"]
     assert facts["true_bits_per_weight"] == pytest.approx(3.2, abs=0.1) and said["bytes"] == file.stat().st_size
-    # Wilson's interval of k of n at 95 %, from its formula
-    n, k, z = 6, round(facts["top1"] * 6 / 100), 1.959963984540054
-    middle, half = (k + z**2 / 2) / (n + z**2), z / (n + z**2) * math.sqrt(k * (n - k) / n + z**2 / 4)
-    assert (facts["top1_low"], facts["top1_high"]) == pytest.approx(
-        (100 * (middle - half), 100 * (middle + half)), abs=1e-6
-    )
     assert main(["evaluate", str(file), "--data", folder, "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == facts["top1"]
     assert main(export) == 2 and "already exists" in capsys.readouterr().err

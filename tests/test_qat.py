@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from granq import QATConfig, Scheme, build_generator, choose_qparams, fake_quantize, qat, quantize, synthesize, train
 from granq.convert import ActQuantizer, activation_places, layer_quantizers, weight_quantizer
-from granq.errors import UserError
 from granq.fast import channel_var_mean, upsample_conv
-from granq.generator import Generator, batchnorm_inputs, batchnorm_loss
+from granq.generator import batchnorm_inputs, batchnorm_loss
 from granq.losses import (
     agreement_loss,
     disagreement_loss,
@@ -353,9 +352,9 @@ def test_a_generator_of_ones_own(tmp_path, config):
 
 
 def test_a_generator_of_other_images_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"draws \(2, 3, 8, 8\) for two labels, not images of 12 pixels"):
-        train(tiny, TINY.change(image_size=12), generator=Blobs())
-    with pytest.raises(ValueError, match="draws 5 classes, but the teacher knows 3"):
+    with pytest.raises(ValueError, match="draws 3 classes at 8 pixels, not 3 at 12"):
+        train(tiny, TINY.change(image_size=12), generator=build_generator(3, 8))
+    with pytest.raises(ValueError, match="draws 5 classes at 8 pixels, not 3 at 8"):
         train(tiny, TINY, generator=build_generator(5, 8))
 
 
@@ -435,7 +434,7 @@ def test_who_looks_at_a_run_after_an_epoch_does_not_change_its_modes(tiny):
 
 def test_a_teacher_of_one_logit_has_nothing_to_teach():
     one = nn.Sequential(*list(tiny_network())[:-1], nn.Linear(144, 1)).eval()
-    with pytest.raises(ValueError, match="one logit tells no classes apart"):
+    with pytest.raises(ValueError, match="two classes or more"):
         train(one, TINY)
 
 
@@ -443,20 +442,6 @@ def test_whoever_draws_after_an_epoch_changes_nothing(tiny):
     config = QATConfig(epochs=2, iterations=1, batch_size=4, warmup_epochs=1, image_size=8)
     quiet, drawn = (train(tiny, config, after_epoch=f).history for f in (None, lambda game: torch.randn(3)))
     pd.testing.assert_frame_equal(quiet, drawn)
-
-
-def test_one_image_has_no_diversity(tiny):
-    config = QATConfig(epochs=1, iterations=1, batch_size=1, warmup_epochs=0, image_size=8)
-    assert train(tiny, config).history.diversity.isna().all()
-
-
-def test_a_generator_that_cannot_learn_is_told(tiny):
-    config = QATConfig(epochs=1, iterations=1, batch_size=4, warmup_epochs=1, image_size=8)
-    frozen = Generator(3, 8).requires_grad_(False)
-    with pytest.raises(UserError, match="no parameter that learns"):
-        train(tiny, config, generator=frozen)
-    frozen.linear.requires_grad_(True)
-    train(tiny, config, generator=frozen)
 
 
 def test_match_of_activations_only(tiny):

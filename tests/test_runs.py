@@ -23,7 +23,7 @@ from torch import nn
 from granq import QATConfig, Scheme, UserError, activation_places, describe_data, devices, load_run, train
 from granq.files import save_atomically
 from granq.qat import Game
-from granq.runs import RunFolder, begin, fingerprint, generator_trouble
+from granq.runs import RunFolder, begin, fingerprint, generator_trouble, same_network
 
 TINY = QATConfig(epochs=6, warmup_epochs=2, iterations=2, batch_size=4, image_size=8, device="cpu", student_lr=0.1)
 SHORT = TINY.change(epochs=2, warmup_epochs=1, iterations=1)
@@ -500,3 +500,9 @@ def test_a_commit_is_of_our_own_checkout(tmp_path, monkeypatch):
     (tmp_path / "devices.py").write_text("")
     monkeypatch.setattr(devices, "__file__", str(tmp_path / "devices.py"))
     assert devices.commit() == ""
+
+
+def test_names_of_different_networks():
+    assert same_network("a/net.py:make", "b/net.py:make") and same_network("resnet18", "resnet18")
+    names = ["resnet18", "torchvision:resnet18", "timm:resnet18", "net.py:resnet18", "net.py:other"]
+    assert not any(same_network(one, other) for one in names for other in names if one != other)

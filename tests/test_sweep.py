@@ -37,7 +37,7 @@ def test_every_seed_may_start_from_a_generator_of_its_own(tmp_path, capsys):
     options = ["--generator", "runs/warm_{seed}", "--image-bits", "6", "--out", str(tmp_path / "sweep")]
     assert main([*command.split(), *options]) == 0
     plan = sweep.read_plan(tmp_path / "sweep")
-    assert [run.generator for run in plan] == [Path("runs/warm_0").resolve(), Path("runs/warm_7").resolve()]
+    assert [run.generator for run in plan] == [Path("runs/warm_0"), Path("runs/warm_7")]
     assert all(run.image_bits == 6 and run.warmup_epochs == 0 for run in plan)
 
 
@@ -141,7 +141,6 @@ def test_command(folder, teacher, tmp_path, capsys):
         ([*given, "--teacher", "a", "b"], "a file for each network"),
         ([*given, "--schemes", "nope"], "known: granq"),
         # what quantize would refuse, and a plan must not hold
-        ([*given, "--recipes", "nope"], "recipe should be"),
         ([*given, "--epochs", "0"], "epochs should be"),
         ([*given, "--seeds", "0", "-1"], "seed should be"),
         ([*given, "--data", "nope"], "known: digits"),
@@ -170,30 +169,15 @@ def test_the_same_command_may_be_given_again(tmp_path, monkeypatch, capsys):
     assert "a plan needs" in capsys.readouterr().err
 
 
-def test_a_sweep_goes_on_in_another_folder(own, folder, tmp_path, monkeypatch, capsys):
-    """Data, network, teacher and generator were given relative to the folder in which it was planned."""
+def test_code_in_a_plan_runs_if_it_is_named_again(own, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = (
-        f"sweep --data folder:data --network net.py:make --teacher t.pth --schemes strict --bits 3,3 {TINY} --mean "
-    )
+    command = f"sweep --data {folder} --network net.py:make --teacher t.pth --schemes strict --bits 3,3 {TINY} --mean "
     planned = [*command.split(), "0.1,0.2,0.3", "--std", "0.4,0.5,0.6", "--out", "sweep"]
     assert main([*planned, "--status"]) == 0
     (run,) = sweep.read_plan(tmp_path / "sweep")
-    assert (run.data, run.network, run.teacher) == (folder, own, tmp_path / "t.pth")
+    assert (run.data, run.network, run.teacher) == (folder, "net.py:make", Path("t.pth"))
     assert (run.mean, run.std) == ("0.1,0.2,0.3", "0.4,0.5,0.6")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert main(["sweep", "--out", "../sweep"]) == 2  # a plan of others may name any code
+    assert main(["sweep", "--out", "sweep"]) == 2  # a plan of others may name any code
     assert "net.py:make: give the command that planned it again" in capsys.readouterr().err
-    status = sweep.run_sweep(tmp_path / "sweep", networks=["../net.py:make"])
+    status = sweep.run_sweep(tmp_path / "sweep", networks=["net.py:make"])
     assert set(status.state) == {"done"}
-
-
-def test_paths_are_made_whole_and_names_stay(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("digits", "timm:resnet18", "torchvision:resnet18", "resnet20_cifar10"):
-        assert sweep.absolute(name) == name
-    assert (
-        sweep.absolute("a/../n.py:f") == f"{tmp_path}/n.py:f" and sweep.absolute("folder:d") == f"folder:{tmp_path}/d"
-    )
-    assert sweep.absolute("~/n.py:f") == f"{Path.home()}/n.py:f"

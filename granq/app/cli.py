@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -24,10 +23,6 @@ DESCRIPTION = "Zero-shot quantization, measured in the open. Every command takes
 def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     """Return the command that ``argv`` asks for, ready to be called. Shows help and exits where that is asked for."""
     argv = [part for part in argv if part != "--json"]  # which main sees to
-    if argv[:1] == ["sweep"]:
-        argv = [word for part in argv for word in re.sub("^--preset=", "--preset\0", part).split("\0")]
-        at = 1 + argv.index("--preset") if "--preset" in argv[:-1] else len(argv)
-        argv[at : at + 1] = [word for part in argv[at : at + 1] for word in jobs.PRESETS.get(part, part).split()]
     if argv[:1] == ["quantize"]:
         return jobs.from_arguments(argv[1:]).run
     every = {"quantize": quantize, **commands.COMMANDS}

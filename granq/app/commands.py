@@ -55,20 +55,17 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 def teacher(
     *, data: Data, network: Network, out: Path, epochs: Count = 30,
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, image_size: int | None = None,
-    mean: Mean = "", std: Std = "", device: Device = "auto", bf16: bool = False, resume: bool = False,
+    mean: Mean = "", std: Std = "", device: Device = "auto", bf16: bool = False,
 ) -> Result:  # fmt: skip
-    """Train a full-precision teacher.
+    """Train a full-precision teacher. The same command again goes on where it was stopped.
 
     Args:
         out: file to write, FILE.safetensors; FILE.checkpoint has the last epoch until then
         lr: peak learning rate
         bf16: train under bfloat16 autocast
-        resume: go on from FILE.checkpoint
     """
     _check_new(out, ".safetensors")
-    if (checkpoint := out.with_suffix(".checkpoint")).exists() != resume:
-        what = "is not there: nothing to resume" if resume else "is there: --resume it, or delete it"
-        raise UserError(f"{checkpoint} {what}")
+    checkpoint = out.with_suffix(".checkpoint")
     spec = granq.describe_data(data, network, image_size, **channels(mean, std))
     device = granq.devices.resolve_device(device)
     how: Result = dict(epochs=epochs, lr=lr, seed=seed, device=device, bf16=bf16, checkpoint=checkpoint)
@@ -78,24 +75,18 @@ def teacher(
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | granq.devices.versions(device)
 
 
-def evaluate(
-    run: Positional[Path], *, data: Data, network: OwnNetwork = "", mean: Mean = "", std: Std = "",
-    device: Device = "auto",
-) -> Result:  # fmt: skip
+def evaluate(run: Positional[Path], *, data: Data, network: OwnNetwork = "", device: Device = "auto") -> Result:
     """Measure the accuracy of a finished run, or of a packed student by its file or name."""
     device = granq.devices.resolve_device(device)
-    saved, spec, test, facts = _run_on(run, data, network, device, **channels(mean, std))
+    saved, spec, test, facts = _run_on(run, data, network, device)
     return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | granq.devices.versions(device)
 
 
-def _run_on(
-    run: Path, data: str, network: str, device: str, **given: Any
-) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
+def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
     saved = granq.load_student(run, device, network)
     c, mean, std = saved.config, saved.spec.mean, saved.spec.std
-    spec = granq.describe_data(data, network, c.image_size, **given or {"mean": mean, "std": std})
-    spec = spec.fit_classes(saved.spec.classes)
+    spec = granq.describe_data(data, network, c.image_size, mean=mean, std=std).fit_classes(saved.spec.classes)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     facts |= {"run": str(run), "data": data, "bits": c.bits}
@@ -127,8 +118,7 @@ def audit(
     size = image_size or spec.image_size
     frame = granq.audit(granq.quantize_model(model, scheme, **widths), torch.randn(2, 3, size, size))
     result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
-    result |= {"weights": str(teacher or "random, seed 0"), "image_size": size}
-    result |= granq.summarize_audit(frame)
+    result |= {"weights": str(teacher or "random, seed 0"), "image_size": size} | granq.summarize_audit(frame)
     if out:
         granq.files.write_csv(out, frame)
     else:
@@ -219,10 +209,20 @@ def export(
         out: folder for integers, which are checked; FILE.safetensors for packed, which granq evaluate opens
         format: integers (safetensors and ONNX), or packed (the codes of weights at their width)
     """
+    from granq.measure.workbench import dataset_name
+
     if format == "packed":
-        return _export_packed(run, data, network, out)
-    granq.runs.RunFolder(out).check_free()
+        _check_new(out, ".safetensors")
+    else:
+        granq.runs.RunFolder(out).check_free()
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
+    facts["top1"] = granq.top1_on(saved.student, test, spec)
+    if format == "packed":
+        facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
+        facts |= granq.devices.versions() | {"commit": granq.devices.commit()}
+        facts |= {"run": run.name, "data": dataset_name(data), "teacher": Path(saved.facts.get("teacher", "")).name}
+        granq.save_packed(out, saved._replace(facts=facts))
+        return facts | {"out": str(out), "bytes": out.stat().st_size}
     twin, (images, _) = granq.integer_model(saved.student), next(granq.batches(test, spec))
     agreement = granq.measure_integer_agreement(saved.student, images)
     if (wrong := agreement.layer[agreement.beyond_bound > 0]).any():
@@ -230,28 +230,9 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     granq.export_onnx(twin, images[:2], out / "network.onnx")
     granq.files.write_csv(out / "agreement.csv", agreement)
-    tops = {"top1_fake_quantized": saved.student, "top1_integer": twin}
-    facts |= {name: granq.top1_on(model, test, spec) for name, model in tops.items()}
-    facts |= {"outputs_beyond_bound": 0, "torch": granq.devices.versions()["torch"]}
+    facts |= {"top1_integer": granq.top1_on(twin, test, spec), "torch": granq.devices.versions()["torch"]}
     granq.files.write_tensors(out / "integers.safetensors", twin.state_dict(), saved.config.model_dump() | facts)
     return facts | {"out": str(out)}
-
-
-def _export_packed(run: Path, data: str, network: str, out: Path) -> Result:
-    from scipy.stats import binomtest
-
-    from granq.measure.workbench import dataset_name
-
-    _check_new(out, ".safetensors")
-    saved, spec, test, facts = _run_on(run, data, network, "cpu")
-    facts["top1"] = top1 = granq.top1_on(saved.student, test, spec)
-    ends = binomtest(round(top1 * len(test) / 100), len(test)).proportion_ci(method="wilson")
-    facts |= {"top1_low": 100 * ends.low, "top1_high": 100 * ends.high}
-    facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
-    facts |= granq.devices.versions() | {"commit": granq.devices.commit()}
-    facts |= {"run": run.name, "data": dataset_name(data), "teacher": Path(saved.facts.get("teacher", "")).name}
-    granq.save_packed(out, saved._replace(facts=facts))
-    return facts | {"out": str(out), "bytes": out.stat().st_size}
 
 
 def figures(
@@ -290,8 +271,7 @@ def bench(
     for file in [out / f"{name}_latency.csv" for name in names] if out else []:
         _check_new(file)
     for name in names:
-        measure = granq.measure_latency_quantizer if name == "quantizer" else granq.measure_latency_scaling
-        frame = measure(repetitions=repetitions, device=device)
+        frame = getattr(granq, f"measure_latency_{name}")(repetitions=repetitions, device=device)
         if out:
             granq.files.write_csv(out / f"{name}_latency.csv", frame)
         print(frame.round(3).to_string(index=False))
@@ -305,8 +285,6 @@ def sweep(
     status: bool = False, options: Suppress[Words] = (),
 ) -> Result:  # fmt: skip
     """Plan many runs of granq quantize, whose other options go here too, and execute what is not done yet.
-
-    --preset paper-cifar10 (or paper-cifar100, paper-imagenet) plans the rows of the paper.
 
     Args:
         out: folder of the sweep; alone, it continues what is planned
@@ -324,10 +302,11 @@ def sweep(
         plans.write_plan(out, plans.combine(out, network, teacher, schemes, bits, recipes, seeds, options))
     table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster, network)
     print(table.to_string(index=False, na_rep=""))
-    left = int((table.state != "done").sum())
-    failed = {"failed": f"{left} of {len(table)} runs did not finish; see {out}/*.error"} if left and not status else {}
-    counts: Any = table.state.value_counts()
-    return {"out": str(out), "runs": len(table)} | counts.to_dict() | failed
+    counts: Any = table.state.value_counts().to_dict()
+    result: Result = {"out": str(out), "runs": len(table)} | counts
+    if (left := len(table) - counts.get("done", 0)) and not status:
+        result["failed"] = f"{left} of {len(table)} runs did not finish; see {out}/*.error"
+    return result
 
 
 def _check_new(path: Path, suffix: str = "") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from functools import partial
@@ -26,13 +25,6 @@ BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images
 BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
 Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
 Std = Annotated[str, arg(help="likewise, the standard deviation")]
-_PAPER = "paper --schemes granq layerwise per_channel --bits 3,3 4,4 5,5"
-#: What ``granq sweep --preset`` makes of these names: the rows of the paper. Arguments that follow change them.
-PRESETS = {
-    "paper-cifar10": f"{_PAPER} --data cifar10 --network resnet20_cifar10",
-    "paper-cifar100": f"{_PAPER} --data cifar100 --network resnet20_cifar100",
-    "paper-imagenet": f"{_PAPER} --data imagenet --network resnet18 resnet50 mobilenetv2_w1",
-}
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -60,20 +52,15 @@ class Job(QATConfig, Files):
 
     @model_validator(mode="after")
     def _draws_images(self) -> Job:
-        """Bits are chosen on the images of a generator that learned to draw them."""
-        if self.auto_bits and not (self.layer_bits or self.generator or 0 < self.warmup_epochs < self.epochs):
-            raise ValueError("--bits auto needs a warm-up and an epoch after it, or --generator")
-        stops = self.auto_bits and self.recipe != "match" and 0 < self.generator_epochs <= self.warmup_epochs
-        if stops and not (self.layer_bits or self.generator):
-            raise ValueError("with --bits auto the generator cannot stop within the warm-up, a run of its own")
+        """Bits are chosen on the images of a generator that learned to draw them, in a run of its own."""
+        learns = 0 < self.warmup_epochs < min(self.epochs, self.generator_epochs or self.epochs)
+        if self.auto_bits and not (self.layer_bits or self.generator or learns):
+            until = "; generator_epochs must end after the warm-up" if self.generator_epochs else ""
+            raise ValueError(f"--bits auto needs a warm-up and an epoch after it, or --generator{until}")
         return self
 
     def run(self) -> dict[str, Any]:
-        """Quantize a teacher without its training data.
-
-        Returns:
-            The run's row of a results table, which ``result.json`` keeps too.
-        """
+        """Quantize a teacher without its training data. Return a row of a results table, as ``result.json`` has it."""
         from granq import devices, files, runs
         from granq.measure import workbench
 
@@ -128,32 +115,24 @@ class Job(QATConfig, Files):
                 warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
                 granq.train(teacher, warm, out=start, resume=start.exists())
                 later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
-                stop = c.generator_epochs and c.generator_epochs - c.warmup_epochs  # above 0: see _draws_images
-                rest = dict(epochs=c.epochs - c.warmup_epochs, warmup_epochs=0, milestones=later)
-                c = c.change(**rest, generator_epochs=max(stop, 0))
+                left = {name: max(getattr(c, name) - c.warmup_epochs, 0) for name in ("epochs", "generator_epochs")}
+                c = c.change(warmup_epochs=0, milestones=later, **left)
             images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
             how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
-            table = granq.measure_sensitivity(
-                teacher, images, c.scheme, BIT_CHOICES, **how, out=self.out / "sensitivity.csv"
-            )
-            return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
+            how |= {"out": self.out / "sensitivity.csv"}  # what is measured stays so when the run is resumed
+            table = granq.measure_sensitivity(teacher, images, c.scheme, BIT_CHOICES, **how)
+        return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
 
 
-def parse_bits(text: str) -> dict[str, Any]:
-    """Return the widths in ``"3,3"``. Raises UserError unless these are two numbers from 2 to 8."""
-    if not re.fullmatch("[2-8],[2-8]", text):
-        raise UserError(f"--bits takes two numbers from 2 to 8, weights,activations, such as 3,3; got {text!r}")
-    return {"weight_bits": int(text[0]), "act_bits": int(text[2])}
-
-
-def _asked_bits(text: str) -> dict[str, Any]:
-    """Return what ``--bits`` says: two widths, or the average of ``auto:3.0``, from 2 to 8."""
-    if not text.startswith("auto:"):
-        return parse_bits(text) | {"auto_bits": 0.0}
-    average = float(text[5:]) if re.fullmatch(r"auto:\d(\.\d+)?", text) else 0.0
-    if not BIT_CHOICES[0] <= average <= BIT_CHOICES[-1]:
-        raise UserError(f"--bits auto:AVERAGE takes an average from 2 to 8, such as auto:3.0; got {text!r}")
-    return {"weight_bits": int(average), "act_bits": int(average), "auto_bits": average}
+def parse_bits(text: str, auto: bool = False) -> dict[str, Any]:
+    """Return the widths in ``"3,3"``, or the average in ``"auto:3.0"``. Raises UserError unless from 2 to 8."""
+    if found := re.fullmatch("([2-8]),([2-8])", text):
+        return {"weight_bits": int(found[1]), "act_bits": int(found[2])}
+    found = re.fullmatch(r"auto:(\d(\.\d+)?)", text) if auto else None
+    if found and 2 <= (average := float(found[1])) <= 8:
+        return {"weight_bits": int(average), "act_bits": int(average), "auto_bits": average}
+    known = "such as 3,3, or an average, such as auto:3.0" if auto else "such as 3,3"
+    raise UserError(f"--bits takes two numbers from 2 to 8, weights,activations, {known}; got {text!r}")
 
 
 def likely_data(network: str) -> str:
@@ -163,37 +142,35 @@ def likely_data(network: str) -> str:
 
 
 def channels(mean: str, std: str) -> dict[str, Any]:
-    """Return ``"0.5,0.5,0.5"`` as keywords of ``granq.describe_data``. Raises UserError unless these are numbers."""
-    try:
-        given = {name: [float(x) for x in text.split(",")] for name, text in (("mean", mean), ("std", std)) if text}
-        if any(len(values) != 3 for values in given.values()):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--mean and --std take three numbers, such as 0.5,0.5,0.5; got {mean!r}, {std!r}") from None
+    """Return ``"0.5,0.5,0.5"`` as keywords of ``granq.describe_data``, which reads the numbers."""
+    given = {name: text.split(",") for name, text in (("mean", mean), ("std", std)) if text}
+    if any(len(values) != 3 for values in given.values()):
+        raise UserError(f"--mean and --std take three numbers, such as 0.5,0.5,0.5; got {mean!r}, {std!r}")
     return given
 
 
 def from_arguments(argv: Sequence[str]) -> Job:
     """Return the run that ``argv``, options of ``granq quantize``, describes. Raises ValidationError or UserError."""
-    groups = vars(tyro.cli(options(argv), args=argv, config=MARKERS, prog="granq quantize")).values()
-    values: dict[str, Any] = {name: value for group in groups for name, value in vars(group).items()}
-    return Job(**values | _asked_bits(values.pop("bits")))
+    asked = {part.partition("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
+    asked |= {name.removeprefix("no_") for name in asked}
+    groups = vars(tyro.cli(options("from_row" in asked), args=argv, config=MARKERS, prog="granq quantize")).values()
+    return Job(**complete({k: value for group in groups for k, value in vars(group).items() if k in asked}))
 
 
-def options(argv: Sequence[str]) -> type:
-    """Return the options of ``granq quantize`` as a dataclass of groups, with the defaults that ``argv`` chooses.
+def options(repeats: bool) -> type:
+    """Return the options of ``granq quantize`` as a dataclass of groups; a row that it ``repeats`` names the data, too.
 
     It checks nothing: tyro would put a box around pydantic's messages.
     """
-    start, groups = defaults(argv), []
-    given = {name: [field(default_factory=partial(start.get, name))] for name in [*start, "bits"]}
-    start["bits"] = ("auto:{auto_bits}" if start["auto_bits"] else "{weight_bits},{act_bits}").format_map(start)
+    groups, start = [], {"bits": "3,3"} | ({"data": "", "network": ""} if repeats else {})
     bases: tuple[Any, ...] = (Files, *reversed(QATConfig.__bases__))
     for model in bases:
+        start |= {name: known.default for name, known in model.model_fields.items() if not known.is_required()}
         shown = {name: (known.rebuild_annotation(), known.description) for name, known in model.model_fields.items()}
         if "scheme" in shown:  # named here, and widths are one option
             shown |= {"scheme": (str, shown["scheme"][1]), "bits": (str, BITS_HELP)}
             del shown["weight_bits"], shown["act_bits"], shown["auto_bits"]
+        given = {name: [field(default_factory=partial(start.get, name))] for name in start}
         fields = [
             (name, Annotated[kind, arg(help=text)] if text else kind, *given.get(name, ()))
             for name, (kind, text) in shown.items()
@@ -203,38 +180,27 @@ def options(argv: Sequence[str]) -> type:
     return make_dataclass("Quantize", groups, namespace={"__doc__": "Quantize a teacher without its training data."})
 
 
-def defaults(argv: Sequence[str]) -> dict[str, Any]:
-    """Return what the options in ``argv`` change: a preset with its recipe, or the row that ``--from-row`` names.
-
-    tyro cannot tell what a user wrote from what was filled in. What other defaults depend on is therefore read first.
-    """
-    argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), part) for part in argv]  # tyro takes both
-    first = ArgumentParser(prog="granq", add_help=False, allow_abbrev=False)
-    for name in ("data", "network", "bits", "recipe", "preset", "generator"):
-        first.add_argument(f"--{name}")
-    for name in ("image-size", "batch-size"):
-        first.add_argument(f"--{name}", type=int)
-    first.add_argument("--from-row", nargs=2)
-    first.add_argument("--layer-bits", nargs="*")
-    given = {name: value for name, value in vars(first.parse_known_args(argv)[0]).items() if value is not None}
-    start = {name: known.default for name, known in Files.model_fields.items() if not known.is_required()}
-    if given.pop("layer_bits", ()) and given.get("bits", "").startswith("auto:"):
+def complete(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what was asked for, with the settings of its row, or of its preset, recipe and data."""
+    bits = {"auto_bits": 0.0} | parse_bits(asked.pop("bits"), auto=True) if "bits" in asked else {}
+    if bits.get("auto_bits") and "layer_bits" in asked:
         raise UserError("--bits auto chooses what --layer-bits gives; leave one of them out")
-    if "from_row" in given:
-        row = read_row(*given["from_row"])
-        return start | _settings(row if "bits" not in given else row | {"layer_bits": "{}"})
-    data, network, preset = (given.pop(name, "") for name in ("data", "network", "preset"))
-    changes: dict[str, Any] = {"recipe": "adadfq"} | _asked_bits(given.pop("bits", "3,3"))
-    changes |= {"warmup_epochs": 0} if given.pop("generator", "") else {}
-    if data and network:
-        given["image_size"] = granq.describe_data(data, network, given.get("image_size")).image_size
-    changes |= given
-    if preset != "paper":
-        return start | dict(QATConfig.for_recipe(**changes))
-    if changes["recipe"] == "match":
+    if "from_row" in asked:
+        row = _settings(read_row(*asked["from_row"])) | ({"layer_bits": {}} | bits if bits else {}) | asked
+        if not row.get("network"):
+            raise UserError("the network of this row is code, which runs only if --network names it again")
+        return row
+    data, network, recipe = asked["data"], asked["network"], asked.get("recipe", "adadfq")
+    settings: dict[str, Any] = {"weight_bits": 3, "act_bits": 3, "recipe": recipe} | bits
+    settings |= {"warmup_epochs": 0} if "generator" in asked else {}
+    settings["image_size"] = granq.describe_data(data, network, asked.get("image_size")).image_size
+    settings |= {name: value for name, value in asked.items() if name in QATConfig.model_fields}
+    if asked.get("preset") != "paper":
+        return dict(QATConfig.for_recipe(**settings)) | asked
+    if recipe == "match":
         raise UserError("--preset paper is for recipes adadfq and gdfq; match takes --epochs and --iterations")
     name = network.rpartition(":")[2]  # a folder's name says nothing of the network
-    return start | dict(QATConfig.paper(data, name, changes.pop("weight_bits"), **changes))
+    return dict(QATConfig.paper(data, name, settings.pop("weight_bits"), **settings)) | asked
 
 
 def read_row(table: str | Path, number: str | int) -> dict[str, str]:
@@ -252,17 +218,10 @@ def read_row(table: str | Path, number: str | int) -> dict[str, str]:
 
 def _settings(row: dict[str, str]) -> dict[str, Any]:
     """Return what a row says of its run."""
-
-    def value(text: str) -> Any:
-        try:
-            # spreadsheets write TRUE, and 4.0 where a column lacks some values; pandas writes tuples
-            text = text.lower() if text.lower() in ("true", "false") else text
-            read = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", text))
-        except ValueError:
-            return text
-        return int(read) if isinstance(read, float) and read.is_integer() else read
-
-    settings = {name: value(row[name]) for name in QATConfig.model_fields.keys() - {"device"} if name in row}
+    settings: dict[str, Any] = {name: row[name] for name in QATConfig.model_fields.keys() - {"device"} if name in row}
+    for name in settings.keys() & {"milestones", "layer_bits"}:  # pandas writes tuples, (4,) and (4, 8)
+        settings[name] = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", row[name]))
+    settings["image_bits"] = int(float(row.get("image_bits", 0)))  # 0.0 where a column lacks some values
     widths = (int(float(number)) for number in re.findall(r"[\d.]+", row["bits"]))
     settings |= dict(zip(("weight_bits", "act_bits"), widths, strict=True))
     start = dict(QATConfig.model_validate(settings, strict=False))

@@ -1,13 +1,12 @@
 """Many runs: a list on disk that joblib executes, on this machine or on a cluster.
 
-A sweep is a folder: ``runs.jsonl`` has a line for every run, with everything ``granq quantize`` needs, and next to it
-every run has a folder. Nothing else is remembered: a sweep that was stopped anywhere goes on when it is started again.
+A sweep is a folder: ``runs.jsonl`` has a line for every run, with everything ``granq quantize`` needs, and every run
+has a folder next to it. A sweep that was stopped anywhere goes on when it is started again.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import traceback
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,6 @@ from joblib import Parallel, delayed, parallel_config
 from granq.app.jobs import Job, from_arguments
 from granq.errors import UserError, require
 from granq.files import save_atomically, write_csv
-from granq.measure.workbench import published_lost
 from granq.runs import RunFolder
 
 
@@ -44,18 +42,8 @@ def combine(
         name = re.sub(r"[^\w.-]+", "_", f"{network} {recipe} {scheme} w{width.replace(',', 'a')} s{seed}")
         argv = ["--network", network, "--recipe", recipe, "--scheme", scheme, "--bits", width, "--seed", str(seed)]
         argv += ["--out", str(out / name), *(["--teacher", str(teacher)] if teacher else [])]
-        job = from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)])
-        # whole paths: the plan may be continued from another folder
-        files = {key: path.resolve() for key in ("teacher", "generator") if (path := getattr(job, key))}
-        jobs.append(job.model_copy(update=files | {k: absolute(getattr(job, k)) for k in ("data", "network")}))
+        jobs.append(from_arguments([*argv, *(part.replace("{seed}", str(seed)) for part in options)]))
     return jobs
-
-
-def absolute(text: str) -> str:
-    """Return ``folder:PATH`` and ``FILE.py:FUNCTION`` with whole paths, and anything else as it is."""
-    found = re.fullmatch(r"(folder:)(.*)()|()(.*\.py)(:.*)", text)
-    before, path, after = [part for part in found.groups() if part is not None] if found else (text, "", "")
-    return f"{before}{Path(path).expanduser().resolve()}{after}" if found else text
 
 
 def write_plan(out: Path, jobs: Iterable[Job]) -> None:
@@ -79,28 +67,25 @@ def read_plan(out: Path) -> list[Job]:
 def status(out: Path) -> pd.DataFrame:
     """Write the rows of finished runs to ``results.csv``, and return how far each run is.
 
-    Returns:
-        Columns run, state (waiting, stopped, running, failed, done), epoch, test_top1 after it, and what failed; of
-        finished runs the distance to the teacher in points, lost, and the published one.
+    Columns are run, state (waiting, stopped, running, failed, done), epoch, test_top1 after it, what failed is said,
+    and of finished runs the points lost against the teacher.
     """
     rows, results = [], []
     for job in read_plan(out):
-        state, history, result = "waiting", job.out / "history.csv", job.out / "result.json"
-        known: dict[str, Any] = {"lost": math.nan, "published": ""}
-        error = Path(f"{job.out}.error")
+        history, result, error = job.out / "history.csv", job.out / "result.json", Path(f"{job.out}.error")
+        row: dict[str, Any] = {"run": job.out.name, "state": "waiting", "epoch": 0}
         if result.is_file():
-            state = "done"
-            results.append(row := json.loads(result.read_text()))
-            known = {"lost": row["teacher_top1"] - row["last_top1"], "published": published_lost(row)}
+            results.append(found := json.loads(result.read_text()))
+            row |= {"state": "done", "lost": found["teacher_top1"] - found["last_top1"]}
         elif RunFolder(job.out).in_use():
-            state = "running"
-        elif history.is_file() or error.is_file():
-            state = "failed" if error.is_file() else "stopped"
-        last: dict = {"epoch": 0}
+            row["state"] = "running"
+        elif error.is_file():
+            row |= {"state": "failed", "said": error.read_text(encoding="utf-8").splitlines()[-1]}
+        elif history.is_file():
+            row["state"] = "stopped"
         if history.is_file():
-            last = pd.read_csv(history)[["epoch", "test_top1"]].iloc[-1].to_dict()
-        said = error.read_text(encoding="utf-8").splitlines()[-1] if state == "failed" else ""
-        rows.append({"run": job.out.name, "state": state, **last, **known, "said": said})
+            row |= dict(pd.read_csv(history)[["epoch", "test_top1"]].iloc[-1])
+        rows.append(row)
     if results:
         write_csv(out / "results.csv", pd.DataFrame(results))
     return pd.DataFrame(rows).astype({"epoch": int})
@@ -125,20 +110,17 @@ def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[st
         jobs: runs at once on this machine, each in a process with one thread.
         cluster: address of the scheduler of a ``dask.distributed`` cluster, whose workers execute the runs instead.
         networks: those of the plan that are code, ``FILE.py:FUNCTION``: only what is named here is executed.
-
-    Raises:
-        UserError: no plan in ``out``, or workers with several threads, which would share torch's random numbers.
     """
     states = status(out).state
     left = [job for job, state in zip(read_plan(out), states, strict=True) if state not in ("done", "running")]
-    if code := {job.network for job in left if ".py:" in job.network} - {absolute(name) for name in networks}:
+    if code := {job.network for job in left if ".py:" in job.network} - {*networks}:
         raise UserError(f"the plan in {out} runs the code {min(code)}: give the command that planned it again")
     if cluster:
         require("distributed", "cluster")
         from distributed import Client
 
         with Client(cluster) as client:
-            if set(client.nthreads().values()) - {1}:
+            if {*client.nthreads().values()} - {1}:  # threads would share torch's random numbers
                 raise UserError(f"workers of {cluster} have several threads: start them with --nthreads 1")
             with parallel_config("dask", client=client):
                 Parallel(batch_size=1)(delayed(execute)(job) for job in left)

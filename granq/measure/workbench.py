@@ -238,11 +238,3 @@ def published_results(bits: Iterable[str], dataset: str = "cifar10", network: st
     table["bits"] = [f"W{b}A{b}" for b in table.bits]
     table = table[table.bits.isin(bits)].rename(columns={"method": "scheme", "top1_percent": "last_top1"})
     return table[[*keys, "scheme", "bits", "last_top1", "std", "teacher_top1"]]
-
-
-def published_lost(row: Mapping[str, Any]) -> str:
-    """Return how far below the teacher the method of a finished run of preset paper was published, and its name."""
-    methods = {"GranQ" if row["scheme"] == "granq" else "", {"adadfq": "AdaDFQ", "gdfq": "GDFQ"}.get(row["recipe"])}
-    table = published_results([row["bits"]], row["dataset"], row["network"]).dropna(subset="teacher_top1")
-    known = table[table.scheme.isin(methods) & (row["preset"] == "paper")].itertuples()
-    return ", ".join(f"{result.teacher_top1 - result.last_top1:.2f} ({result.scheme})" for result in known)
