@@ -78,7 +78,8 @@ def correlation(generated: pd.DataFrame, real: pd.DataFrame) -> dict[str, float]
 def trained_row(run: Path) -> dict[str, Any]:
     """Return what the figure shows of a finished run."""
     row = json.loads((run / "result.json").read_text())
-    known = {"how": "allocated" if row["layer_bits"] else "uniform", "average": row["auto_bits"] or int(row["bits"][-1])}
+    known = {"average": row["auto_bits"] or int(row["bits"][-1])}
+    known["how"] = "allocated" if row["layer_bits"] else "uniform"
     known |= {"training": "after recipe match", "top1": row["last_top1"], "teacher_test_top1": row["teacher_top1"]}
     return row | known | {"budget": "full", "network": row["network"].rpartition(":")[2]}
 

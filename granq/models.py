@@ -54,7 +54,9 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
         import timm
 
         return timm.create_model(own, pretrained=pretrained, **head).eval()
-    if source in ("", "torchvision") and own in torchvision.list_models(torchvision):
+    if source in ("", "torchvision") and own in torchvision.list_models():
+        if not pretrained and "weights_backbone" in inspect.signature(torchvision.get_model_builder(own)).parameters:
+            head["weights_backbone"] = None  # by default those of segmentation and detection are downloaded
         return torchvision.get_model(own, weights="DEFAULT" if pretrained else None, **head).eval()
     known = "resnet20_cifar10, resnet18, mobilenetv2_w1, torchvision:resnet18, timm:resnet18, FILE.py:FUNCTION"
     raise UserError(f"unknown network {name!r}; known are the names of pytorchcv and torchvision, such as {known}")
