@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 def min_max_channels_last(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """``x.amin(dims)`` and ``x.amax(dims)`` of channels_last (N, C, H, W), ``dims`` (2, 3) or (0, 2, 3), dims kept."""
-    # whole rows of pixels are reduced first, which are long vectors: 16 channels on their own take 16 times as long
+    # whole rows of pixels are reduced first, which are long vectors; few channels on their own would be slow
     n, c, h, w = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(n, h, w * c)
     over = (0, 1) if 0 in dims else (1,)
