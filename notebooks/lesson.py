@@ -76,15 +76,18 @@ def make_student(bench: granq.Workbench, scheme: str, bits: int, batches: int | 
     return student
 
 
-def train_once(bench: granq.Workbench, scheme: str, bits: int, **changes: Any) -> granq.Result:
-    """Return a run of ``granq.train``, made once: it is kept in the cache, under its settings and its teacher."""
+def train_once(
+    bench: granq.Workbench, scheme: str, bits: int, generator: nn.Module | None = None, **changes: Any
+) -> granq.Result:
+    """Return a run of ``granq.train``, made once: it is kept in the cache, under settings, teacher and generator."""
     config = bench.config(scheme=scheme, weight_bits=bits, act_bits=bits, **changes)
-    run = run_folder(bench, config)
+    run = run_folder(bench, config, generator)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{run.path}.lock"), redirect_stderr(io.StringIO()):
         found = run.load() if run.config.is_file() else None
         if found is None or found["epoch"] < config.epochs:
-            return granq.train(bench.teacher, config, evaluate=bench.evaluate, out=run.path, resume=run.path.exists())
+            how: dict[str, Any] = dict(evaluate=bench.evaluate, out=run.path, resume=run.path.exists())
+            return granq.train(bench.teacher, config, generator=generator, **how)
     history, student = pd.DataFrame(found["rows"]), quantized(bench.teacher, config)
     student.load_state_dict(found["student"])
     trained = history.test_top1[~history.warmup.astype(bool)]
@@ -92,9 +95,10 @@ def train_once(bench: granq.Workbench, scheme: str, bits: int, **changes: Any) -
     return granq.Result(student, granq.load_generator(run.path), config, history, *tops, found["seconds"])
 
 
-def run_folder(bench: granq.Workbench, config: granq.QATConfig) -> RunFolder:
+def run_folder(bench: granq.Workbench, config: granq.QATConfig, generator: nn.Module | None = None) -> RunFolder:
     """Return the folder in the cache of a run with these settings."""
-    return RunFolder(data_root() / "runs" / fingerprint(config, bench.teacher)[:16])
+    networks = bench.teacher, *([generator] if generator else [])
+    return RunFolder(data_root() / "runs" / fingerprint(config, *networks)[:16])
 
 
 def predict(question: str, measured: float, unit: str = "", words: str = "") -> alt.LayerChart:
