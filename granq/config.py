@@ -110,7 +110,7 @@ class QATConfig(Match, Game, Quantization, Run):
         """Return the published settings (docs/method.md, section 6), by data, network, width and image size."""
         chosen: dict[str, Any] = {"weight_bits": bits, "act_bits": bits, "iterations": 200}
         holds = PurePath(data).name + network  # a folder is called as what it holds
-        if "cifar" in holds or changes.get("image_size", 224) <= 64:
+        if "cifar" in holds or data == "digits" or changes.get("image_size", 224) <= 64:
             batch = 200 if "cifar100" in holds else 16
             chosen |= dict(epochs=200, batch_size=batch, milestones=(100, 200, 300))
             return cls(**(chosen | changes))

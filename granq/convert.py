@@ -307,6 +307,8 @@ def calibrate(
     (``ranges.quantile_range``), 1 for the extremes. With ``full_precision`` the ranges are those of the network without
     quantization, to which ``reestimate_batchnorm`` brings activations back.
     """
+    if not 0.5 < quantile <= 1:
+        raise UserError(f"quantile is a share of the values, above 0.5 and up to 1, got {quantile}")
     places = [place for place in activation_places(model).values() if place.tracked and place.learned is None]
     for place in places:
         place.running_min = place.running_max = torch.empty(0)

@@ -69,8 +69,8 @@ def describe_data(
     ``mean`` and ``std`` of the three channels, from 0 to 1, are those that the teacher was trained with. Without them a
     teacher file or timm's ``pretrained_cfg`` brings its own (``models.load_teacher``); else those of the data are
     taken. A folder has none: for a ``network`` named like CIFAR's or SVHN's they are CIFAR's at 32 pixels, else
-    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the first image, if it is a square of at
-    most 64 pixels.
+    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the first image and the last, if they are
+    squares of at most 64 pixels.
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both or none of them")
@@ -80,8 +80,8 @@ def describe_data(
         function = network.rpartition(":")[2]  # a file's path says nothing of images
         classes, facts = len(names), _CIFAR if "cifar" in function or "svhn" in function else _IMAGENET
         if ".py:" in network and image_size is None:
-            width, height = _open_image(_read_folder(test, names).samples[0][0]).size
-            image_size = width - width % 4 if 4 <= width == height <= 64 else 224
+            (w, h), last = (_open_image(_read_folder(test, names).samples[i][0]).size for i in (0, -1))
+            image_size = w - w % 4 if (w, h) == last and 4 <= w == h <= 64 else 224
     else:
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))

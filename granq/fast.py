@@ -1,5 +1,6 @@
 """Speed: the same numbers as the plain formulas, sooner. Knows tensors only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,6 @@ def min_max_channels_last(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Ten
     return low.view(-1, w, c).amin(1)[..., None, None], high.view(-1, w, c).amax(1)[..., None, None]
 
 
-def channel_var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean of every channel, (N, C, H, W) -> (C,), (C,), in float32 at least."""
-    var, mean = _ChannelVarMean.apply(x)
-    return var, mean
-
-
 class _ChannelVarMean(torch.autograd.Function):
     """``torch.var_mean`` is slow on channels_last with few channels; and this backward is one pass over ``x``."""
 
@@ -38,6 +33,10 @@ class _ChannelVarMean(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         slope, shift = 2 * grads[0] / count, grads[1] / count  # the mean inside the variance changes nothing
         return torch.addcmul((shift - slope * mean)[:, None, None], x, slope[:, None, None]).to(x.dtype)
+
+
+#: Biased variance and mean of every channel, (N, C, H, W) -> (C,), (C,), in float32 at least.
+channel_var_mean: Callable[[Tensor], tuple[Tensor, Tensor]] = _ChannelVarMean.apply
 
 
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -40,13 +40,13 @@ def watch(
 
     A later layer may change the output in place: clone what you keep.
     """
-
     with ExitStack() as hooks:
         for name in names:
 
-            def hook(_: nn.Module, args: tuple[Any, ...], output: Any = None, name: str = name) -> None:
-                visit(name, args[0] if args else None, output)
+            def hook(_: nn.Module, args: Any, named: Any, output: Any = None, name: str = name) -> None:
+                visit(name, args[0] if args else named.get("input"), output)
 
             module: Any = model.get_submodule(name)
-            hooks.callback((module.register_forward_pre_hook if before else module.register_forward_hook)(hook).remove)
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            hooks.callback(register(hook, with_kwargs=True).remove)
         yield

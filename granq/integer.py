@@ -103,7 +103,8 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
             if after is not None:
                 after.replace_all_uses_with(node)
                 twin.graph.erase_node(after)
-                twin.set_submodule(str(after.target), nn.ModuleDict(dict(norm.named_children())))  # its activation
+                if not any(other.target == after.target for other in twin.graph.nodes):
+                    twin.set_submodule(str(after.target), nn.ModuleDict(dict(norm.named_children())))  # its activation
     twin.delete_all_unused_submodules()
     twin.recompile()
     return twin.eval()

@@ -188,10 +188,12 @@ def train_teacher(
     weights, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": weights, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
     optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.25)
+    # a quarter of 4 steps ends at step 1, and OneCycleLR divides by one less
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.25 + (steps == 4) / 4)
     parts: dict[str, Any] = dict(model=model, averaged=averaged, optimizer=optimizer, schedule=schedule)
     begun = _continue(checkpoint, settings, parts, device) if checkpoint and checkpoint.is_file() else 0
-    for epoch in tqdm(range(begun, epochs), f"teacher {network}", epochs, False, unit="epoch", initial=begun):
+    said = f"teacher {network}" + f", continued from {checkpoint}" * (begun > 0)
+    for epoch in tqdm(range(begun, epochs), said, epochs, False, unit="epoch", initial=begun):
         for images, labels in loader:
             images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):

@@ -20,7 +20,7 @@ from granq.config import QATConfig
 from granq.convert import bypassed, calibrate, layer_quantizers, quantize_model, tracking
 from granq.devices import resolve_device
 from granq.errors import UserError
-from granq.generator import Generator, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.graph import plain_copy
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
@@ -116,11 +116,13 @@ class Game:
         self.classes = self._check_networks()
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
-        g = self.generator
-        if isinstance(g, Generator) and (g.classes, g.size) != (new.classes, new.size):
-            raise UserError(
-                f"the generator draws {g.classes} classes at {4 * g.size} pixels, not {new.classes} at {4 * new.size}"
-            )
+        classes, size = getattr(self.generator, "classes", self.classes), config.image_size
+        with torch.no_grad(), self.own_random_state():  # what is wrong would be found late, or never
+            own, labels = copy.deepcopy(self.generator).cpu(), torch.tensor([0, min(classes, self.classes) - 1])
+            drawn = own(torch.randn(2, LATENT), labels).shape
+        if (classes, *drawn) != (self.classes, 2, 3, size, size):
+            found = f"{classes} classes and {tuple(drawn)} for two labels"
+            raise UserError(f"the generator draws {found}; wanted are {self.classes} classes and {size} pixels")
         self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.generator_params = [p for p in self.generator.parameters() if p.requires_grad]
         adam = torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999))
@@ -291,5 +293,6 @@ def describe_images(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor)
 
 
 def diversity(images: Tensor) -> Tensor:
-    """Share of the variance of images (N, C, H, W) that is between images: 1 - 1/N of noise, 0 of one image N times."""
-    return images.var(0, correction=0).mean() / images.var((0, 2, 3), correction=0).mean().clamp_min(1e-12)
+    """Share of the variance of images (N, C, H, W) that is between images: 1 - 1/N of noise, NaN of one image."""
+    whole = images.var((0, 2, 3), correction=0).mean().clamp_min(1e-12)
+    return images.var(0, correction=0).mean() / whole if len(images) > 1 else whole * math.nan

@@ -77,7 +77,7 @@ def charts() -> dict[str, Any]:
     tiny = TinyNet().eval()
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     both, layers = {"synthetic": images, "real": -images}, ["conv2", "fc"]
-    errors = [granq.measure_layer_error(tiny, [images], ["granq", "strict"], 2, per_channel=c) for c in (False, True)]
+    errors = [granq.measure_layer_error(tiny, [images], ["granq", "strict"], 2, per_channel=True)]
     pairs = {"synthetic against real": images, "real against other real": images[:2]}
     gap = [granq.measure_synthetic_gap(tiny, [x], [-images]).assign(pair=pair) for pair, x in pairs.items()]
     spec = granq.DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)

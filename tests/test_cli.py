@@ -252,7 +252,8 @@ def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
         process.send_signal(signal.SIGCONT)
         _, said = process.communicate()
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "granq: interrupted; the last checkpoint is kept, --resume continues"
+    told = "granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume"
+    assert said.splitlines()[-1] == told
     assert 1 <= RunFolder(out).load()["epoch"] < 12
     assert main(["evaluate", str(out), "--data", folder, "--device", "cpu"]) == 0
     assert main(again) == 0

@@ -193,6 +193,12 @@ def test_quantile_ranges_leave_out_the_stated_share(tiny, scheme):
             assert ((outside - share).abs() <= 1 + 0.1 * share).all()  # many values are equal after a quantized layer
 
 
+@pytest.mark.parametrize("quantile", [0, 0.01, 0.5, 1.5, 99.9, float("nan")])
+def test_a_quantile_is_the_share_that_stays(tiny, quantile):
+    with pytest.raises(UserError, match="quantile is a share"):
+        calibrate(quantize_model(tiny, "foldable", 3, 3), [torch.randn(4, 3, 8, 8)], quantile)
+
+
 def test_calibration_without_images_or_with_wrong_ones(tiny):
     student, images = quantize_model(tiny, "foldable", 3, 3), torch.randn(4, 3, 8, 8)
     places = activation_places(student).values()
@@ -414,6 +420,13 @@ def test_arguments_keep_their_names():
             return super().forward(pixel_values)
 
     assert quantize_model(ByName(), "strict", 8, 8)(pixel_values=images).shape == (2, 4, 8, 8)
+
+    class Fixed(Defaults):
+        def forward(self, x, mask=None, as_list=False):
+            return super().forward(x)
+
+    student = quantize_model(Fixed(), "strict", 8, 8)
+    assert student(images, mask=None, as_list=False).shape == student(images).shape
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -205,6 +205,8 @@ def test_images_of_a_network_of_ones_own_say_their_size(tmp_path, size, wanted):
     for name in "ab":
         picture(tmp_path / "test" / name / "0.png", size)
     spec = describe_data(folder, network)
+    picture(tmp_path / "test/b/1.png", (48, 40))
+    assert describe_data(folder, network).image_size == 224  # of two sizes none is taken
     assert (spec.image_size, spec.mean) == (wanted, describe_data("imagenet").mean)  # the path is not the network
     assert describe_data(folder, network, 16).image_size == 16 and describe_data(folder, "resnet18").image_size == 224
 

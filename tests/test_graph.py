@@ -115,6 +115,22 @@ def test_watch_before_a_module_computes():
     assert seen == [(name, (2, 3, 4, 4), None) for name in ("norm", "other")]
 
 
+def test_watch_sees_what_is_passed_by_name():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    model, seen, images = ByName(), [], torch.randn(2, 3, 4, 4)
+    for before in (False, True):
+        with watch(model, ["norm"], lambda name, x, y: seen.append(x), before=before):
+            model(images)
+    assert len(seen) == 2 and all(x is images for x in seen)
+
+
 def test_a_batch_is_images_or_a_pair():
     images = torch.zeros(2, 3, 4, 4)
     assert images_of(images) is images_of((images, torch.zeros(2))) is images_of([images, 1]) is images

@@ -314,6 +314,17 @@ def test_student_and_twin_do_not_move_each_other(tiny):
     assert not {*student.modules()} & {*twin.modules()}
 
 
+def test_a_norm_that_others_call_stays(tiny):
+    class Shared(type(tiny)):
+        def forward(self, x):
+            x = self.bn1(self.conv1(x)).relu()
+            return self.fc(self.bn1(x).relu().mean((2, 3)))
+
+    student, images = quantize_model(Shared().eval(), "foldable", 8, 8), torch.randn(4, 3, 8, 8)
+    calibrate(student, [images])
+    assert torch.allclose(integer_model(student)(images), student(images), atol=1e-4)
+
+
 def test_a_norm_of_batch_statistics_stays_in_floating_point(tiny):
     tiny.bn1 = nn.BatchNorm2d(4, track_running_stats=False)
     student = quantize_model(tiny.eval(), "foldable", 4, 4)

@@ -60,7 +60,7 @@ MEASURES = {
         lambda m: granq.measure_layer_error(m, images(), ["strict"], (4, 3), per_channel=True, layers=["conv2"]),
         ["layer", "scheme", "weight_bits", "act_bits", "mode", "channel", "mse", "sqnr_db", "cosine_similarity",
          "images"],
-        4 * 2,
+        2 + 4 * 2,
     ),
     "synthetic_gap": (
         lambda m: granq.measure_synthetic_gap(m, images(2), images()),
@@ -83,6 +83,9 @@ def test_columns_and_rows(name: str, tiny: nn.Module) -> None:
     frame = measure(tiny)
     assert list(frame.columns) == columns
     assert len(frame) == rows
+    if "channel" in frame and "mode" in frame:  # rows of layers first, then those of their channels
+        assert list(frame.channel.isna()) == [True] * 2 + [False] * 8
+        frame = frame.dropna(subset="channel")
     assert not frame.drop(columns="rms_error", errors="ignore").isna().any().any()
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
     assert not any(m._forward_hooks for m in tiny.modules()), "a hook was left behind"

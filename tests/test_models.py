@@ -1,6 +1,7 @@
 """Teachers: found by name or in a file, trained and continued to the same bits, measured, and read without running."""
 
 import copy
+import itertools
 import json
 import pickle
 import zipfile
@@ -342,6 +343,15 @@ def test_training_that_was_stopped_ends_with_the_same_bits(learn, tmp_path, monk
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
     with pytest.raises(UserError, match="of another training"):
         learn(checkpoint=tmp_path / "c", lr=0.1)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4, 5])
+def test_a_training_of_few_steps(tmp_path, epochs):
+    for split, label in itertools.product(("train", "test"), "ab"):
+        (folder := tmp_path / split / label).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (40 * ord(label) % 256, 0, 0)).save(folder / "0.png")
+    spec = describe_data(f"folder:{tmp_path}", "resnet20_cifar10")
+    train_teacher("resnet20_cifar10", spec, epochs=epochs, lr=0.01)  # one batch an epoch
 
 
 def test_bfloat16_trains_float32_weights(learn):

@@ -223,9 +223,7 @@ def test_students_that_ship(name):
     assert found["true_bits_per_weight"] == pytest.approx(facts["true_bits_per_weight"])
     packed, beside = (frame.weights * frame.bits_per_weight).sum() / 8, 60_000  # BatchNorms, ranges and the header
     assert packed < size < packed + beside
-    assert facts["top1_low"] < facts["top1"] < facts["top1_high"] and facts["top1"] > facts["teacher_top1"] - (
-        8 if "100" in name else 3
-    )
+    assert facts["top1"] > facts["teacher_top1"] - (8 if "100" in name else 3)
     assert saved.config.bits == "W3A3" and name.split("-")[1] == saved.config.scheme and facts["commit"]
 
 

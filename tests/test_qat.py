@@ -352,10 +352,15 @@ def test_a_generator_of_ones_own(tmp_path, config):
 
 
 def test_a_generator_of_other_images_is_refused(tiny):
-    with pytest.raises(ValueError, match="draws 3 classes at 8 pixels, not 3 at 12"):
-        train(tiny, TINY.change(image_size=12), generator=build_generator(3, 8))
-    with pytest.raises(ValueError, match="draws 5 classes at 8 pixels, not 3 at 8"):
-        train(tiny, TINY, generator=build_generator(5, 8))
+    wrong = {
+        "draws 3 classes and .* 8, 8. .* wanted are 3 classes and 12 pixels": (12, build_generator(3, 8)),
+        "draws 5 classes": (8, build_generator(5, 8)),
+        "draws 2 classes": (8, build_generator(2, 8)),
+        "wanted are 3 classes and 4 pixels": (4, Blobs()),
+    }
+    for message, (size, generator) in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            train(tiny, TINY.change(image_size=size), generator=generator)
 
 
 def test_a_run_with_another_loss_is_another_run(tiny, tmp_path):
@@ -399,6 +404,7 @@ def test_diversity_by_hand():
     noise, one = torch.randn(64, 3, 8, 8), torch.randn(1, 3, 8, 8)
     assert qat.diversity(noise).item() == pytest.approx(1 - 1 / 64, abs=0.03)
     assert qat.diversity(one.expand(64, -1, -1, -1)).item() == pytest.approx(0, abs=1e-6)
+    assert qat.diversity(one).isnan()  # which no run takes for a collapse
     two = torch.zeros(2, 1, 1, 2)
     two[0, 0, 0] = torch.tensor([1.0, 3.0])  # pixel variances 1/4 and 9/4, mean 5/4; all four values: mean 1, var 1.5
     assert qat.diversity(two).item() == pytest.approx(1.25 / 1.5)

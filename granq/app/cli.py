@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"granq: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("granq: interrupted; the last checkpoint is kept, --resume continues", file=sys.stderr)
+        print("granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume", file=sys.stderr)
         return 130
     failed = result.pop("failed", "")
     lines = [f"{name}: {value}" for name, value in result.items() if not isinstance(value, list)]  # tables are printed

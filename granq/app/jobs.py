@@ -55,8 +55,7 @@ class Job(QATConfig, Files):
         """Bits are chosen on the images of a generator that learned to draw them, in a run of its own."""
         learns = 0 < self.warmup_epochs < min(self.epochs, self.generator_epochs or self.epochs)
         if self.auto_bits and not (self.layer_bits or self.generator or learns):
-            until = "; generator_epochs must end after the warm-up" if self.generator_epochs else ""
-            raise ValueError(f"--bits auto needs a warm-up and an epoch after it, or --generator{until}")
+            raise ValueError("--bits auto needs a warm-up and an epoch after it with the generator on, or --generator")
         return self
 
     def run(self) -> dict[str, Any]:

@@ -71,13 +71,10 @@ def generated_batches(generator: nn.Module, seed: int, count: int = 1024, batch_
 def measure_generated_images(
     generator: nn.Module, teacher: nn.Module, spec: DataSpec | None = None, per_class: int = 1, *, seed: int = 0
 ) -> pd.DataFrame:
-    """Draw images for every label, and measure what the teacher thinks of them.
+    """Draw images for every label as one batch in the generator's own mode; measure what the teacher thinks of them.
 
     ``spec`` says how many labels there are, and how images are normalized; without it the generator says how many, and
-    pixels are shown as of mean 0.5 and deviation 0.25, which changes no measurement.
-
-    They are one balanced batch in the generator's own mode: in training mode, as during a run, its BatchNorm layers use
-    the statistics of that batch. Its state is not changed, and the global random state neither.
+    pixels are shown as of mean 0.5 and deviation 0.25. Generator and global random state stay.
 
     Returns:
         One row per image: label (asked for), sample, predicted, confidence (the teacher's probability of the label),

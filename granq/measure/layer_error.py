@@ -36,13 +36,13 @@ def measure_layer_error(
         schemes: names, or schemes of one's own; or networks that are quantized already, by whomever, under a name:
             their layers have the names of ``model``'s, and quantize their inputs themselves.
         bits: bit width, or (weights, activations); of networks that are quantized already it is only repeated.
-        per_channel: one row per output channel instead of one per layer.
+        per_channel: rows of single output channels, too.
         layers: names; all Conv2d and Linear layers by default.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
 
     Returns:
-        Columns layer, scheme, weight_bits, act_bits, mode, (channel,) mse, sqnr_db (infinite: exact),
-        cosine_similarity, images.
+        Columns layer, scheme, weight_bits, act_bits, mode, (channel, NaN in rows of layers,) mse, sqnr_db (infinite:
+        exact), cosine_similarity, images.
     """
     for mode in modes:
         one_of("mode", mode, MODES)
@@ -60,7 +60,8 @@ def measure_layer_error(
     errors = _Errors(students, layers, modes)
     with parametrize.cached():  # weights are quantized once, not once a batch
         count = running.run(model, chain(first, images), "layer error", layers, errors.visit, errors.run_students)
-    frame = errors.table(per_channel).assign(weight_bits=widths[0], act_bits=widths[1], images=count)
+    tables = [errors.table(False).assign(channel=float("nan")), *([errors.table(True)] if per_channel else [])]
+    frame = pd.concat(tables, ignore_index=True).assign(weight_bits=widths[0], act_bits=widths[1], images=count)
     columns = "layer scheme weight_bits act_bits mode channel mse sqnr_db cosine_similarity images".split()
     return frame[[name for name in columns if per_channel or name != "channel"]]
 

@@ -149,7 +149,7 @@ def plot_channel_scales(data: DataFrame, *, ax: Ax = None) -> Axes:
 
 def plot_synthetic_gap(data: DataFrame, *, quantity: str = "ks_distance", legend: bool = True, ax: Ax = None) -> Axes:
     """Draw ``measure_synthetic_gap``: every channel a point, with a bar at each median, by comparison (``pair``)."""
-    ax = ax or plt.gca()
+    ax, data = ax or plt.gca(), data if "pair" in data else data.assign(pair="synthetic against real")
     values = {
         "ks_distance": data.ks_distance,
         "mean": (data.mean_synthetic - data.mean_real).abs() / data.variance_real**0.5,

@@ -144,12 +144,13 @@ def _logits_and_maps(model: nn.Module, data: list[Batch]) -> tuple[Any, list[str
 
 def _errors(model: nn.Module, data: list[Batch], student: nn.Module, name: str, with_kl: bool) -> DataFrame:
     """Return errors of layers and of their worst channels, and what each layer alone does to the output."""
-    frames = [measure_layer_error(model, data, {name: student}, per_channel=channels) for channels in (False, True)]
+    frame = measure_layer_error(model, data, {name: student}, per_channel=True)
+    layers, channels = frame[frame.channel.isna()], frame[frame.channel.notna()]
     if with_kl:
         kl = measure_sensitivity(model, data, student, kinds=["alone"], parts=["both"])
-        frames[0] = frames[0].merge(kl[["layer", "kl"]], "left")
-    frames[1] = frames[1].sort_values("sqnr_db").groupby(["layer", "mode"], sort=False).head(CHANNELS)
-    return pd.concat(frames, ignore_index=True)
+        layers = layers.merge(kl[["layer", "kl"]], "left")
+    channels = channels.sort_values("sqnr_db").groupby(["layer", "mode"], sort=False).head(CHANNELS)
+    return pd.concat([layers, channels], ignore_index=True)
 
 
 def _integers(model: nn.Module, data: list[Batch], student: Any, widths: tuple[int, int]) -> str:
