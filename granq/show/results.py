@@ -38,7 +38,7 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
     for i, (names, rows) in enumerate(runs):
         seeds = rows.pivot(index="epoch", columns="seed", values=quantity)
         look = role(str(names[0]))._replace(label=", ".join(map(str, names)), dash=("-", "--", ":", "-.")[i % 4]).line
-        if len(seeds) > 40:  # a line is enough
+        if data.epoch.nunique() > 40:  # lines are enough
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
     if warmup.any():
