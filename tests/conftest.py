@@ -77,7 +77,7 @@ def charts() -> dict[str, Any]:
     tiny = TinyNet().eval()
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     both, layers = {"synthetic": images, "real": -images}, ["conv2", "fc"]
-    errors = [granq.measure_layer_error(tiny, [images], ["granq", "strict"], 2, per_channel=True)]
+    errors = granq.measure_layer_error(tiny, [images], ["granq", "strict"], 2, per_channel=True)
     pairs = {"synthetic against real": images, "real against other real": images[:2]}
     gap = [granq.measure_synthetic_gap(tiny, [x], [-images]).assign(pair=pair) for pair, x in pairs.items()]
     spec = granq.DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
@@ -91,7 +91,7 @@ def charts() -> dict[str, Any]:
         "quantizer_playground": granq.quantizer_playground(pd.DataFrame({"x": np.linspace(0, 2, 21)})),
         "scale_explorer": granq.scale_explorer(granq.measure_scale_maps(tiny, images, layers, 3)),
         "scale_explorer of weights": granq.scale_explorer(granq.measure_weight_scales(tiny, layers, 3)),
-        "layer_explorer": granq.layer_explorer(pd.concat(errors, ignore_index=True)),
+        "layer_explorer": granq.layer_explorer(errors),
         "speed_lab": granq.speed_lab(times),
         "synthetic_against_real": granq.synthetic_against_real(pd.concat(gap), pd.concat(drawn)),
         "method_figure": granq.method_figure(granq.measure_data_flow(tiny, images, "conv2", 3)),

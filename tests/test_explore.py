@@ -203,8 +203,7 @@ def test_scales_are_those_of_the_quantizer_and_the_widest_spread_comes_first(tin
 
 def test_layers_are_ranked_by_the_chosen_scheme(tiny: nn.Module) -> None:
     """The layers' order by rank is the order of the chosen scheme's errors, for every metric; hover names the worst."""
-    frames = [granq.measure_layer_error(tiny, [images()], ["granq", "strict"], 2, per_channel=True)]
-    data = pd.concat(frames, ignore_index=True)
+    data = granq.measure_layer_error(tiny, [images()], ["granq", "strict"], 2, per_channel=True)
     chart, inside = granq.layer_explorer(data), data[data.channel.notna() & (data["mode"] == "local")]
     rows = data[data.channel.isna() & (data["mode"] == "local") & (data.scheme == "strict")].set_index("layer")
     for metric, worst_first in (("mse", False), ("sqnr_db", True)):
@@ -319,9 +318,7 @@ def test_explorers_of_layers_that_are_called_by_numbers() -> None:
     """A CSV gives back 0 for the layer "0"."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 3)).eval()
     batch = torch.randn(2, 3, 8, 8)
-    error = pd.concat([
-        granq.measure_layer_error(model, [batch], ["granq"], 3, per_channel=by_channel) for by_channel in (False, True)
-    ])  # fmt: skip
+    error = granq.measure_layer_error(model, [batch], ["granq"], 3, per_channel=True)
     maps = granq.measure_scale_maps(model, batch, ["0", "2"], 3)
     for explorer, frame in ((granq.layer_explorer, error), (granq.scale_explorer, maps)):
         named, numbered = (explorer(data).to_dict() for data in (frame, frame.astype({"layer": int})))

@@ -82,7 +82,7 @@ def history() -> pd.DataFrame:
 @pytest.fixture
 def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
     """A small frame for every figure, measured where that is quick."""
-    error = [measure_layer_error(tiny, batches(), ["granq", "strict"], 3, per_channel=True)]
+    error = measure_layer_error(tiny, batches(), ["granq", "strict"], 3, per_channel=True)
     gap = measure_synthetic_gap(tiny, batches(), batches(1))
     drawn = measure_generated_images(Generator(3, 8), tiny, SPEC)
     scales = [measure_channel_scales(tiny, batches(), source=s) for s in ("synthetic", "real")]
@@ -91,7 +91,7 @@ def frames(tiny: nn.Module) -> dict[str, pd.DataFrame]:
         "granularity_maps": measure_scale_maps(tiny, batches()[0], "conv2", 3),
         "activation_distortion": measure_activation_distortion(tiny, batches(), ["conv2", "fc"], [3, 4]),
         "channel_scales": pd.concat(scales, ignore_index=True),
-        "layer_error": pd.concat(error, ignore_index=True),
+        "layer_error": error,
         "sensitivity": measure_sensitivity(tiny, [(x, torch.zeros(4)) for x in batches()], "strict", 2),
         "accuracy_bits": accuracy(),
         "accuracy_true_bits": measure_budgets(tiny, batches(), lambda _: 50.0, schemes=["strict"], choices=(2, 3, 4)),
