@@ -29,7 +29,7 @@ from granq import (
 )
 from granq.app import commands, jobs, sweep
 from granq.app.cli import main, parse, sentence
-from granq.measure import factorial
+from granq.measure import factorial, workbench
 from granq.measure.workbench import BUDGETS
 from granq.runs import RunFolder
 
@@ -57,27 +57,31 @@ def test_quantize_then_evaluate_without_training_images(folder, teacher, tmp_pat
     assert "is no empty folder" in capsys.readouterr().err
 
 
-def test_recipe_match_from_the_command_to_integers(folder, teacher, tmp_path, capsys):
-    args = [*quantize_args(folder, teacher, tmp_path / "run", "foldable"), "--recipe", "match"]
+def test_recipe_match_from_the_command_to_integers(folder, tiny, tmp_path, capsys):
+    (tmp_path / "net.py").write_text("from conftest import TinyNet\n\n\ndef make():\n    return TinyNet(2)\n")
+    torch.save(type(tiny)(2).state_dict(), tmp_path / "t.pth")
+    args = [*quantize_args(folder, tmp_path / "t.pth", tmp_path / "run", "foldable"), "--recipe", "match"]
+    args += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--network", own := f"{tmp_path / 'net.py'}:make"]
     args += ["--refined-images", "4"]
     assert main([*args, "--refined-images", "3"]) == 2 and "a multiple of batch_size, 4" in capsys.readouterr().err
     assert main([*args, "--preset", "paper"]) == 2 and "match takes --epochs" in capsys.readouterr().err
     assert main(args) == 0
     row = answer(capsys)
-    assert main(["evaluate", str(tmp_path / "run"), "--data", folder, "--json", "--device", "cpu"]) == 0
+    shared = ["--data", folder, "--network", own, "--json"]
+    assert main(["evaluate", str(tmp_path / "run"), *shared, "--device", "cpu"]) == 0
     assert answer(capsys)["top1"] == row["last_top1"]
-    assert main(["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "integers"), "--json"]) == 0
+    assert main(["export", str(tmp_path / "run"), *shared, "--out", str(tmp_path / "integers")]) == 0
     exported = answer(capsys)
     assert exported["top1_integer"] == exported["top1"] == row["last_top1"]
     assert (tmp_path / "integers/network.onnx").is_file()
     assert row["image_bits"] == 0 and row["macs_low_bit"] == pytest.approx(100)
     assert main([*args, "--image-bits", "6", "--out", str(tmp_path / "wide")]) == 0
     row = answer(capsys)
-    assert row["image_bits"] == 6 and 95 < row["macs_low_bit"] < 100
-    student = load_run(tmp_path / "wide").student
+    assert row["image_bits"] == 6 and 50 < row["macs_low_bit"] < 100
+    student = load_run(tmp_path / "wide", network=own).student
     assert [place.bits for place in activation_places(student).values()][:2] == [6, 3]
     place = next(iter(activation_places(student).values()))
-    low, high = pixel_bounds(describe_data(folder, "resnet20_cifar10"))
+    low, high = pixel_bounds(describe_data(folder, mean=(0.5,) * 3, std=(0.25,) * 3))
     torch.testing.assert_close((2**place.bits - 1) * place.qparams().scale, high - low, rtol=0.05, atol=0)  # learned
 
 
@@ -237,7 +241,7 @@ def test_threads_spin_as_long_as_the_user_says(monkeypatch):
 
 def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
     out = tmp_path / "run"
-    again = [*quantize_args(folder, teacher, out, "granq"), "--epochs", "12", "--resume"]
+    again = [*quantize_args(folder, teacher, out, "granq"), "--epochs", "6", "--resume"]
     command = [sys.executable, "-m", "granq.app.cli", *again[:-1]]
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits deafness to it
     pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listens)
@@ -254,10 +258,10 @@ def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
     assert process.returncode == 130
     told = "granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume"
     assert said.splitlines()[-1] == told
-    assert 1 <= RunFolder(out).load()["epoch"] < 12
+    assert 1 <= RunFolder(out).load()["epoch"] < 6
     assert main(["evaluate", str(out), "--data", folder, "--device", "cpu"]) == 0
     assert main(again) == 0
-    assert len(pd.read_csv(out / "history.csv")) == 12
+    assert len(pd.read_csv(out / "history.csv")) == 6
 
 
 LACKS_MEAN = '{"config": {"image_size": 8}, "network": "a", "data": "b", "teacher_top1": 1, "spec": {"name": "digits"}}'
@@ -328,6 +332,8 @@ def test_demo_command(tmp_path, capsys, monkeypatch):
     spec, network = describe_data("digits"), "resnet20_cifar10"
     models.save_teacher(tmp_path / "t.safetensors", models.build_network(network, 10), network, spec, 10.0)
     monkeypatch.setattr(granq, "digits_teacher", lambda: tmp_path / "t.safetensors")
+    for module in (granq, workbench):
+        monkeypatch.setattr(module, "load_split", lambda *given: torch.utils.data.Subset(load_split(*given), range(64)))
     whole = sweep.from_arguments
     shorter = ["--iterations", "1", "--batch-size", "4"]
     monkeypatch.setattr(sweep, "from_arguments", lambda argv: whole([*argv, *shorter]))

@@ -1,3 +1,5 @@
+import itertools
+
 import onnx
 import onnxruntime
 import pytest
@@ -79,18 +81,21 @@ class TwoNorms(nn.Module):
         return self.fc((self.norm1(self.conv(x)).relu() + self.norm2(self.conv(x)).relu()).mean((2, 3)))
 
 
-NETWORKS = [
-    TinyNet,
-    Grouped,
-    Mixer,
-    TwoNorms,
-    lambda: build_network("resnet20_cifar10", 10),
-    lambda: torchvision.models.MobileNetV2(3, 0.25),
-]
+def inverted_residuals():
+    """A residual around a depthwise convolution, between convolutions whose outputs have no ReLU."""
+    block, first = torchvision.models.mobilenetv2.InvertedResidual, nn.Conv2d(3, 4, 3, 2, 1)
+    blocks = block(4, 6, 2, 3), block(6, 6, 1, 3)
+    return nn.Sequential(first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
 
 
-@pytest.mark.parametrize("make", NETWORKS)
-@pytest.mark.parametrize(("bits", "learned"), [(2, False), (3, False), (8, False), (3, True)])
+NETWORKS = [TinyNet, Grouped, Mixer, TwoNorms, inverted_residuals]
+LARGE = [lambda: build_network("resnet20_cifar10", 10), lambda: torchvision.models.MobileNetV2(3, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("make", "bits", "learned"),
+    [*itertools.product(NETWORKS, (3, 8), [False]), *itertools.product(NETWORKS + LARGE, [3], [True])],
+)
 def test_integers_equal_the_fake_quantized_twin(make, bits, learned):
     def draw():
         return torch.randn(4, 3, 32, 32) * torch.tensor([0.1, 1, 5]).view(1, 3, 1, 1)
@@ -169,14 +174,7 @@ def test_export(tmp_path, tiny):
     assert b"integer.py" not in (tmp_path / "n.onnx").read_bytes()  # nor any other path of this machine
 
 
-def inverted_residuals():
-    """A residual around a depthwise convolution, between convolutions whose outputs have no ReLU."""
-    block, first = torchvision.models.mobilenetv2.InvertedResidual, nn.Conv2d(3, 4, 3, 2, 1)
-    blocks = block(4, 6, 2, 3), block(6, 6, 1, 3)
-    return nn.Sequential(first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
-
-
-@pytest.mark.parametrize("make", [TinyNet, Grouped, Mixer, TwoNorms, inverted_residuals])
+@pytest.mark.parametrize("make", NETWORKS)
 def test_eight_bits_in_onnxruntime(tmp_path, make):
     """Weights and codes are uint8; codes and logits are the twin's, but for values on a tie, one code apart."""
     student, right = quantize_model(with_statistics(make()), "foldable", 8, 8), list[torch.Tensor]()
@@ -254,7 +252,7 @@ def building_blocks():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [3, 7, 8])
+@pytest.mark.parametrize("bits", [7, 8])
 def test_subclasses_are_folded_and_exported(tmp_path, bits):
     student, x = quantize_model(building_blocks(), "foldable", bits, bits), torch.randn(8, 3, 21, 16)
     calibrate(student, [x])

@@ -95,12 +95,9 @@ def test_a_relu_module_used_twice_is_two_places():
 
 
 @pytest.mark.parametrize("scheme", ["strict", "foldable"])
-@pytest.mark.parametrize("network", ["resnet20_cifar10", "mobilenetv2_w1"])
-def test_strict_leaves_nothing(network, scheme):
-    frame = audited(network, scheme)
-    # the classifier of this MobileNetV2 is a convolution on a 1x1 map: a scale per image and channel rounds nothing
-    idle = {"output"} if (network, scheme) == ("mobilenetv2_w1", "strict") else set()
-    assert set(frame.layer[~frame.low_bit]) == idle == set(frame.layer[frame.bits_per_activation == 32])
+def test_strict_leaves_nothing(scheme):
+    frame = audited("resnet20_cifar10", scheme)
+    assert frame.low_bit.all() and (frame.bits_per_activation < 32).all()
     assert (frame.levels <= 8).all() and (frame.weight_sqnr_db < 30).all()
     assert summarize_audit(frame)["weights_low_bit"] == pytest.approx(100)
 

@@ -317,7 +317,8 @@ def learn(monkeypatch):
     """``train_teacher`` on a few digits."""
     few = torch.utils.data.Subset(load_split(describe_data("digits"), "train"), range(40))
     monkeypatch.setattr(models, "load_split", lambda *_: few)
-    return partial(train_teacher, "resnet20_cifar10", describe_data("digits"), epochs=3, batch_size=16)
+    monkeypatch.setattr(models, "build_network", lambda *_: TinyNet(10))
+    return partial(train_teacher, "tiny", describe_data("digits"), epochs=3, batch_size=16)
 
 
 def test_a_diverged_teacher_is_told(learn):
@@ -355,9 +356,9 @@ def test_a_training_of_few_steps(tmp_path, epochs):
 
 
 def test_bfloat16_trains_float32_weights(learn):
-    model, _ = learn(bf16=True)
+    model, _ = learn(epochs=1, bf16=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    plain, _ = learn()
+    plain, _ = learn(epochs=1)
     assert not torch.equal(next(model.parameters()), next(plain.parameters()))
 
 

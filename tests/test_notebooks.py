@@ -1,5 +1,6 @@
 """The form of every notebook, which holds without running it; and, with ``-m notebooks``, a fresh run of each."""
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ ORDER = [
 ]  # fmt: skip
 
 
+@functools.cache
 def read(name: str) -> NotebookNode:
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 

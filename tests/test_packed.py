@@ -77,9 +77,7 @@ def test_a_loaded_student_computes_the_same_bits(scheme, learned, tmp_path):
     assert not any(p.requires_grad for p in loaded.student.parameters())
 
 
-@pytest.mark.parametrize(
-    ("scheme", "bits"), [("strict", 3), ("granq", 2), ("granq", 8), ("foldable", 5), ("layerwise", 4)]
-)
+@pytest.mark.parametrize(("scheme", "bits"), [("strict", 3), ("granq", 2), ("foldable", 5)])
 def test_the_file_is_as_large_as_the_audit_says(scheme, bits, tmp_path):
     student, config = student_of(scheme, bits)
     path = tmp_path / "s.safetensors"
@@ -100,25 +98,13 @@ def test_the_audit_of_a_loaded_student_says_what_it_said_before(tmp_path):
     for scheme in ("granq", "strict", "foldable"):
         student, config = student_of(scheme)
         save(tmp_path / scheme, student, config)
-        before, after = (
-            granq.audit(student, images()),
-            granq.audit(granq.load_student(tmp_path / scheme).student, images()),
-        )
+        before, after = (granq.audit(s, images()) for s in (student, granq.load_student(tmp_path / scheme).student))
         sqnr = [frame.pop("weight_sqnr_db") for frame in (before, after)]
         np.testing.assert_allclose(*sqnr, rtol=1e-4)
         assert granq.summarize_audit(before.assign(weight_sqnr_db=sqnr[0])) == granq.summarize_audit(
             after.assign(weight_sqnr_db=sqnr[1])
         )
-        shown = [
-            "layer",
-            "weights",
-            "macs",
-            "weight_granularity",
-            "scales",
-            "bits_per_weight",
-            "low_bit",
-            "input_quantized",
-        ]
+        shown = "layer weights macs weight_granularity scales bits_per_weight low_bit input_quantized".split()
         assert before[shown].equals(after[shown])
 
 

@@ -29,7 +29,7 @@ from granq.files import write_csv
 PAGE = Path(__file__).parent.parent / "docs/reproduction.md"
 COMMANDS = re.findall(r"^    granq (quantize .*)$", PAGE.read_text(), re.MULTILINE)
 SHORT = "--epochs 1 --warmup-epochs 0 --iterations 1 --batch-size 2 --device cpu --json".split()
-SHOWN = 8  # images the stand-in teachers know
+SHOWN = 4  # images the stand-in teachers know
 
 
 def photographs(height: int, width: int) -> list[Image.Image]:

@@ -54,7 +54,7 @@ def run_child(out: Path, ready) -> None:
 
 def test_kills_at_random_moments_change_nothing(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["granq.runs"])
+    context.set_forkserver_preload(["granq.runs", "pytest"])
     moments, out, whole = random.Random(0), tmp_path / "run", tmp_path / "whole"
 
     def start(folder):
