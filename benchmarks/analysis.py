@@ -36,7 +36,7 @@ def measure_latency_analysis(
     model = build_network(network, 10 if "cifar10" in network else 1000).to(device)
     data = [torch.randn(batch, 3, image_size, image_size, device=device) for _ in range(-(-images // batch))]
     macs = granq.audit(model, data[0][:1]).set_index("layer").macs
-    order = macs[[name for name, _ in calls_of_layers(full_precision(model))]]
+    order = macs[[name for name, _ in calls_of_layers(full_precision(model, data))]]
     rest = 1 + (order[::-1].cumsum() / order.sum()).sum()
 
     @torch.inference_mode()

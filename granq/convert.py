@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from granq.errors import UserError
 from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, quantizable, to_module, trace
 from granq.hooks import Batch, eval_mode, images_of, temporarily
-from granq.plain import LAYERS, is_plain, module_of
+from granq.plain import LAYERS, is_plain, is_rows, module_of
 from granq.quantizer import QParams, at_least_float32, fake_quantize_with, float_codes, min_max, qparams_from_range
 from granq.ranges import LearnedSteps, fake_quantize_learned, quantile_range
 from granq.schemes import Scheme, check_bits, get_scheme
@@ -101,7 +101,7 @@ class WeightQuantizer(Quantizer):
 
 
 class ActQuantizer(Quantizer):
-    """Fake quantization of one activation place: (N, C, H, W) unless ``rows``, or else rows (..., F).
+    """Fake quantization of one activation place: (N, C, ...), or rows (..., F) if ``rows``.
 
     Tracked ranges are a moving average, which forwards move while ``tracking`` only. They belong to the state dict.
     """
@@ -125,8 +125,10 @@ class ActQuantizer(Quantizer):
         return self.fake_quantize(grouped, qparams).view_as(x)
 
     def groups(self, x: Tensor) -> Tensor:
-        """Return ``x`` as it is grouped: (N, C, H, W) or rows (N, F)."""
-        return x if x.dim() == 4 and not self.rows else x.reshape(-1, x.shape[-1])
+        """Return ``x`` as it is grouped: (N, C, H, W), or (N, C, values, 1) of other maps, or rows (N, F)."""
+        if self.rows or x.dim() < 3:
+            return x.reshape(-1, x.shape[-1])
+        return x if x.dim() == 4 else x.flatten(2)[..., None]
 
     @property
     def seen(self) -> bool:
@@ -214,9 +216,8 @@ def _quantize_activations(
         if len(asked) > 1:
             raise UserError(f"{' and '.join(asked.values())} read one place, which cannot have {set(asked)} bits")
         if width := image_bits if image_bits and is_image(student, node) else next(iter(asked), act_bits):
-            rows = any(isinstance(module_of(student, user), nn.Linear) for user in node.users)
             name = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
-            quantizers[name] = ActQuantizer(check_bits(width), scheme, rows)
+            quantizers[name] = ActQuantizer(check_bits(width), scheme, is_rows(student, node))
             insert_call(graph, node, f"act_quant.{name}", scheme.places, layers)
 
 
@@ -295,6 +296,20 @@ def tracking(model: nn.Module, on: bool = True) -> AbstractContextManager[None]:
 def bypassed(model: nn.Module, bypass: bool = True) -> AbstractContextManager[None]:
     """Quantize nothing within a block."""
     return temporarily([m for m in model.modules() if isinstance(m, Quantizer)], bypassed=bypass)
+
+
+@torch.no_grad()
+def check_copy(copied: nn.Module, model: nn.Module, images: Tensor) -> None:
+    """Raise UserError if a traced copy gives other values than ``model`` even without quantization."""
+    device = next(model.parameters()).device
+    with eval_mode(model, copied), bypassed(copied):
+        wanted, got = (network(images.to(device)) for network in (model, copied))
+    if isinstance(wanted, Tensor) and not (got - wanted).abs().max() <= 1e-3 * wanted.abs().max():
+        raise UserError(
+            f"the copy of {type(model).__name__} computes something else even without quantization: its forward may "
+            "change a tensor in place that is read again, ask for the type of a value, or draw random numbers, which "
+            "torch.fx does not see"
+        )
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def versions(device: str = "cpu") -> dict[str, str]:
     import torchvision
 
     name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device == "cuda" else name
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else name
     found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     return found | {"device": f"{device} ({name})"}
 

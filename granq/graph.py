@@ -64,6 +64,8 @@ def is_image(root: nn.Module, node: fx.Node) -> bool:
 
 def trace(model: nn.Module) -> fx.Graph:
     """Trace ``model`` or raise UserError. Arguments of its forward with a default None, a bool or a text are fixed."""
+    if "forward" in vars(model):
+        raise UserError(f"the forward of this {type(model).__name__} was replaced, which torch.fx does not see")
     rest = list(signature(model.forward).parameters.items())[1:]  # the first is the image
     # fixed: otherwise ``if mask is not None`` would be true
     fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
@@ -82,7 +84,11 @@ def trace(model: nn.Module) -> fx.Graph:
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized: ReLUs, or what ``layers`` (names) read, each once."""
     if where == "relu":
-        return [node for node in graph.nodes if relu_ceiling(root, node) is not None]
+        values = set[fx.Node]()  # what depends on the image; a ReLU of a parameter is no activation
+        for node in graph.nodes:
+            if node.op == "placeholder" or values.intersection(node.all_input_nodes):
+                values.add(node)
+        return [node for node in graph.nodes if node in values and relu_ceiling(root, node) is not None]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     return list(dict.fromkeys(node.all_input_nodes[0] for node in calls))
 

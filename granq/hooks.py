@@ -6,12 +6,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from granq.errors import UserError
+
 Batch = Tensor | Sequence[Tensor]  #: images (N, 3, H, W), or a pair (images, labels)
 
 
 def images_of(batch: Batch) -> Tensor:
-    """Return the images of a batch."""
-    return batch if isinstance(batch, Tensor) else batch[0]
+    """Return the images of a batch. Raises UserError unless they are (N, C, H, W), or rows (N, F)."""
+    images = batch if isinstance(batch, Tensor) else batch[0]
+    if images.dim() not in (2, 4):  # such as one image, of a tensor in place of a list of batches
+        raise UserError(f"batches must hold images (N, 3, H, W), got {tuple(images.shape)}")
+    return images
+
+
+def labels_of(batch: Batch) -> Tensor | None:
+    """Return the labels of a batch, (N,), if it has some; (N, 1) are taken, too."""
+    return None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1].flatten()
 
 
 @contextmanager
@@ -27,9 +37,9 @@ def temporarily(objects: Iterable[Any], **values: Any) -> Iterator[None]:
             vars(one).update(old)
 
 
-def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Put ``model`` into eval mode within a block; afterwards every module has the mode it had before."""
-    return temporarily(model.modules(), training=False)
+def eval_mode(*models: nn.Module) -> AbstractContextManager[None]:
+    """Put networks into eval mode within a block; afterwards every module has the mode it had before."""
+    return temporarily([module for model in models for module in model.modules()], training=False)
 
 
 @contextmanager

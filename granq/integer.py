@@ -12,6 +12,7 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from granq.convert import ActQuantizer, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError, require
@@ -81,12 +82,12 @@ class IntegerLayer(nn.Module):
         """Return the layer's output from its sums."""
         return sums * self.rescale.view(self.channels) + self.offset.view(self.channels)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.rescaled(self.accumulate(u))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.rescaled(self.accumulate(input))
 
 
 def integer_model(student: fx.GraphModule) -> fx.GraphModule:
-    """Return the integer twin of a calibrated student. Raises UserError unless all its layers are folded."""
+    """Return the integer twin of a calibrated student. Raises UserError if a layer with weights cannot be one."""
     student = copy.deepcopy(student)  # what the two would share, such as pooling, would follow either's mode
     layers = layer_quantizers(student)
     if not all(layer.weight and layer.weight.source for layer in layers.values() if layer.inputs):
@@ -106,6 +107,8 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
                 if not any(other.target == after.target for other in twin.graph.nodes):
                     twin.set_submodule(str(after.target), nn.ModuleDict(dict(norm.named_children())))  # its activation
     twin.delete_all_unused_submodules()
+    if left := [name for name, m in twin.named_modules() if isinstance(m, (*LAYERS, _ConvNd, nn.RNNBase))]:
+        raise UserError(f"not in integers, as they are neither Conv2d nor Linear of their own: {', '.join(left)}")
     twin.recompile()
     return twin.eval()
 
@@ -119,6 +122,9 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
     dequantizations, rescale and bias. The last row, ``network``, compares inputs of places and logits of student and
     ``integer_model`` in float64, where no value is so close to a rounding tie that the two take different codes.
     """
+    student, images = copy.deepcopy(student).cpu(), images.cpu()  # CUDA has no convolution of integers
+    exact, beyond = copy.deepcopy(student).double().eval(), 0
+    networks = exact, integer_model(exact)
     rows, eps = list[tuple[str, int | None, float, int]](), torch.finfo(torch.float32).eps
 
     def compare(name: str, x: Tensor, output: Tensor) -> None:
@@ -132,8 +138,7 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
 
     with eval_mode(student), watch(student, layer_names(student), compare):
         student(images)
-    exact, beyond = copy.deepcopy(student).double().eval(), 0
-    for value, own in zip(*(_values(network, images) for network in (exact, integer_model(exact))), strict=True):
+    for value, own in zip(*(_values(network, images) for network in networks), strict=True):
         difference = (own - value).abs()
         beyond += int((~(difference <= ROUNDING * value.abs().max())).sum())  # a NaN is beyond, too
     rows.append(("network", None, difference.max().item(), beyond))
@@ -197,7 +202,7 @@ def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:
     for node in portable.graph.nodes:
         module = module_of(model, node)
         if isinstance(module, IntegerInput | IntegerLayer):
-            place = module if isinstance(module, IntegerInput) else module_of(model, node.args[0])
+            place = module if isinstance(module, IntegerInput) else module_of(model, node.all_input_nodes[0])
             portable.set_submodule(node.target, _Portable(module, cast(IntegerInput, place)))
     shapes = ({0: torch.export.Dim("batch")},)
     program = cast(Any, torch.onnx.export(portable, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False))

@@ -115,6 +115,8 @@ def load_teacher(
     except RuntimeError as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise UserError(f"{network} gives no logits (N, classes): it is no classifier")
     return model.to(device), spec.fit_classes(logits.shape[1])
 
 
@@ -148,7 +150,7 @@ def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = 
     right = total = 0
     with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
         for images, labels in batches(dataset, spec):
-            right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+            right += int((model(images.to(device)).argmax(1).cpu() == labels.flatten()).sum())
             total += len(labels)
     return 100 * right / max(total, 1)
 

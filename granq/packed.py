@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from granq.config import QATConfig
 from granq.convert import WeightQuantizer, original_weight, weight_quantizer
@@ -20,7 +20,7 @@ from granq.data import DataSpec
 from granq.errors import UserError, one_of
 from granq.files import read_tensors, write_tensors
 from granq.quantizer import QParams, dequantize
-from granq.runs import SavedRun, load_run, student_of
+from granq.runs import SavedRun, load_run, load_weights, student_of
 from granq.schemes import get_scheme
 
 STUDENTS = Path(__file__).with_name("students")
@@ -111,13 +111,14 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     config, spec = QATConfig.model_validate_json(json.dumps(header["config"])), DataSpec(**header["spec"])
     student = student_of(name, facts["network"], network, config, spec)
     parts = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
-    student.load_state_dict({f"{n}.weight": original_weight(m) for n, m in _layers(student).items()} | tensors)
+    own = {f"{n}.weight": original_weight(m) for n, m in _layers(student).items()}
+    load_weights(student, own | tensors, name)
     for n, (value, codes, grid) in parts.items():
         layer: Any = student.get_submodule(n)
         weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))
         if codes is not None and grid is not None:
             found = unpack(codes, records[n]["width"], weight.original.numel()) + records[n]["low"]
             value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
-        weight.original.copy_(value)
+        weight.original = nn.Parameter(cast(Tensor, value))  # of its own: tied weights have grids of their own
         weight[0] = PackedWeight(quantizer, config.scheme, grid, records[n]["sqnr_db"])
     return SavedRun(student.requires_grad_(False).to(device), config, spec, facts, epoch)

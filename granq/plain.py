@@ -157,6 +157,15 @@ def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def is_rows(root: nn.Module, node: fx.Node) -> bool:
+    """Say whether the last dimension of a value holds its features: a Linear reads it, or made it."""
+    if any(isinstance(module_of(root, user), nn.Linear) for user in node.users):
+        return True
+    while node.all_input_nodes and not ((module := module_of(root, node)) and module.state_dict()):
+        node = node.all_input_nodes[0]
+    return isinstance(module_of(root, node), nn.Linear | nn.LayerNorm)
+
+
 def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
     """Return ``c`` if ``node``, tried on a few values, computes ``clamp(x, 0, c)``: a ReLU (infinity) or a ReLU6."""
     module, method = module_of(root, node), node.op == "call_method"

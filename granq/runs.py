@@ -60,6 +60,7 @@ class Result:
         return facts | {"test_images": test_images} | settings | versions(resolve_device(c.device))
 
 
+@torch.random.fork_rng()  # what a notebook draws next must not depend on whether a run was made or read
 def train(
     teacher: nn.Module, config: QATConfig, *, evaluate: Evaluate | None = None, out: str | Path | None = None,
     resume: bool = False, facts: dict[str, Any] | None = None, generator: nn.Module | None = None,
@@ -93,11 +94,12 @@ def train(
         _run(game, evaluate, after_epoch)
     else:
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
-        identity = fingerprint(config, game.teacher, *([generator] if generator else []), loss=own)
+        identity = fingerprint(config, own, game.teacher, generator)
         here = versions(game.device)
         with folder.claimed():
             if resume and (saved := folder.load(identity, game.device)):
                 game.restore(saved)
+                write_csv(folder.history, pd.DataFrame(game.rows))  # a kill may have come before its last row
                 if (began := folder.read_config().get("versions")) != here:
                     warnings.warn(f"{out} began with {began}, not with {here}: the last bits may differ", stacklevel=2)
             else:  # nothing is trained yet: a config that is there may be of another teacher
@@ -220,11 +222,14 @@ class RunFolder:
         return state
 
 
-def fingerprint(config: QATConfig, *networks: nn.Module, loss: str = "") -> str:
-    """Return the SHA-256 of settings, weights (teacher, generator) and an own loss's name: it tells runs apart."""
-    digest = hashlib.sha256((config.model_dump_json() + loss).encode())
-    for name, value in (item for network in networks for item in network.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+def fingerprint(*parts: Any) -> str:
+    """Return the SHA-256 of what tells runs and tables apart: weights of networks, tensors, and settings as text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part} if isinstance(part, Tensor) else {}
+        digest.update(b"" if tensors else str(part).encode())
+        for name, x in tensors.items():
+            digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -249,7 +254,7 @@ def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRu
         raise UserError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
     spec = DataSpec.model_validate(facts["spec"])
     student = student_of(run, facts["network"], network, facts["config"], spec)
-    student.load_state_dict(state["student"])
+    load_weights(student, state["student"], run)
     return SavedRun(student.to(device), facts["config"], spec, facts, state["epoch"])
 
 
@@ -258,6 +263,14 @@ def student_of(source: str | Path, own: str, named: str, config: QATConfig, spec
     if not same_network(own, named or own) or (".py:" in own and not named):
         raise UserError(f"{source} is of network {own}; name it with --network (in Python: network=)")
     return quantized(build_network(named or own, spec.classes), config)
+
+
+def load_weights(student: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load a student's state. Raises UserError if it is of a network of other layers."""
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{source} is of another network: {' '.join(str(error).split())[:250]}") from error
 
 
 def same_network(one: str, other: str) -> bool:

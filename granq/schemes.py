@@ -21,7 +21,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     places: Literal["relu", "inputs"] = "inputs"  #: after every ReLU and ReLU6, or in front of every layer
     clamp: bool = True  #: keep codes within their range
     promote: bool = True  #: compute the ranges of half-precision tensors in float32
-    skip: tuple[str, ...] = ()  #: names of layers that stay in full precision, or of modules with all that they hold
+    skip: tuple[str, ...] = ()  #: layers whose weights (and own ``inputs``) stay, or modules with all that they hold
     fold: bool = False  #: multiply weights by the steps of their inputs before they are quantized: integer convolutions
 
     @model_validator(mode="after")

@@ -97,8 +97,7 @@ def train_once(
 
 def run_folder(bench: granq.Workbench, config: granq.QATConfig, generator: nn.Module | None = None) -> RunFolder:
     """Return the folder in the cache of a run with these settings."""
-    networks = bench.teacher, *([generator] if generator else [])
-    return RunFolder(data_root() / "runs" / fingerprint(config, *networks)[:16])
+    return RunFolder(data_root() / "runs" / fingerprint(config, bench.spec, bench.teacher, generator)[:16])
 
 
 def predict(question: str, measured: float, unit: str = "", words: str = "") -> alt.LayerChart:

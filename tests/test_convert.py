@@ -8,6 +8,7 @@ from conftest import TinyNet
 from pydantic import ValidationError
 from torch import nn
 
+import granq
 from granq import (
     SCHEMES,
     DataSpec,
@@ -465,3 +466,83 @@ def test_a_module_called_act_quant_is_not_overwritten(tiny):
     tiny.act_quant = nn.Linear(3, 3)
     with pytest.raises(UserError, match="TinyNet has an act_quant of its own"):
         quantize_model(tiny, "strict", 3, 3)
+
+
+class Normalizing(TinyNet):
+    """What fx does not follow: it traces the other branch, as its proxies are no tensors."""
+
+    def forward(self, x):
+        return super().forward((x - 127) / 50 if isinstance(x, torch.Tensor) else x)
+
+
+class Adding(TinyNet):
+    """``+=`` on a tensor changes what is read again; on a proxy of fx it does not."""
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x))
+        kept = x
+        x += self.conv2(x)
+        return self.fc((x + kept).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Normalizing, Adding])
+def test_no_number_comes_from_a_copy_that_computes_something_else(network):
+    model, x = network().eval(), torch.randn(4, 3, 8, 8)
+    for measure in (
+        lambda: granq.measure_sensitivity(model, [x], "strict", 3),
+        lambda: granq.measure_layer_error(model, [x], ["granq"], 3),
+        lambda: granq.measure_granularity_factorial(
+            model, [(x, torch.zeros(4))], [granq.measure.factorial.factorial_cells((2,))[0]], lambda seed: [x]
+        ),
+    ):
+        with pytest.raises(UserError, match="computes something else even without quantization"):
+            measure()
+
+
+def test_a_forward_of_one_object_alone_is_not_traced(tiny):
+    old = tiny.forward
+    tiny.forward = lambda x: old((x - 127) / 50)
+    with pytest.raises(UserError, match="forward of this TinyNet was replaced"):
+        quantize_model(tiny, "strict", 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"), [(nn.Conv1d, nn.BatchNorm1d, (2, 3, 9)), (nn.Conv3d, nn.BatchNorm3d, (2, 3, 9, 9, 9))]
+)
+def test_channels_of_other_maps_are_their_second_dimension(layer, norm, shape):
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.fc = layer(3, 5, 3), norm(5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.fc(self.norm(self.conv(x)).relu().flatten(2).mean(2))
+
+    student, x = quantize_model(Mapped(), "per_channel", 3, 3), torch.randn(shape)
+    place = next(iter(activation_places(student).values()))
+    with tracking(student):
+        student(x)
+    assert place.running_max.shape == (1, 5, 1, 1)
+    student = quantize_model(Mapped(), "granq", 3, 3)
+    with bypassed(student), torch.no_grad():
+        maps = student.norm(student.conv(x)).relu()
+    wanted = fake_quantize(maps.flatten(2)[..., None], 3, clamp=False).view_as(maps)
+    torch.testing.assert_close(next(iter(activation_places(student).values()))(maps), wanted)
+
+
+def test_a_relu_of_a_parameter_is_no_activation():
+    class Fused(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.share = nn.Parameter(torch.tensor([0.3, 0.7]))
+
+        def forward(self, x):
+            a, b = torch.relu(self.share)
+            return self.fc((a * self.conv1(x) + b * self.conv1(x)).relu().mean((2, 3)))
+
+    assert len(activation_places(quantize_model(Fused(), "granq", 2, 2))) == 1
+
+
+def test_images_in_place_of_batches_are_refused(tiny):
+    with pytest.raises(UserError, match=r"batches must hold images .* got \(3, 8, 8\)"):
+        calibrate(quantize_model(tiny, "foldable", 3, 3), torch.randn(4, 3, 8, 8))

@@ -329,3 +329,33 @@ def test_a_norm_of_batch_statistics_stays_in_floating_point(tiny):
     calibrate(student, [torch.randn(4, 3, 8, 8)])
     twin = integer_model(student)
     assert isinstance(twin.bn1, nn.BatchNorm2d) and not hasattr(twin, "bn2")
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(4, 4, 3, padding=1), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)]
+)
+def test_layers_that_would_stay_in_floating_point_are_named(layer):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.other, self.fc = nn.Conv2d(3, 4, 3, padding=1), layer, nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.other(self.conv(x).relu().mean(2)).mean(2))
+
+    student = quantize_model(Mixed().eval(), "foldable", 3, 3)
+    calibrate(student, [torch.randn(2, 3, 8, 8)])
+    with pytest.raises(UserError, match="not in integers, .*: other"):
+        integer_model(student)
+    with pytest.raises(UserError, match="not in integers"):
+        measure_integer_agreement(student, torch.randn(2, 3, 8, 8))
+
+
+def test_a_layer_called_by_name_is_an_integer_layer():
+    class Named(TinyNet):
+        def forward(self, x):
+            return self.fc(self.conv2(input=self.conv1(input=x).relu()).mean((2, 3)))
+
+    student, x = quantize_model(Named().eval(), "foldable", 3, 3), torch.randn(4, 3, 8, 8)
+    calibrate(student, [x])
+    torch.testing.assert_close(integer_model(student)(x), student(x), rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """Measurements against plain computations, their column contract, and memory that does not grow with batches."""
 
+import copy
 import gc
 
 import numpy as np
@@ -276,10 +277,10 @@ def test_sums_in_float64_leave_a_device_that_has_none() -> None:
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, 4, device="mps")
         for sums in (
-            layer_error._energy(x),
-            layer_error._energy(x.flatten(2)),
+            layer_error._energy(x, False),
+            layer_error._energy(x, True),
             granq.sqnr_db(x, x, (0,)),
-            running.by_channel(x),
+            running.by_channel(x, nn.Conv2d(3, 3, 1)),
         ):
             assert sums.device.type == "cpu"
 
@@ -299,3 +300,59 @@ def test_training_mode_changes_nothing(tiny: nn.Module) -> None:
 def test_a_layer_named_twice_is_one(tiny: nn.Module) -> None:
     frames = [granq.measure_activation_samples(tiny, {"a": images()[0]}, ["conv1"] * times) for times in (1, 2)]
     pd.testing.assert_frame_equal(*frames)
+
+
+class ChannelsLast(nn.Module):
+    """A Linear on (N, H, W, C), as in ConvNeXt and Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.wide, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.wide(self.conv(x).permute(0, 2, 3, 1).relu()).mean((1, 2)))
+
+
+def test_channels_in_front_of_a_linear_are_the_last_dimension() -> None:
+    model = ChannelsLast().eval()
+    ranges = granq.measure_ranges(model, images()).query("part == 'activations' and layer == 'wide'")
+    seen = torch.cat(inputs_of(model, "wide", images())).flatten(0, 2)
+    np.testing.assert_allclose(ranges.low, seen.amin(0).numpy())
+    np.testing.assert_allclose(ranges.high, seen.amax(0).numpy())
+    errors = granq.measure_layer_error(model, images(), ["strict"], 3, per_channel=True, layers=["wide"])
+    assert errors.channel.max() == 11
+    scales = granq.measure_channel_scales(model, images(), "per_channel")
+    assert scales.query("layer == 'wide'").channel.max() == 5
+    with pytest.raises(granq.UserError, match="wide is no convolution"):
+        granq.measure_data_flow(model, images()[0], "wide", 3)
+
+
+def test_a_layer_that_is_called_twice_is_shown_once(tiny: nn.Module) -> None:
+    tiny.point = tiny.conv2
+    maps = granq.measure_scale_maps(tiny, images()[0], ["conv2"], 3)
+    assert not maps.duplicated(["granularity", "image", "channel"]).any()
+
+
+def test_layers_of_any_other_kind_are_measured_as_they_are(tiny: nn.Module) -> None:
+    class Rounded(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (8 * self.layer(x)).round() / 8
+
+    other = copy.deepcopy(tiny)
+    other.conv2 = Rounded(other.conv2)
+    frame = granq.measure_layer_error(tiny, images(), {"theirs": other}, modes=["local"], layers=["conv1", "conv2"])
+    assert frame.mse[0] == 0 < frame.mse[1]
+
+
+def test_labels_in_a_column_and_images_in_a_list_are_understood(tiny: nn.Module) -> None:
+    x, labels = images()[0], torch.tensor([0, 1, 2, 0, 1])
+    for measure in (
+        lambda y: running.right(tiny, [(x, y)]).tolist(),
+        lambda y: granq.measure_sensitivity(tiny, [(x, y)], "strict", 2, kinds=["alone"]).top1.tolist(),
+    ):
+        assert measure(labels) == measure(labels[:, None])
+    assert "top1" not in granq.measure_sensitivity(tiny, [[x]], "strict", 2, kinds=["alone"])

@@ -94,7 +94,7 @@ def test_resumes_with_the_missing_cells_only(tiny: nn.Module, tmp_path, monkeypa
     with pytest.raises(UserError, match="measured with dataset x, not y"):
         measure_granularity_factorial(tiny, batches(), cells, calibration, facts={"dataset": "y"}, out=out)
     out.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="lacks the columns batch_size, images"):
+    with pytest.raises(UserError, match="lacks the columns batch_size, images, reference_top1"):
         measure_granularity_factorial(tiny, batches(), cells, calibration, out=out)
 
 

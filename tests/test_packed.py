@@ -241,3 +241,27 @@ def test_a_student_in_half_precision_has_no_nan():
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     whole, half = student(images), copy.deepcopy(student).half()(images.half())
     assert half.isfinite().all() and (half.argmax(1) == whole.argmax(1)).all()
+
+
+def test_layers_with_one_weight_keep_grids_of_their_own(tmp_path, monkeypatch):
+    class Tied(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.conv3 = nn.Conv2d(4, 4, 3, padding=1)
+            self.conv3.weight = self.conv2.weight
+
+        def forward(self, x):
+            return self.fc(self.conv3(self.relu(self.conv2(self.conv1(x).relu()))).mean((2, 3)))
+
+    monkeypatch.setattr("granq.runs.build_network", lambda *_: Tied())
+    student = granq.quantize_model(Tied(), "foldable", 3, 3)
+    granq.calibrate(student, [images()])
+    save(tmp_path / "s", student, granq.QATConfig(scheme="foldable"))
+    assert torch.equal(granq.load_student(tmp_path / "s").student(images()), student(images()))
+
+
+def test_a_file_of_other_layers_is_one_sentence(tmp_path):
+    student, config = student_of("strict")
+    save(tmp_path / "s", student, config, FACTS | {"network": "resnet56_cifar10"})
+    with pytest.raises(granq.UserError, match="s is of another network: "):
+        granq.load_student(tmp_path / "s")

@@ -183,3 +183,28 @@ def test_the_command(teacher: Path, folder: str, tmp_path: Path, capsys: pytest.
     assert "already exists" in capsys.readouterr().err
     assert main(["report", "--network", "resnet20_cifar10", *given[:-1], str(tmp_path / "name.html")]) == 0
     assert "resnet20_cifar10: granq W3A3" in (tmp_path / "name.html").read_text(encoding="utf-8")
+
+
+def test_a_layer_on_two_inputs_is_no_reason_to_give_up(tmp_path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.conv(self.conv(x).relu()).mean((2, 3)))
+
+    granq.report(Twice(), [images()], out=tmp_path / "r.html", scheme="granq")
+    assert "called on two inputs" in (tmp_path / "r.html").read_text()
+
+
+def test_a_packed_student_is_compared_with_its_teacher(tmp_path, monkeypatch) -> None:
+    """Its own weights are rounded: against them nothing would be lost."""
+    saved, seen, page = granq.load_student("cifar10-strict-w3a3"), [], tmp_path / "r.html"
+    monkeypatch.setattr(granq, "report", lambda model, *_, **how: seen.append((model, how["facts"])) or {})
+    assert main(["report", "cifar10-strict-w3a3", "--images", "2", "--out", str(page)]) == 0
+    model, facts = seen[0]
+    assert facts["teacher"] == "resnet20_cifar10.safetensors"
+    assert max(len(f.unique()) for f in saved.student.output.weight) <= 8 < len(model.output.weight[0].unique())
+    granq.save_packed(tmp_path / "s", saved._replace(facts=saved.facts | {"teacher": "x"}))
+    assert main(["report", str(tmp_path / "s"), "--out", str(page)]) == 2

@@ -506,3 +506,27 @@ def test_names_of_different_networks():
     assert same_network("a/net.py:make", "b/net.py:make") and same_network("resnet18", "resnet18")
     names = ["resnet18", "torchvision:resnet18", "timm:resnet18", "net.py:resnet18", "net.py:other"]
     assert not any(same_network(one, other) for one in names for other in names if one != other)
+
+
+def test_a_run_leaves_the_random_numbers_of_others(tmp_path):
+    """A lesson reads a run that it keeps: what it draws next must not depend on whether it was there."""
+    teacher, before = network(), torch.get_rng_state()
+    train(teacher, SHORT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_that_are_no_numbers_to_train_stay(tmp_path):
+    teacher = network()
+    teacher[0].register_parameter("order", nn.Parameter(torch.arange(3), requires_grad=False))
+    teacher.requires_grad_(False)
+    result = train(teacher, SHORT)
+    assert not result.student.get_submodule("0").order.requires_grad
+    assert result.student.get_submodule("5").weight.requires_grad
+
+
+def test_a_history_that_lacks_its_last_row_gets_it_back(tmp_path):
+    train(network(), SHORT, out=tmp_path)
+    whole = (tmp_path / "history.csv").read_text()
+    (tmp_path / "history.csv").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    train(network(), SHORT, out=tmp_path, resume=True)
+    assert (tmp_path / "history.csv").read_text() == whole

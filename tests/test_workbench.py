@@ -111,3 +111,19 @@ def test_a_network_itself_is_a_teacher(monkeypatch) -> None:
         top1 = [(net.eval()(x).argmax(1) == y).float().mean().item() for x, y in batches(images, shared.spec)]
     assert shared.top1 == pytest.approx(100 * sum(top1) / len(top1)) and shared.facts()["dataset"] == "digits"
     assert net.training is False and shared.teacher is not net
+
+
+def test_own_data_do_not_get_the_teacher_of_the_digits(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        workbench.models, "load_teacher", lambda *given: asked.append(given[2]) or (nn.Identity(), SPEC)
+    )
+    for data in ("cifar10", "digits"):
+        Workbench(data=data, out=tmp_path, device="cpu").teacher  # noqa: B018
+    assert asked[0] is None and asked[1].name == "digits_resnet20.safetensors"
+
+
+def test_a_short_run_on_other_data_is_another_run(bench: Workbench, tiny: nn.Module, monkeypatch) -> None:
+    first = bench._short_run().path
+    monkeypatch.setattr(Workbench, "_loaded", (tiny, SPEC.model_copy(update={"name": "folder:other"})))
+    assert bench._short_run().path != first

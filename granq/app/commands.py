@@ -89,6 +89,7 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
     spec = granq.describe_data(data, network, c.image_size, mean=mean, std=std).fit_classes(saved.spec.classes)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
+    facts["teacher_data"] = Path(saved.facts["data"]).name  # on which its accuracy was measured
     facts |= {"run": str(run), "data": data, "bits": c.bits}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
 

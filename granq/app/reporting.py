@@ -22,7 +22,7 @@ def report(
         run: run folder or packed student; without it --scheme and --bits quantize --network
         out: new file, FILE.html
         network: a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION
-        teacher: checkpoint; without it pretrained weights are downloaded, and a run's student is its own teacher
+        teacher: checkpoint; without it pretrained weights are downloaded, and a run folder's student is its own teacher
         data: test images of digits, cifar10, cifar100, imagenet or folder:PATH; without it, random shapes
         images: how many
         image_size: of a network by name; by default that of its data
@@ -38,6 +38,10 @@ def report(
     if run:
         saved = granq.load_student(run, device, network)
         network, spec, c = network or saved.facts["network"], saved.spec, saved.config
+        if teacher is None and not run.is_dir():  # the weights of a packed student are rounded
+            teacher = Path(granq.models.__file__).with_name("teachers") / str(saved.facts.get("teacher"))
+            if not teacher.is_file():
+                raise granq.UserError(f"{run} holds rounded weights only: pass its full-precision --teacher")
         options |= {"scheme": saved.student}
         facts |= {"quantized": f"{c.scheme} {c.bits}", "student": run.name}
         if data:

@@ -1,5 +1,6 @@
 """Activations in front of a layer: histograms before and after quantization, the error by value, and the steps."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from granq.convert import ActQuantizer, original_weight, weight_quantizer
+from granq.errors import UserError
 from granq.graph import layer_names
 from granq.hooks import Batch
 from granq.integer import IntegerInput, IntegerLayer
@@ -36,7 +38,7 @@ def measure_activation_distortion(
     sums: dict[tuple[str, int, str], Tensor] = {}  # (4, BINS): counts before and after, squared error and signal
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
-        x = running.by_channel(x)
+        x = running.by_channel(x, model.get_submodule(name))
         low, high = ranges.setdefault(name, (x.min().item(), x.max().item()))
 
         def bins(values: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -79,7 +81,8 @@ def measure_activation_samples(
     """
     frames, names = [], running.checked(model, layers)
     found = ((source, call) for source in images for call in running.calls(model, images[source], names))
-    seen = {(name, source): running.by_channel(x).cpu() for source, (name, x, _) in found}
+    called = {name: model.get_submodule(name) for name in names}
+    seen = {(name, source): running.by_channel(x, called[name]).cpu() for source, (name, x, _) in found}
     for name, source in product(names, images):
         spread = np.ptp(seen[name, [*images][-1]].transpose(0, 1).flatten(1).numpy(), 1)  # (C,), of the last source
         live = spread.argsort()[(spread == 0).sum() :]  # constant channels are left out
@@ -106,7 +109,8 @@ def measure_scale_maps(
     granularity, image, channel, scale (the step 1/s, in units of the activation).
     """
     names = running.checked(model, [layers] if isinstance(layers, str) else layers)
-    seen = [(name, running.by_channel(x)) for name, x, _ in running.calls(model, images, names)]
+    found = running.calls(model, images, names)
+    seen = [(name, running.by_channel(x, model.get_submodule(name))) for name, x, _ in found]
     return _scale_maps(seen, bits, granularities, "image")
 
 
@@ -131,6 +135,8 @@ def measure_data_flow(
     low, high (of all pixels of the channel), scale_inv, zero_point, code, value.
     """
     (_, x, _), *_ = running.calls(model, images[:1], running.checked(model, [layer]))
+    if not isinstance(model.get_submodule(layer), nn.Conv2d):
+        raise UserError(f"{layer} is no convolution: what enters it has no channels of pixels")
     x = x.cpu().flatten(2)[..., None]  # (1, C, H * W, 1)
     qparams = choose_qparams(x, bits)
     tensors = [x, *min_max(x, "per_sample_channel"), *qparams, quantize(x, *qparams, bits), fake_quantize(x, bits)]
@@ -154,6 +160,7 @@ def measure_integer_walk(
         (what it computes in floating point), layer; and of the place that the output reaches first: read (the value),
         free and code (before and after the clamp), NaN if there is no place of that shape.
     """
+    student, images = copy.deepcopy(student).cpu(), images.cpu()  # CUDA has no convolution of integers
     (_, x, output), *_ = running.calls(student, images[:1], running.checked(student, [layer]))
     conv = cast(Any, student.get_submodule(layer))
     integer, (scale_inv, zero_point) = IntegerLayer(conv), cast(Any, weight_quantizer(conv)).source.qparams()
@@ -206,7 +213,7 @@ def measure_channel_scales(
     sums, lowest, highest = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
-        x = running.by_channel(x)
+        x = running.by_channel(x, model.get_submodule(name))
         if per_image:  # extremes of the steps; of the values otherwise
             low = high = _steps(x, bits, granularity).double()
             running.merge(sums, name, torch.stack([low.sum(0), torch.full_like(low[0], len(x))]))
@@ -238,7 +245,7 @@ def measure_ranges(model: nn.Module, batches: Iterable[Batch]) -> pd.DataFrame:
         running.merge(highest, key, high.flatten(), torch.maximum)
 
     def visit(name: str, x: Tensor, _: Tensor) -> None:
-        keep(("activations", name), running.by_channel(x), "per_channel")
+        keep(("activations", name), running.by_channel(x, model.get_submodule(name)), "per_channel")
 
     running.run(model, batches, "ranges", names, visit)
     for name in names:

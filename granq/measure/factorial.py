@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from granq.convert import calibrate, quantize_model
+from granq.convert import calibrate, check_copy, quantize_model
 from granq.files import write_csv
+from granq.hooks import images_of
 from granq.measure import running
 from granq.schemes import Scheme
 
@@ -64,17 +65,19 @@ def measure_granularity_factorial(
     Returns:
         Columns weights, activations, ranges, bits, seed, top1 (percent), lost (points below the model on the same
         images), each with the ends ``_low`` and ``_high`` of its 95 % percentile interval (lost: paired by image),
-        images, batch_size (largest), and ``facts``.
+        images, batch_size (largest), reference_top1 (of ``model`` on them), and ``facts``.
     """
     batches = list(batches)
     reference = 100.0 * running.right(model, batches)
-    known = {"images": len(reference), "batch_size": max(len(labels) for _, labels in batches)} | (facts or {})
+    known = {"images": len(reference), "batch_size": max(len(images_of(batch)) for batch in batches)} | (facts or {})
+    known |= {"reference_top1": reference.mean()}
     rows = running.kept_rows(out, known)
     found = {tuple(row[name] for name in Cell._fields) for row in rows}
     for cell in tqdm([c for c in cells if c not in found], desc="factorial", unit="cell", leave=False):
         weights, activations = (None if g == "full" else g for g in cell[:2])
         scheme = dict(weights=weights, activations=activations, tracked=cell.ranges == "static")
         student = quantize_model(model, Scheme.model_validate(scheme), cell.bits, cell.bits)
+        check_copy(student, model, images_of(batches[0])[:2])
         if cell.ranges == "static":
             calibrate(student, calibration(cell.seed))
         with parametrize.cached():

@@ -34,7 +34,8 @@ def measure_synthetic_gap(
         sums: dict[str, Tensor] = {}  # (3 + BINS, C): count, sum, sum of squares, values up to each edge
 
         def visit(name: str, x: Tensor, _: Tensor) -> None:
-            flat = running.by_channel(x).transpose(0, 1).flatten(1).contiguous()  # (C, values)
+            x = running.by_channel(x, model.get_submodule(name))
+            flat = x.transpose(0, 1).flatten(1).contiguous()  # (C, values)
             ordered, values = flat.sort(1).values, flat.double()
             if name not in edges:  # torch.quantile refuses large inputs
                 places = torch.linspace(0, flat.shape[1] - 1, BINS, dtype=torch.float64).round().long()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from granq.convert import calibrate, layer_quantizers, quantize_model
+from granq.convert import calibrate, check_copy, layer_quantizers, quantize_model
 from granq.errors import one_of
 from granq.graph import layer_names, plain_copy
 from granq.hooks import Batch, eval_mode, images_of, watch
@@ -46,7 +46,7 @@ def measure_layer_error(
     """
     for mode in modes:
         one_of("mode", mode, MODES)
-    model = plain_copy(model)  # a convolution that pads itself has another input
+    model, own = plain_copy(model), model  # a convolution that pads itself has another input
     layers = running.checked(model, layers or layer_names(model))
     widths = (bits, bits) if isinstance(bits, int) else bits
     device = next(model.parameters()).device
@@ -57,7 +57,9 @@ def measure_layer_error(
     for scheme in schemes if not students else ():
         students[str(scheme)] = student = quantize_model(model, scheme, *widths)
         calibrate(student, warm)
-    errors = _Errors(students, layers, modes)
+        for image in first:
+            check_copy(student, own, image[:2])
+    errors = _Errors(model, students, layers, modes)
     with parametrize.cached():  # weights are quantized once, not once a batch
         count = running.run(model, chain(first, images), "layer error", layers, errors.visit, errors.run_students)
     tables = [errors.table(False).assign(channel=float("nan")), *([errors.table(True)] if per_channel else [])]
@@ -69,7 +71,10 @@ def measure_layer_error(
 class _Errors:
     """Running sums by (scheme, mode, layer), (4, C): values, and energies of the reference, the output, the error."""
 
-    def __init__(self, students: Mapping[str, nn.Module], layers: Sequence[str], modes: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, students: Mapping[str, nn.Module], layers: Sequence[str], modes: Sequence[str]
+    ) -> None:
+        self.rows = {name for name in layers if isinstance(model.get_submodule(name), nn.Linear)}
         self.students, self.layers, self.modes = students, layers, modes
         self.sums: dict[tuple[str, str, str], Tensor] = {}
         self.clean: dict[str, list[Tensor]] = {}  # full-precision outputs in this batch, for each call of a layer
@@ -79,7 +84,7 @@ class _Errors:
 
     def visit(self, name: str, x: Tensor, out: Tensor) -> None:
         for scheme, student in self.students.items() if "local" in self.modes else ():
-            quantizer = next(self.quantizers[scheme, name])
+            quantizer = next(self.quantizers.get((scheme, name), iter([None])))  # none in a layer of another kind
             self._add(scheme, "local", name, out, student.get_submodule(name)(quantizer(x) if quantizer else x))
         if "accumulated" in self.modes:  # a copy: an in-place ReLU after the layer would change it
             self.clean.setdefault(name, []).append(out.clone())
@@ -96,7 +101,7 @@ class _Errors:
         self.clean.clear()
 
     def _add(self, scheme: str, mode: str, name: str, reference: Tensor, value: Tensor) -> None:
-        energies = [_energy(x) for x in (reference, value, value - reference)]
+        energies = [_energy(x, name in self.rows) for x in (reference, value, value - reference)]
         count = torch.full_like(energies[0], reference.numel() / len(energies[0]))
         running.merge(self.sums, (scheme, mode, name), torch.stack([count, *energies]))
 
@@ -113,9 +118,9 @@ class _Errors:
         return frame.assign(mse=frame.error / frame["count"], sqnr_db=sqnr_db, cosine_similarity=cosine)
 
 
-def _energy(x: Tensor) -> Tensor:
+def _energy(x: Tensor, is_rows: bool) -> Tensor:
     """Sum the squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, then float64."""
-    if x.dim() != 4:
+    if is_rows or x.dim() != 4:
         return running.where_float64_is(x.flatten(0, -2)).double().square().sum(0)
     rows = at_least_float32(x).flatten(2)
     squares = torch.linalg.vecdot(rows, rows)  # dot products: no temporary, and faster than a norm

@@ -37,7 +37,7 @@ def measure_remedies(
         precision input and weight in the first batch: channel_ratio (range of the widest channel to the median one),
         input_range and largest_weight (in standard deviations), levels (in use in a channel of an image), depthwise.
     """
-    scheme, plain = get_scheme(scheme), full_precision(model)
+    scheme, plain = get_scheme(scheme), full_precision(model, batches)
     warm = batches[:1] if calibration is None else calibration
     if isinstance(layers, int):
         alone = measure_sensitivity(model, batches, scheme, bits, kinds=["alone"], parts=["both"], calibration=warm)
@@ -78,7 +78,8 @@ def _causes(model: nn.Module, student: nn.Module, batch: Batch, names: Sequence[
     rows, quantizers = dict[str, dict[str, Any]](), layer_quantizers(student)
     for name, x, _ in running.calls(model, batch, running.checked(model, names)):
         place, weight = quantizers[name].inputs[0], quantizers[name].original
-        channels = running.by_channel(x).transpose(0, 1).flatten(1)
+        layer: Any = model.get_submodule(name)
+        channels = running.by_channel(x, layer).transpose(0, 1).flatten(1)
         spread = channels.amax(1) - channels.amin(1)
         image = torch.atleast_2d((place(x) if place else x)[0]).flatten(1)
         rows[name] = {
@@ -86,6 +87,6 @@ def _causes(model: nn.Module, student: nn.Module, batch: Batch, names: Sequence[
             "input_range": ((x.max() - x.min()) / x.std()).item(),
             "largest_weight": (weight.abs().max() / weight.std()).item(),
             "levels": np.mean([len(channel.unique()) for channel in image]),
-            "depthwise": weight.dim() == 4 and weight.shape[1] == 1,
+            "depthwise": getattr(layer, "groups", 1) > 1 and weight.shape[1] == 1,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer").reset_index()

@@ -6,8 +6,9 @@ a layer* is the tensor that enters it, which is what a quantizer in front of it 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from granq.errors import UserError, one_of
 from granq.graph import layer_names
-from granq.hooks import Batch, eval_mode, images_of, watch
+from granq.hooks import Batch, eval_mode, images_of, labels_of, watch
 
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_channel", "per_sample", "per_sample_channel")
 BINS = 64
@@ -27,7 +28,7 @@ DEAD = 1e-7  # a constant channel has the smallest step there is, 1e-8 / (2^k - 
 @torch.no_grad()
 def run(
     model: nn.Module, batches: Iterable[Batch], text: str, names: Iterable[str] = (),
-    visit: Callable[[str, Tensor, Any], None] = lambda name, x, output: None,
+    visit: Callable[[str, Tensor, Any], Any] = lambda name, x, output: None,
     after: Callable[[Batch, Any], None] = lambda batch, output: None,
 ) -> int:  # fmt: skip
     """Forward every batch in eval mode, on the model's device, and return the number of images.
@@ -35,12 +36,10 @@ def run(
     Every call of a module in ``names`` is a ``visit(name, input, output)``, every batch an ``after(batch, output)``.
     The progress bar says ``text`` if this takes more than two seconds.
     """
-    device, count = next(model.parameters()).device, 0
+    device, count = next(chain(model.parameters(), model.buffers())).device, 0
     with eval_mode(model), watch(model, names, visit):
         for batch in tqdm(batches, desc=text, unit="batch", delay=2, leave=False):
             images = images_of(batch).to(device)
-            if images.dim() != 4:  # such as one image, of a tensor in place of a list of batches
-                raise UserError(f"batches must hold images (N, 3, H, W), got {tuple(images.shape)}")
             after(batch, model(images))
             count += len(images)
     if not count:
@@ -51,17 +50,21 @@ def run(
 def right(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> np.ndarray:
     """Return for every image whether it is classified rightly."""
     hits = list[Tensor]()
-    run(model, batches, "accuracy", after=lambda batch, logits: hits.append(logits.argmax(1).cpu() == batch[1].cpu()))
+
+    def after(batch: Batch, logits: Tensor) -> None:
+        hits.append(logits.argmax(1).cpu() == cast(Tensor, labels_of(batch)).cpu())
+
+    run(model, batches, "accuracy", after=after)
     return torch.cat(hits).numpy()
 
 
 def calls(model: nn.Module, batch: Batch, names: Iterable[str]) -> list[tuple[str, Tensor, Tensor]]:
-    """Return name, input and output of every call of the modules ``names``; later layers do not change them."""
-    found: list[tuple[str, Tensor, Tensor]] = []
-    run(model, [batch], "activations", names, lambda name, x, out: found.append((name, x.clone(), out.clone())))
-    if missing := {*names} - {name for name, *_ in found}:
+    """Return name, input and output of the first call of each of ``names``; later layers do not change them."""
+    found: dict[str, tuple[str, Tensor, Tensor]] = {}
+    run(model, [batch], "activations", names, lambda n, x, out: found.setdefault(n, (n, x.clone(), out.clone())))
+    if missing := {*names} - found.keys():
         raise UserError(f"the forward never calls {', '.join(sorted(missing))}")
-    return found
+    return [*found.values()]
 
 
 def checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
@@ -101,9 +104,9 @@ def where_float64_is(x: Tensor) -> Tensor:
     return x.cpu() if x.device.type == "mps" else x
 
 
-def by_channel(x: Tensor) -> Tensor:
-    """Return (N, C, H, W) and (N, F) as they are, (..., F) as rows (N, F), where they can be summed in float64."""
-    return where_float64_is(x if x.dim() in (2, 4) else x.flatten(0, -2))
+def by_channel(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return what ``layer`` reads, (N, C, H, W), or of a Linear rows (N, F), where it can be summed in float64."""
+    return where_float64_is(x.flatten(0, -2) if isinstance(layer, nn.Linear) or x.dim() != 4 else x)
 
 
 def decibel(signal: Any, noise: Any) -> Any:

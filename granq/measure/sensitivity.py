@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.convert import ActQuantizer, activation_places, calibrate, quantize_model
-from granq.errors import one_of
+from granq.convert import ActQuantizer, activation_places, calibrate, check_copy, quantize_model
+from granq.errors import UserError, one_of
 from granq.files import write_csv
 from granq.graph import calls_of_layers, layer_names
-from granq.hooks import Batch, eval_mode, images_of
+from granq.hooks import Batch, eval_mode, images_of, labels_of
 from granq.measure import running
 from granq.measure.audit import audit
 from granq.plain import LAYERS, module_of
@@ -56,7 +56,6 @@ def measure_sensitivity(
             layer reads what it would read in the full-precision network.
         parts: what is quantized: ``weights``, ``activations`` (by the quantizer in front, for this layer) or ``both``.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
-        facts: provenance, repeated in every row.
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
 
     Returns:
@@ -64,16 +63,17 @@ def measure_sensitivity(
         weights, macs (per image), kl (teacher to student, mean over images, nats), agreement (percent of images with
         the teacher's prediction), sqnr_db (of the logits), with labels top1, lost (points below the teacher, and its
         95 % bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images),
-        kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme.
+        kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme,
+        logit_norm (``out`` must not hold rows of other networks), and ``facts``.
     """
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
-    batches, name = list(batches), type(scheme).__name__ if isinstance(scheme, nn.Module) else str(scheme)
-    known = {"images": running.run(model, batches, "images"), "scheme": name, **(facts or {})}
+    batches = list(batches)
+    known = _known(model, scheme, batches) | (facts or {})
     rows = running.kept_rows(out, known)
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
-    plain, warm = full_precision(model), batches[:1] if calibration is None else calibration
+    plain, warm = full_precision(model, batches), batches[:1] if calibration is None else calibration
     for k in (bits,) if isinstance(bits, int) else bits:
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
@@ -83,9 +83,9 @@ def measure_sensitivity(
             clean = Side(noisy.layers if kind == "patched" else plain, None)
             sides = (clean, noisy) if kind == "alone" else (noisy, clean)
             frame = compare(model, batches, root, *sides, layer_names(model), f"{kind}, {part}", kind == "patched")
-            whole = np.nan if kind == "alone" else frame.kl.iloc[-1]
-            frame = frame[:-1].assign(kind=kind, part=part, bits=k, recovered=1 - frame.kl / whole)
-            rows += sizes.merge(frame).assign(**known).to_dict("records")
+            gone = np.nan if kind == "alone" else 1 - frame.kl / frame.kl.iloc[-1]
+            frame = frame[:-1].assign(kind=kind, part=part, bits=k, recovered=gone, **known)
+            rows += sizes.merge(frame).to_dict("records")
             if out:
                 write_csv(out, pd.DataFrame(rows))
     return pd.DataFrame(rows)
@@ -110,18 +110,20 @@ def _sizes(root: nn.Module, images: Tensor) -> pd.DataFrame:
     return frame[["layer", *_SIZES]].rename(columns=_SIZES)
 
 
-def full_precision(model: nn.Module) -> fx.GraphModule:
-    """Return a copy of ``model`` in which nothing is quantized."""
+def full_precision(model: nn.Module, batches: Sequence[Batch]) -> fx.GraphModule:
+    """Return a copy of ``model`` in which nothing is quantized. Raises UserError if it computes something else."""
     student = quantize_model(model, Scheme(weights=None, activations=None), 8, 8)
+    check_copy(student, model, images_of(batches[0])[:2])
     return student.to(memory_format=torch.channels_last)  # the faster layout
 
 
 def prepare(
-    model: nn.Module, scheme: str | Scheme, bits: tuple[int, int], images: Iterable[Batch], quantile: float = 1.0
+    model: nn.Module, scheme: str | Scheme, bits: tuple[int, int], images: Sequence[Batch], quantile: float = 1.0
 ) -> fx.GraphModule:
     """Return a student whose static ranges, if it has any, are calibrated."""
     student = quantize_model(model, scheme, *bits)
     calibrate(student, images, quantile)
+    check_copy(student, model, images_of(images[0])[:2])
     return student.to(memory_format=torch.channels_last)
 
 
@@ -134,19 +136,19 @@ def compare(
     In each network one layer comes from ``own`` and all others from ``rest``; in the last row, without a layer, all
     do. ``root`` gives the graph. With ``patched`` the layer of ``own`` reads what it reads in ``model``.
     """
-    network, device, labelled = _Mixed(root, rest), next(model.parameters()).device, not isinstance(batches[0], Tensor)
+    network, device, labelled = _Mixed(root, rest), next(model.parameters()).device, labels_of(batches[0]) is not None
     sums, inputs = dict[str, Tensor](), dict[str, list[Tensor]]()
 
     def keep(name: str, x: Tensor, _: Tensor) -> None:
         inputs.setdefault(name, []).append(x.clone())  # a later layer may change it in place
 
     def after(batch: Batch, reference: Tensor) -> None:
-        labels = batch[1].to(device) if labelled else None
+        labels = cast(Tensor, labels_of(batch)).to(device) if labelled else None
         for name, logits in network.outputs(images_of(batch).to(device), own, names, inputs):
-            running.merge(sums, name, _sums(reference, logits, labels))
+            running.merge(sums, name, _sums(_logits(reference), logits, labels))
         inputs.clear()
 
-    with eval_mode(rest.layers), eval_mode(own.layers), parametrize.cached():  # weights are quantized once
+    with eval_mode(root, rest.layers, own.layers), parametrize.cached():  # weights are quantized once
         count = running.run(model, batches, text, names if patched else (), keep, after)
     return pd.DataFrame([{"layer": name} | _metrics(values, count, labelled) for name, values in sums.items()])
 
@@ -204,6 +206,20 @@ class _Mixed(fx.Interpreter):
             layer = side.layers.get_submodule(str(n.target))
             return layer(*args, **kwargs) if clean is None else layer(clean)
         return super().run_node(n)
+
+
+def _known(model: nn.Module, scheme: str | Scheme | nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Return what tells a table from others: the number of images, the scheme, and the norm of all logits."""
+    norms, other = list[float](), [scheme] if isinstance(scheme, nn.Module) else []
+    for network in (model, *other):
+        count = running.run(network, batches, "logits", after=lambda _, y: norms.append(_logits(y).norm().item()))
+    return {"images": count, "scheme": type(scheme).__name__ if other else str(scheme), "logit_norm": sum(norms)}
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        raise UserError("the predictions of a network are compared: it must give logits (N, two classes or more)")
+    return output
 
 
 def _sums(reference: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:

@@ -79,7 +79,7 @@ class Workbench:
     def _loaded(self) -> tuple[nn.Module, DataSpec]:
         if isinstance(given := self._teacher, nn.Module):
             return copy.deepcopy(given).eval().to(self.device), self._described
-        file = models.digits_teacher() if self.name == "quick" and not given else given
+        file = models.digits_teacher() if self.data == "digits" and not given else given
         return models.load_teacher(self.network, self._described, file, self.device)
 
     teacher = property(lambda self: self._loaded[0], doc="The full-precision network in eval mode.")
@@ -154,7 +154,7 @@ class Workbench:
     def _short_run(self) -> RunFolder:
         """Make the run of these settings and this teacher, once: it is kept in ``data_root``."""
         config, drawn = self.config(), list[pd.DataFrame]()
-        run = RunFolder(data_root() / "runs" / fingerprint(config, self.teacher)[:16])
+        run = RunFolder(data_root() / "runs" / fingerprint(config, self.spec, self.teacher)[:16])
 
         def snapshot(game: Game) -> None:
             if game.epoch in self.budget.snapshots:

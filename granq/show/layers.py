@@ -57,7 +57,8 @@ def plot_layer_error(
 
     ``mode`` is ``"local"`` (clean input of every layer) or ``"accumulated"`` (quantized input).
     """
-    rows = select(data[data.channel.isna()] if "channel" in data else data, mode=mode)
+    whole = data[data.channel.isna()] if "channel" in data else data
+    rows = select(whole, mode=mode, weight_bits=None, act_bits=None)
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
     title = f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}"
     ax = _layer_lines(ax, rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING)), "scheme", metric, title)
@@ -69,7 +70,7 @@ def plot_sensitivity(
     ax: Ax = None,
 ) -> Axes:  # fmt: skip
     """Draw ``measure_sensitivity`` over the layers: one line for weights, one for activations and one for both."""
-    rows = select(data, kind=kind, bits=bits)
+    rows = select(data, scheme=None, kind=kind, bits=bits)
     where = {"alone": "this layer alone", "all_but": "all but this layer", "patched": "all, clean input here"}
     title = f"{where[rows.kind.iloc[0]]}, {rows.bits.iloc[0]} bits, n = {rows.images.iloc[0]} images"
     return finish(_layer_lines(ax, rows, "part", metric, title), legend)

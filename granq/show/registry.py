@@ -170,7 +170,7 @@ FIGURES: dict[str, Figure] = {
     "granularity_factorial": Figure(
         "Which choice is worth how much?",
         lambda w: factorial.measure_granularity_factorial(w.teacher, list(w.sample(0, w.budget.images)),
-            factorial.factorial_cells(w.budget.widths), lambda seed: w.synthetic()),
+            factorial.factorial_cells(w.budget.widths), lambda seed: w.synthetic()).assign(seed=w.seed),
         results.plot_granularity_factorial, (6.8, 3.6),
         {"ranges": ("dynamic", "static")}, {"bits": None}, {"sharex": True, "sharey": True}),
     "training_curves": Figure(

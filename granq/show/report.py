@@ -135,10 +135,11 @@ def _logits_and_maps(model: nn.Module, data: list[Batch]) -> tuple[Any, list[str
     outputs, maps = list[Any](), dict[str, int]()
 
     def visit(name: str, x: Tensor, _: Any) -> None:
-        maps[name] = x.dim() == 4 and x[0, 0].numel() > 1
+        linear = isinstance(model.get_submodule(name), nn.Linear)
+        maps[name] = not linear and x.dim() == 4 and x[0, 0].numel() > 1
 
     running.run(model, data, "outputs", layer_names(model), visit, lambda _, output: outputs.append(output))
-    classifies = isinstance(outputs[0], Tensor) and outputs[0].dim() == 2
+    classifies = isinstance(outputs[0], Tensor) and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
     return torch.cat(outputs) if classifies else None, [name for name, is_map in maps.items() if is_map]
 
 
@@ -156,9 +157,9 @@ def _errors(model: nn.Module, data: list[Batch], student: nn.Module, name: str, 
 def _integers(model: nn.Module, data: list[Batch], student: Any, widths: tuple[int, int]) -> str:
     """Say what becomes of the layers of a foldable student, or of the network under scheme foldable."""
     folds = any(place.fold for place in activation_places(student).values())
-    student = student if folds else prepare(model, "foldable", widths, data)
     start = "" if folds else "Nothing, as these scales do not fold. Under scheme foldable: "
     try:
+        student = student if folds else prepare(model, "foldable", widths, data)
         twin = integer_model(copy.deepcopy(student).cpu())
     except UserError as error:
         return start + escape(str(error))

@@ -41,8 +41,9 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
         if data.epoch.nunique() > 40:  # lines are enough
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
-    if warmup.any():
-        until = data.epoch[warmup].max() + 0.5
+    ends = data.epoch.where(warmup, 0).groupby([data[key] for key in (*told, "seed")]).max()
+    if ends.max() == ends.min() > 0:  # all runs have one warm-up
+        until = ends.max() + 0.5
         ax.axvspan(data.epoch.min() - 0.5, until, color="#ececee", zorder=0, label="warm-up: generator alone")
     ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4 if data.epoch.nunique() > 40 else 6))
