@@ -101,7 +101,7 @@ class WeightQuantizer(Quantizer):
 
 
 class ActQuantizer(Quantizer):
-    """Fake quantization of one activation place: (N, C, ...), or rows (..., F) if ``rows``.
+    """Fake quantization of one activation place: rows (..., F) if ``rows``, (N, C, ...) if not; ``None``: unknown.
 
     Tracked ranges are a moving average, which forwards move while ``tracking`` only. They belong to the state dict.
     """
@@ -109,7 +109,7 @@ class ActQuantizer(Quantizer):
     running_min: Tensor
     running_max: Tensor
 
-    def __init__(self, bits: int, scheme: Scheme, rows: bool) -> None:
+    def __init__(self, bits: int, scheme: Scheme, rows: bool | None) -> None:
         super().__init__(bits, scheme.activations, scheme, scheme.fold)
         self.rows, self.tracked, self.tracking, self.quantile = rows, scheme.tracked, False, 1.0
         for name in ("running_min", "running_max") if self.tracked else ():
@@ -126,7 +126,7 @@ class ActQuantizer(Quantizer):
 
     def groups(self, x: Tensor) -> Tensor:
         """Return ``x`` as it is grouped: (N, C, H, W), or (N, C, values, 1) of other maps, or rows (N, F)."""
-        if self.rows or x.dim() < 3:
+        if self.rows or x.dim() < (4 if self.rows is None else 3):
             return x.reshape(-1, x.shape[-1])
         return x if x.dim() == 4 else x.flatten(2)[..., None]
 
@@ -211,13 +211,13 @@ def _quantize_activations(
     places = find_places(graph, student, scheme.places, layers) if scheme.activations else []
     if lacking := {name for name in own if own[name][1]} - {user.target for node in places for user in node.users}:
         raise UserError(f"the scheme has no quantizer directly in front of {min(lacking)}: its activations take 0 bits")
-    for node in places:
+    for node, rows in [(node, is_rows(student, node)) for node in places]:  # of the graph before it has quantizers
         asked = {own[user.target][1]: user.target for user in node.users if user.target in own}
         if len(asked) > 1:
             raise UserError(f"{' and '.join(asked.values())} read one place, which cannot have {set(asked)} bits")
         if width := image_bits if image_bits and is_image(student, node) else next(iter(asked), act_bits):
             name = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
-            quantizers[name] = ActQuantizer(check_bits(width), scheme, is_rows(student, node))
+            quantizers[name] = ActQuantizer(check_bits(width), scheme, rows)
             insert_call(graph, node, f"act_quant.{name}", scheme.places, layers)
 
 
@@ -304,7 +304,8 @@ def check_copy(copied: nn.Module, model: nn.Module, images: Tensor) -> None:
     device = next(model.parameters()).device
     with eval_mode(model, copied), bypassed(copied):
         wanted, got = (network(images.to(device)) for network in (model, copied))
-    if isinstance(wanted, Tensor) and not (got - wanted).abs().max() <= 1e-3 * wanted.abs().max():
+    near = 1e-3 * wanted.nan_to_num(0, 0, 0).abs().max() if isinstance(wanted, Tensor) else 0
+    if isinstance(wanted, Tensor) and not torch.allclose(got, wanted, 0, float(near), equal_nan=True):
         raise UserError(
             f"the copy of {type(model).__name__} computes something else even without quantization: its forward may "
             "change a tensor in place that is read again, ask for the type of a value, or draw random numbers, which "
@@ -324,6 +325,8 @@ def calibrate(
     """
     if not 0.5 < quantile <= 1:
         raise UserError(f"quantile is a share of the values, above 0.5 and up to 1, got {quantile}")
+    if isinstance(batches, Tensor):
+        raise UserError("batches is one tensor, whose parts are single images: pass a list of batches")
     places = [place for place in activation_places(model).values() if place.tracked and place.learned is None]
     for place in places:
         place.running_min = place.running_max = torch.empty(0)

@@ -6,17 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from granq.errors import UserError
-
 Batch = Tensor | Sequence[Tensor]  #: images (N, 3, H, W), or a pair (images, labels)
 
 
 def images_of(batch: Batch) -> Tensor:
-    """Return the images of a batch. Raises UserError unless they are (N, C, H, W), or rows (N, F)."""
-    images = batch if isinstance(batch, Tensor) else batch[0]
-    if images.dim() not in (2, 4):  # such as one image, of a tensor in place of a list of batches
-        raise UserError(f"batches must hold images (N, 3, H, W), got {tuple(images.shape)}")
-    return images
+    """Return the images of a batch."""
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def labels_of(batch: Batch) -> Tensor | None:

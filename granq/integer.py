@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from granq.convert import ActQuantizer, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError, require
 from granq.graph import layer_names, norm_after
-from granq.hooks import eval_mode, watch
+from granq.hooks import watch
 from granq.plain import LAYERS, module_of
 from granq.quantizer import float_codes
 from granq.scaling import Conv, convolve
@@ -122,8 +122,8 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
     dequantizations, rescale and bias. The last row, ``network``, compares inputs of places and logits of student and
     ``integer_model`` in float64, where no value is so close to a rounding tie that the two take different codes.
     """
-    student, images = copy.deepcopy(student).cpu(), images.cpu()  # CUDA has no convolution of integers
-    exact, beyond = copy.deepcopy(student).double().eval(), 0
+    student, images = copy.deepcopy(student).cpu().eval(), images.cpu()  # CUDA has no convolution of integers
+    exact, beyond = copy.deepcopy(student).double(), 0
     networks = exact, integer_model(exact)
     rows, eps = list[tuple[str, int | None, float, int]](), torch.finfo(torch.float32).eps
 
@@ -136,7 +136,7 @@ def measure_integer_agreement(student: fx.GraphModule, images: Tensor) -> pd.Dat
         bound = (layer.weight[0].numel() + 8) * eps * (integer.accumulate(x.abs(), layer.weight.abs()) + bias)
         rows.append((name, int(sums.abs().max()), difference.max().item(), int((difference > bound).sum())))
 
-    with eval_mode(student), watch(student, layer_names(student), compare):
+    with watch(student, layer_names(student), compare):
         student(images)
     for value, own in zip(*(_values(network, images) for network in networks), strict=True):
         difference = (own - value).abs()

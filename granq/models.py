@@ -115,8 +115,8 @@ def load_teacher(
     except RuntimeError as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise UserError(f"{network} gives no logits (N, classes): it is no classifier")
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        raise UserError(f"{network} gives no tensor (N, classes)")
     return model.to(device), spec.fit_classes(logits.shape[1])
 
 

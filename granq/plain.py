@@ -13,6 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -157,13 +159,15 @@ def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def is_rows(root: nn.Module, node: fx.Node) -> bool:
-    """Say whether the last dimension of a value holds its features: a Linear reads it, or made it."""
-    if any(isinstance(module_of(root, user), nn.Linear) for user in node.users):
-        return True
-    while node.all_input_nodes and not ((module := module_of(root, node)) and module.state_dict()):
-        node = node.all_input_nodes[0]
-    return isinstance(module_of(root, node), nn.Linear | nn.LayerNorm)
+def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
+    """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
+    made = node
+    while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
+        made = made.all_input_nodes[0]
+    for layer in (*(module_of(root, user) for user in node.users), module_of(root, made)):
+        if isinstance(layer, nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm):
+            return isinstance(layer, nn.Linear | nn.LayerNorm)
+    return None
 
 
 def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:

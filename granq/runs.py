@@ -60,7 +60,7 @@ class Result:
         return facts | {"test_images": test_images} | settings | versions(resolve_device(c.device))
 
 
-@torch.random.fork_rng()  # what a notebook draws next must not depend on whether a run was made or read
+@torch.random.fork_rng([])  # what a notebook draws next must not depend on whether a run was made or read
 def train(
     teacher: nn.Module, config: QATConfig, *, evaluate: Evaluate | None = None, out: str | Path | None = None,
     resume: bool = False, facts: dict[str, Any] | None = None, generator: nn.Module | None = None,
@@ -223,12 +223,12 @@ class RunFolder:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return the SHA-256 of what tells runs and tables apart: weights of networks, tensors, and settings as text."""
+    """Return the SHA-256 of what tells runs apart: settings, texts, and weights of networks, if there are any."""
     digest = hashlib.sha256()
-    for part in parts:
-        tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part} if isinstance(part, Tensor) else {}
-        digest.update(b"" if tensors else str(part).encode())
-        for name, x in tensors.items():
+    for part in (part for part in parts if part is not None):
+        network = isinstance(part, nn.Module)
+        digest.update(b"" if network else part.encode() if isinstance(part, str) else part.model_dump_json().encode())
+        for name, x in part.state_dict().items() if network else ():
             digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -241,7 +241,7 @@ def test_threads_spin_as_long_as_the_user_says(monkeypatch):
 
 def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
     out = tmp_path / "run"
-    again = [*quantize_args(folder, teacher, out, "granq"), "--epochs", "6", "--resume"]
+    again = [*quantize_args(folder, teacher, out, "granq"), "--epochs", "9", "--resume"]
     command = [sys.executable, "-m", "granq.app.cli", *again[:-1]]
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits deafness to it
     pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listens)
@@ -258,10 +258,10 @@ def test_interrupt_leaves_a_usable_run(folder, teacher, tmp_path, capfd):
     assert process.returncode == 130
     told = "granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume"
     assert said.splitlines()[-1] == told
-    assert 1 <= RunFolder(out).load()["epoch"] < 6
+    assert 1 <= RunFolder(out).load()["epoch"] < 9
     assert main(["evaluate", str(out), "--data", folder, "--device", "cpu"]) == 0
     assert main(again) == 0
-    assert len(pd.read_csv(out / "history.csv")) == 6
+    assert len(pd.read_csv(out / "history.csv")) == 9
 
 
 LACKS_MEAN = '{"config": {"image_size": 8}, "network": "a", "data": "b", "teacher_top1": 1, "spec": {"name": "digits"}}'

@@ -94,7 +94,11 @@ LARGE = [lambda: build_network("resnet20_cifar10", 10), lambda: torchvision.mode
 
 @pytest.mark.parametrize(
     ("make", "bits", "learned"),
-    [*itertools.product(NETWORKS, (3, 8), [False]), *itertools.product(NETWORKS + LARGE, [3], [True])],
+    [
+        *itertools.product(NETWORKS, (3, 8), [False]),
+        *itertools.product(NETWORKS + LARGE, [3], [True]),
+        (LARGE[0], 2, False),
+    ],
 )
 def test_integers_equal_the_fake_quantized_twin(make, bits, learned):
     def draw():

@@ -77,7 +77,7 @@ def test_a_loaded_student_computes_the_same_bits(scheme, learned, tmp_path):
     assert not any(p.requires_grad for p in loaded.student.parameters())
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("strict", 3), ("granq", 2), ("foldable", 5)])
+@pytest.mark.parametrize(("scheme", "bits"), [("strict", 3), ("granq", 2), ("granq", 8), ("foldable", 5)])
 def test_the_file_is_as_large_as_the_audit_says(scheme, bits, tmp_path):
     student, config = student_of(scheme, bits)
     path = tmp_path / "s.safetensors"

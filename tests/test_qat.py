@@ -267,7 +267,7 @@ def test_settings_survive_json():
 # ---- bfloat16
 
 
-@pytest.mark.parametrize("scheme", ["granq", "foldable"])  # dynamic and unclamped, static and folded
+@pytest.mark.parametrize("scheme", ["granq", "layerwise", "foldable"])  # unclamped, one range, folded
 def test_bf16_leaves_weights_ranges_and_losses_in_float32(tiny, scheme):
     losses, seen = {}, []
     for bf16 in (False, True):

@@ -84,12 +84,15 @@ def evaluate(run: Positional[Path], *, data: Data, network: OwnNetwork = "", dev
 
 def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
+    from granq.measure.workbench import dataset_name
+
     saved = granq.load_student(run, device, network)
     c, mean, std = saved.config, saved.spec.mean, saved.spec.std
     spec = granq.describe_data(data, network, c.image_size, mean=mean, std=std).fit_classes(saved.spec.classes)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
-    facts["teacher_data"] = Path(saved.facts["data"]).name  # on which its accuracy was measured
+    if dataset_name(data) != dataset_name(saved.facts.get("data", "")):
+        del facts["teacher_top1"]  # it was measured on other data
     facts |= {"run": str(run), "data": data, "bits": c.bits}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
 
@@ -248,7 +251,7 @@ def figures(
         from_csv: draw again from the CSV files in --out, compute nothing
         budget: quick (digits, minutes) or full (cifar10)
         data: images instead of the budget's, such as folder:PATH
-        teacher: checkpoint; without it quick takes that of the digits
+        teacher: checkpoint; without it the digits have theirs
         run: finished granq quantize runs to show
         out: by default figures, and figures/quick for the quick budget
     """

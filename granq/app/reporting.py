@@ -40,7 +40,7 @@ def report(
         network, spec, c = network or saved.facts["network"], saved.spec, saved.config
         if teacher is None and not run.is_dir():  # the weights of a packed student are rounded
             teacher = Path(granq.models.__file__).with_name("teachers") / str(saved.facts.get("teacher"))
-            if not teacher.is_file():
+            if run.is_file() or not teacher.is_file():  # of a student that comes with granq ours, of others none
                 raise granq.UserError(f"{run} holds rounded weights only: pass its full-precision --teacher")
         options |= {"scheme": saved.student}
         facts |= {"quantized": f"{c.scheme} {c.bits}", "student": run.name}

@@ -84,8 +84,8 @@ def measure_sensitivity(
             sides = (clean, noisy) if kind == "alone" else (noisy, clean)
             frame = compare(model, batches, root, *sides, layer_names(model), f"{kind}, {part}", kind == "patched")
             gone = np.nan if kind == "alone" else 1 - frame.kl / frame.kl.iloc[-1]
-            frame = frame[:-1].assign(kind=kind, part=part, bits=k, recovered=gone, **known)
-            rows += sizes.merge(frame).to_dict("records")
+            frame = frame[:-1].assign(kind=kind, part=part, bits=k, recovered=gone)
+            rows += sizes.merge(frame).assign(**known).to_dict("records")
             if out:
                 write_csv(out, pd.DataFrame(rows))
     return pd.DataFrame(rows)
@@ -97,7 +97,7 @@ def measure_flips(model: nn.Module, other: nn.Module, batches: Sequence[tuple[Te
     Columns label, images, right, right_to_wrong, wrong_to_right (counts; ``right`` are those of ``model``).
     """
     before, after = (running.right(network, batches) for network in (model, other))
-    labels = torch.cat([labels for _, labels in batches]).cpu().numpy()
+    labels = torch.cat([labels.flatten() for _, labels in batches]).cpu().numpy()
     flips = dict(right=before, right_to_wrong=before & ~after, wrong_to_right=after & ~before)
     return pd.DataFrame(dict(label=labels, images=1) | flips).groupby("label", as_index=False).sum()
 
@@ -118,12 +118,11 @@ def full_precision(model: nn.Module, batches: Sequence[Batch]) -> fx.GraphModule
 
 
 def prepare(
-    model: nn.Module, scheme: str | Scheme, bits: tuple[int, int], images: Sequence[Batch], quantile: float = 1.0
+    model: nn.Module, scheme: str | Scheme, bits: tuple[int, int], images: Iterable[Batch], quantile: float = 1.0
 ) -> fx.GraphModule:
     """Return a student whose static ranges, if it has any, are calibrated."""
     student = quantize_model(model, scheme, *bits)
     calibrate(student, images, quantile)
-    check_copy(student, model, images_of(images[0])[:2])
     return student.to(memory_format=torch.channels_last)
 
 
@@ -210,10 +209,15 @@ class _Mixed(fx.Interpreter):
 
 def _known(model: nn.Module, scheme: str | Scheme | nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
     """Return what tells a table from others: the number of images, the scheme, and the norm of all logits."""
-    norms, other = list[float](), [scheme] if isinstance(scheme, nn.Module) else []
+    squares, other = list[float](), [scheme] if isinstance(scheme, nn.Module) else []
+
+    def add(_: Batch, output: Any) -> None:
+        squares.append(_logits(output).norm().item() ** 2)
+
     for network in (model, *other):
-        count = running.run(network, batches, "logits", after=lambda _, y: norms.append(_logits(y).norm().item()))
-    return {"images": count, "scheme": type(scheme).__name__ if other else str(scheme), "logit_norm": sum(norms)}
+        count = running.run(network, batches, "logits", after=add)
+    name = type(scheme).__name__ if other else str(scheme)
+    return {"images": count, "scheme": name, "logit_norm": sum(squares) ** 0.5}
 
 
 def _logits(output: Any) -> Tensor:

@@ -14,7 +14,7 @@ import vl_convert
 from pandas import DataFrame
 from torch import Tensor, nn
 
-from granq.convert import Quantizer, activation_places
+from granq.convert import Quantizer, activation_places, check_copy
 from granq.devices import commit, versions
 from granq.errors import UserError
 from granq.files import save_atomically
@@ -103,6 +103,7 @@ def _measure(
     student: Any = scheme if isinstance(scheme, nn.Module) else None
     if isinstance(scheme, Scheme) and layout is not None:
         student = prepare(model, scheme, widths, data)
+        check_copy(student, model, images_of(data[0])[:2])
     ours = student is not None and any(isinstance(module, Quantizer) for module in student.modules())
     frame = audit(student if ours else model, images_of(data[0])[:2])
     found: dict[str, Any] = summarize_audit(frame) if ours else {}
