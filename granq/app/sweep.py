@@ -93,6 +93,7 @@ def status(out: Path) -> pd.DataFrame:
 
 def execute(job: Job) -> None:
     """Start or continue one run in this process. What keeps it from its end goes to ``NAME.error``."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # runs share the cores; and with another number of threads the last bits may differ
     error = Path(f"{job.out}.error")
     error.unlink(missing_ok=True)
@@ -100,6 +101,8 @@ def execute(job: Job) -> None:
         job.model_copy(update={"resume": job.out.exists()}).run()
     except Exception:
         error.write_text(traceback.format_exc(), encoding="utf-8")
+    finally:
+        torch.set_num_threads(threads)  # a notebook goes on with its own
 
 
 def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[str] = ()) -> pd.DataFrame:
@@ -107,7 +110,7 @@ def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[st
 
     Args:
         out: folder of ``write_plan``; workers on other machines must see it too.
-        jobs: runs at once on this machine, each in a process with one thread.
+        jobs: runs at once on this machine, each with one thread; several have a process each.
         cluster: address of the scheduler of a ``dask.distributed`` cluster, whose workers execute the runs instead.
         networks: those of the plan that are code, ``FILE.py:FUNCTION``: only what is named here is executed.
     """
