@@ -260,13 +260,14 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
     assert redraw_figures([], tmp_path) == ["training_curves"]
     frames["training_curves"].drop(columns="budget").to_csv(tmp_path / "quantizer_latency.csv")
     before = sorted(p.name for p in tmp_path.iterdir())
-    full = Workbench("full", device="cpu", out=tmp_path)
+    full, other = (Workbench(budget, data="cifar10", device="cpu", out=tmp_path) for budget in ("full", "quick"))
     for call, sentence in (
         (lambda: make_figures(["nonsense"], full), "unknown figure 'nonsense'; known: method"),
         (lambda: redraw_figures(["layer_error"], tmp_path), "layer_error.csv does not exist"),
         (lambda: redraw_figures([], tmp_path / "nowhere"), "holds no CSV of a figure"),
         (lambda: make_figures(["training_curves"], full), "measured with another budget"),
-        (lambda: make_figures(["quantizer_latency"], full), "another budget or command"),
+        (lambda: make_figures(["training_curves"], other), "another budget, data"),
+        (lambda: make_figures(["quantizer_latency"], full), "another budget, data or command"),
         (lambda: make_figures(["accuracy_bits"], full), "results_cifar10.csv is missing"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -20,7 +20,7 @@ from granq.convert import quantize_model
 from granq.errors import UserError, one_of
 from granq.files import write_csv
 from granq.measure import activations, allocation, audit, factorial, images, latency, layer_error, sensitivity
-from granq.measure.workbench import Workbench
+from granq.measure.workbench import Workbench, dataset_name
 from granq.models import build_network
 from granq.schemes import SCHEMES
 from granq.show import layers, results
@@ -197,16 +197,17 @@ FIGURES: dict[str, Figure] = {
 def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``workbench.out``, and return their names.
 
-    A CSV of another budget or command such as ``granq bench`` is not overwritten: UserError; without names, left out.
+    A CSV of other data, budget or command (``granq bench``) is not overwritten: UserError; without names, left out.
     """
     out, todo = workbench.out, []
     for name in names or FIGURES:
         one_of("figure", name, FIGURES)
-        path = out / f"{name}.csv"
-        if not path.is_file() or list(pd.read_csv(path, nrows=1).get("budget", [])) == [workbench.name]:
+        path, own = out / f"{name}.csv", {"budget": workbench.name, "dataset": dataset_name(workbench.data)}
+        old = pd.read_csv(path, nrows=1) if path.is_file() else pd.DataFrame([own])
+        if all(list(old.get(key, [])) == [own[key]] for key in own if key == "budget" or FIGURES[name].teacher):
             todo.append(name)
         elif names:
-            raise UserError(f"{path} was measured with another budget or command; choose another --out")
+            raise UserError(f"{path} was measured with another budget, data or command; choose another --out")
     if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo}:
         workbench.results()  # which refuses before anything is measured
     for name in tqdm(todo, desc="figures", unit="figure", leave=False):
