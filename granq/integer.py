@@ -108,7 +108,7 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
                     twin.set_submodule(str(after.target), nn.ModuleDict(dict(norm.named_children())))  # its activation
     twin.delete_all_unused_submodules()
     if left := [name for name, m in twin.named_modules() if isinstance(m, (*LAYERS, _ConvNd, nn.RNNBase))]:
-        raise UserError(f"not in integers, as they are neither Conv2d nor Linear of their own: {', '.join(left)}")
+        raise UserError(f"these layers are not in integers, as only Conv2d and Linear can be: {', '.join(left)}")
     twin.recompile()
     return twin.eval()
 

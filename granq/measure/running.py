@@ -2,7 +2,7 @@
 
 They stream: one batch is in memory at a time, and between batches only sums of fixed size are kept. The *activation of
 a layer* is the tensor that enters it, which is what a quantizer in front of it sees. Its channels are dimension 1 of
-(N, C, H, W), and the features of (N, F) or (N, T, F).
+(N, C, H, W), and the last of what a Linear reads.
 """
 
 from collections.abc import Callable, Iterable, Sequence

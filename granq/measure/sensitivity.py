@@ -56,6 +56,7 @@ def measure_sensitivity(
             layer reads what it would read in the full-precision network.
         parts: what is quantized: ``weights``, ``activations`` (by the quantizer in front, for this layer) or ``both``.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
+        facts: provenance, repeated in every row.
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
 
     Returns:
@@ -64,13 +65,12 @@ def measure_sensitivity(
         the teacher's prediction), sqnr_db (of the logits), with labels top1, lost (points below the teacher, and its
         95 % bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images),
         kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme,
-        logit_norm (``out`` must not hold rows of other networks), and ``facts``.
+        logit_norm (of all logits: ``out`` must not hold rows of other networks).
     """
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
-    batches = list(batches)
-    known = _known(model, scheme, batches) | (facts or {})
+    known = _known(model, scheme, batches := list(batches)) | (facts or {})
     rows = running.kept_rows(out, known)
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     plain, warm = full_precision(model, batches), batches[:1] if calibration is None else calibration
