@@ -282,7 +282,7 @@ def test_damaged_config_is_one_sentence(tmp_path, text, capsys):
 def test_audit_command(tmp_path, capsys):
     assert main("audit --network resnet20_cifar10 --json".split()) == 0
     shown = answer(capsys)
-    assert len(shown["layers"]) == 22 and shown["scheme"] == "granq" and shown["bits"] == "W3A3"
+    assert len(shown["rows"]) == shown["layers"] == 22 and shown["scheme"] == "granq" and shown["bits"] == "W3A3"
     limit = ["--fail-under", "99.9", "--out", str(tmp_path / "audit.csv")]
     assert main(["audit", "--network", "resnet20_cifar10", *limit]) == 1
     assert "fewer than the 99.9 % of --fail-under" in capsys.readouterr().err
@@ -489,4 +489,4 @@ def test_a_teacher_is_audited_at_the_size_of_its_images(own, folder, tmp_path, c
     for given, size in (((), 16), (("--image-size", "8"), 8)):
         assert main([*audit.split(), *given]) == 0
         shown = answer(capsys)
-        assert shown["image_size"] == size and shown["layers"][0]["macs"] == (size - 2) ** 2 * 3 * 4 * 9
+        assert shown["image_size"] == size and shown["rows"][0]["macs"] == (size - 2) ** 2 * 3 * 4 * 9

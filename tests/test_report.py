@@ -129,7 +129,10 @@ def test_without_images_it_draws_shapes_and_leaves_the_random_state(tiny: nn.Mod
         torch.randn(1)
     assert torch.equal(torch.randn(3), torch.randn(5, generator=torch.Generator().set_state(state))[2:])
     assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
-    assert "4, random shapes, seed 0" in (tmp_path / "1.html").read_text(encoding="utf-8")
+    page = (tmp_path / "1.html").read_text(encoding="utf-8")
+    assert "4, random shapes, seed 0" in page and "static ranges" not in page
+    granq.report(tiny, out=tmp_path / "3.html", images=4, image_size=8, scheme="foldable")
+    assert "static ranges" in (tmp_path / "3.html").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_traced_gets_the_rest(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def audit(
     else:
         shown = "layer weight_shape levels weight_sqnr_db input_quantized act_sqnr_db bits_per_weight status"
         print(frame[shown.split()].round(1).to_string(index=False))
-        result["layers"] = _records(frame)
+        result["rows"] = _records(frame)
     if fail_under is not None and result["weights_low_bit"] < fail_under:
         result["failed"] = f"{result['summary']}, fewer than the {fail_under} % of --fail-under"
     return result

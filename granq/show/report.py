@@ -73,6 +73,8 @@ def report(
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     parts, found = _measure(model, data, scheme, widths, told["quantized"])
     told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
+    if isinstance(scheme, Scheme) and scheme.tracked:
+        told["static ranges"] = "of these images: they cut off none of their values, as they would of others"
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
     parts["facts"] = DataFrame(told.items()).to_html(index=False, header=False, border=0, classes="facts")
     parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle())  # type: ignore[call-arg]
