@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from urllib.error import URLError
 
 import pandas as pd
 import pytest
@@ -287,6 +288,16 @@ def test_audit_command(tmp_path, capsys):
     assert main(["audit", "--network", "resnet20_cifar10", *limit]) == 1
     assert "fewer than the 99.9 % of --fail-under" in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path / "audit.csv")) == 22
+
+
+def test_without_a_network_one_line_says_so(monkeypatch, capsys):
+    def offline(*_):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(granq, "build_network", offline)
+    assert main("audit --network resnet20_cifar10".split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("granq: URLError") and "service not known" in line
 
 
 def test_factorial_command(folder, teacher, tmp_path, capsys, monkeypatch):

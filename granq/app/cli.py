@@ -48,7 +48,7 @@ def _later(command: Callable[..., Any]) -> Callable[..., Any]:
     return bind
 
 
-def sentence(error: UserError | ValidationError) -> str:
+def sentence(error: Exception) -> str:
     """Return what was wrong, in one line: of pydantic's list the first, without type and address."""
     text = str(error)
     if isinstance(error, ValidationError):
@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValidationError) as error:
         print(f"granq: {sentence(error)}", file=sys.stderr)
         return 2
+    except OSError as error:  # no network, a full disk, a folder that may not be written
+        print(f"granq: {type(error).__name__}: {sentence(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume", file=sys.stderr)
         return 130
