@@ -265,7 +265,7 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
         (lambda: make_figures(["nonsense"], full), "unknown figure 'nonsense'; known: method"),
         (lambda: redraw_figures(["layer_error"], tmp_path), "layer_error.csv does not exist"),
         (lambda: redraw_figures([], tmp_path / "nowhere"), "holds no CSV of a figure"),
-        (lambda: make_figures(["training_curves"], full), "measured with another budget"),
+        (lambda: make_figures(["training_curves"], full), "of another budget"),
         (lambda: make_figures(["training_curves"], other), "another budget, data"),
         (lambda: make_figures(["quantizer_latency"], full), "another budget, data or command"),
         (lambda: make_figures(["accuracy_bits"], full), "results_cifar10.csv is missing"),
@@ -320,14 +320,17 @@ def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
 def test_what_another_command_measured_is_left_as_it_is(tmp_path, monkeypatch) -> None:
     """``make_figures`` without names measures what it can, and not again what ``granq bench`` took half an hour for."""
     kept, made, shipped = "quantizer_latency", "true_bits", Path(__file__).parents[1] / "figures"
+    joined = "paper_run"
     frame = pd.read_csv(shipped / f"{made}.csv").assign(budget="quick")
     figure = FIGURES[made]._replace(measure=lambda workbench: frame)
-    monkeypatch.setattr(registry, "FIGURES", {kept: FIGURES[kept], made: figure})
+    monkeypatch.setattr(registry, "FIGURES", {kept: FIGURES[kept], joined: FIGURES[joined], made: figure})
     frame.to_csv(tmp_path / f"{made}.csv", index=False)
     pd.read_csv(shipped / f"{kept}.csv").to_csv(tmp_path / f"{kept}.csv", index=False)
-    before = (tmp_path / f"{kept}.csv").read_bytes()
+    own = dict(budget="quick", dataset="digits")
+    pd.DataFrame({"run": ["a", "b"], **own}).to_csv(tmp_path / f"{joined}.csv", index=False)
+    before = [(tmp_path / f"{name}.csv").read_bytes() for name in (kept, joined)]
     assert make_figures([], Workbench(device="cpu", out=tmp_path)) == [made]
-    assert (tmp_path / f"{kept}.csv").read_bytes() == before
+    assert [(tmp_path / f"{name}.csv").read_bytes() for name in (kept, joined)] == before
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_not_averaged() -> None:

@@ -217,6 +217,8 @@ def read_row(table: str | Path, number: str | int) -> dict[str, str]:
 
 def _settings(row: dict[str, str]) -> dict[str, Any]:
     """Return what a row says of its run."""
+    if "data_used" in row:
+        raise UserError(f"this row was trained on {row['data_used']}, which only benchmarks/controls.py repeats")
     settings: dict[str, Any] = {name: row[name] for name in QATConfig.model_fields.keys() - {"device"} if name in row}
     for name in settings.keys() & {"milestones", "layer_bits"}:  # pandas writes tuples, (4,) and (4, 8)
         settings[name] = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", row[name]))

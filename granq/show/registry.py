@@ -197,17 +197,19 @@ FIGURES: dict[str, Figure] = {
 def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``workbench.out``, and return their names.
 
-    A CSV of other data, budget or command (``granq bench``) is not overwritten: UserError; without names, left out.
+    A CSV of other data, budget or command (``granq bench``), or that somebody joined of several runs, is not
+    overwritten: UserError; without names, left out.
     """
     out, todo = workbench.out, []
     for name in names or FIGURES:
         one_of("figure", name, FIGURES)
         path, own = out / f"{name}.csv", {"budget": workbench.name, "dataset": dataset_name(workbench.data)}
-        old = pd.read_csv(path, nrows=1) if path.is_file() else pd.DataFrame([own])
-        if all(list(old.get(key, [])) == [own[key]] for key in own if key == "budget" or FIGURES[name].teacher):
+        old = pd.read_csv(path) if path.is_file() else pd.DataFrame([own])
+        ours = all(list(old.get(key, [])[:1]) == [own[key]] for key in own if key == "budget" or FIGURES[name].teacher)
+        if ours and all(old[key].nunique() < 2 for key in ("run", "commit") if key in old):
             todo.append(name)
         elif names:
-            raise UserError(f"{path} was measured with another budget, data or command; choose another --out")
+            raise UserError(f"{path} is of another budget, data or command, or of several runs; choose another --out")
     if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo}:
         workbench.results()  # which refuses before anything is measured
     for name in tqdm(todo, desc="figures", unit="figure", leave=False):
