@@ -38,7 +38,7 @@ class Quantization(BaseModel):
     weight_bits: Bits = Field(3, description="width of weights")
     act_bits: Bits = Field(3, description="width of activations")
     image_bits: Bits | Literal[0] = Field(
-        0, description="width of the image, such as 6: two passes of a 3-bit first layer; 0: that of activations"
+        0, description="width of the image whatever layer_bits say, such as 6, two passes of 3 bits; 0: as activations"
     )
     layer_bits: dict[str, tuple[Bits | Literal[0], Bits | Literal[0]]] = Field(
         {}, description="widths of single layers, such as conv1 8 8 fc 4 3: weights, activations; 0: full precision"

@@ -88,8 +88,9 @@ def load_teacher(
     """Return a teacher in eval mode, and ``spec`` with the image size, normalization and classes that belong to it.
 
     ``path`` is a safetensors file or ``torch.save`` of a state dict, alone or under one of ``WRAPPERS``; ``None``
-    downloads pretrained weights. Mean and deviation are the user's own, if given; else those in the file; else, where
-    the data have none, those of timm's ``pretrained_cfg``. Raises UserError if the file does not fit.
+    downloads pretrained weights. Mean and deviation are the user's own, if given; else those in the file; else, for
+    folders, ImageNet and downloaded weights, those of timm's ``pretrained_cfg``, whose image size and crop are not
+    taken. Raises UserError if the file does not fit.
     """
     if path is None and ".py:" in network:
         raise UserError(f"{network} names no pretrained weights: pass a teacher file")

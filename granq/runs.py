@@ -94,7 +94,7 @@ def train(
         _run(game, evaluate, after_epoch)
     else:
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
-        identity = fingerprint(config, own, game.teacher, generator)
+        identity = fingerprint(config, own, str((facts or {}).get("spec", "")), game.teacher, generator)
         here = versions(game.device)
         with folder.claimed():
             if resume and (saved := folder.load(identity, game.device)):

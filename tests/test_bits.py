@@ -183,6 +183,10 @@ def test_settings_keep_the_widths_in_every_form(tmp_path: Path) -> None:
     other = jobs.from_arguments([*repeat, "--bits", "4,4"])  # what the user wrote wins
     assert (other.layer_bits, other.auto_bits, other.bits) == ({}, 0.0, "W4A4")
     assert jobs.Job.model_validate_json(job.model_dump_json()) == job  # a line of a sweep
+    by_hand = jobs.from_arguments([*repeat, "--layer-bits", "fc", "8", "8", "--generator", "g"])
+    assert (by_hand.layer_bits, by_hand.auto_bits, by_hand.warmup_epochs) == ({"fc": (8, 8)}, 0.0, 0)
+    with pytest.raises(UserError, match="leave --preset or --from-row out"):
+        jobs.from_arguments([*repeat, "--preset", "paper"])
 
 
 def test_bits_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,6 +280,10 @@ def test_auto_on_a_given_generator_keeps_the_epochs(
     row = json.loads(capsys.readouterr().out)
     assert (row["bits"], row["epochs"], row["generator"]) == ("W2.5A2.5", 3, str(tmp_path / "warm"))
     assert not (tmp_path / "run/warmup").exists()
+    given[1:2] = ["auto:5.0", "--image-bits", "7"]
+    assert main([*small, *given, "--out", str(tmp_path / "image")]) == 0  # the image takes its share of the average
+    row = json.loads(capsys.readouterr().out)
+    assert json.loads(row["layer_bits"])["conv1"][1] == 7 and row["true_bits_per_activation"] <= 5.0
 
 
 def test_budgets_are_measured_before_training(tiny: nn.Module) -> None:

@@ -433,6 +433,8 @@ def test_an_own_network_from_its_images_to_a_repeated_row(own, folder, tmp_path,
     assert main([*evaluate, "--network", own]) == 0
     assert answer(capsys)["top1"] == row["last_top1"]
     assert seen == {((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
+    assert main(["quantize", *said, "--mean", std, "--std", mean, "--out", str(tmp_path / "run"), "--resume"]) == 2
+    assert "other settings" in capsys.readouterr().err
     export = ["export", str(tmp_path / "run"), "--data", folder, "--out", str(tmp_path / "int"), "--json"]
     assert main(export) == 2 and main([*export, "--network", own]) == 0
     assert answer(capsys)["top1"] == row["last_top1"]

@@ -314,7 +314,11 @@ def test_a_run_that_differs_in_more_than_its_scheme_is_a_method_of_its_own():
     assert name(match) == "foldable + match, 120 steps"
     assert name(match | {"warmup_epochs": 1}) == "foldable + match, 60 steps"
     assert name(row | {"warmup_epochs": 2, "recipe": "gdfq"}) == "foldable + untrained"
-    assert name(row | {"preset": "paper", "epochs": 200}) == "foldable + paper, 200 epochs"
+    paper = row | {"preset": "paper", "epochs": 200}
+    assert name(paper) == "foldable + paper, 200 epochs"
+    assert name(paper | {"recipe": "gdfq"}) == "foldable + gdfq + paper, 200 epochs"
+    assert name(match | {"warmup_epochs": 2}) == "foldable + match, untrained"  # its BatchNorm is corrected
+    assert name(match | {"generator_epochs": 1}) == name(match)  # it stops after the warm-up in any case
 
 
 def test_what_another_command_measured_is_left_as_it_is(tmp_path, monkeypatch) -> None:

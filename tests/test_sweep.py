@@ -138,6 +138,11 @@ def test_a_plan_grows_but_never_changes(folder, teacher, tmp_path):
     assert len(sweep.read_plan(tmp_path)) == 2
     with pytest.raises(granq.UserError, match="other settings"):
         planned(tmp_path, folder, teacher, options=TINY.replace("--epochs 2", "--epochs 9"))
+    name = sweep.read_plan(tmp_path)[0].out.name
+    (tmp_path / "of_another_command" / name).mkdir(parents=True)
+    (tmp_path / "of_another_command" / name / "result.json").write_text("{}")
+    with pytest.raises(granq.UserError, match="other settings"):
+        planned(tmp_path / "of_another_command", folder, teacher)
 
 
 def test_command(folder, teacher, tmp_path, capsys):

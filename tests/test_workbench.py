@@ -73,6 +73,17 @@ def test_finished_runs_are_read(bench: Workbench, tiny: nn.Module, tmp_path: Pat
         Workbench(network="resnet18", runs=[tmp_path / "run"])
 
 
+def test_real_images_are_prepared_as_they_were_in_the_run(tiny: nn.Module, tmp_path: Path) -> None:
+    config = QATConfig(**RUN, image_size=8)
+    spec = {"image_size": 8, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    facts = {"network": "resnet20_cifar10", "data": "digits", "spec": spec}
+    train(tiny, config, out=tmp_path / "own", facts=facts)
+    own = Workbench(device="cpu", teacher=tiny, runs=[tmp_path / "own"])
+    assert own.spec.model_dump(include=set(spec)) == spec
+    with pytest.raises(UserError, match="is a run on digits, not on cifar10"):
+        Workbench(device="cpu", data="cifar10", runs=[tmp_path / "own"])
+
+
 def test_accuracy_has_a_row_for_every_scheme_and_seed(bench: Workbench) -> None:
     rows = bench.accuracy
     assert len(rows) == 2 * len(SCHEMES) and set(rows.bits) == {"W2A2"} and set(rows.budget) == {"quick"}

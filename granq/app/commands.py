@@ -93,7 +93,7 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     if dataset_name(data) != dataset_name(saved.facts.get("data", "")):
         del facts["teacher_top1"]  # it was measured on other data
-    facts |= {"run": str(run), "data": data, "bits": c.bits}
+    facts |= {"run": str(run), "data": data, "bits": c.bits, "image_bits": c.image_bits, "layer_bits": c.layer_bits}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
 
 

@@ -103,7 +103,7 @@ class Job(QATConfig, Files):
 
         Without ``--generator`` the warm-up comes first, as a run of its own in the folder.
         """
-        from granq import runs
+        from granq import convert, runs
 
         folder, start = runs.RunFolder(self.out), self.generator or self.out / "warmup"
         with folder.claimed():
@@ -119,7 +119,12 @@ class Job(QATConfig, Files):
             images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
             how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
             how |= {"out": self.out / "sensitivity.csv"}  # what is measured stays so when the run is resumed
-            table = granq.measure_sensitivity(teacher, images, c.scheme, BIT_CHOICES, **how)
+            widths = sorted({*BIT_CHOICES, c.image_bits} - {0})
+            table = granq.measure_sensitivity(teacher, images, c.scheme, widths, **how)
+            if c.image_bits:  # of the image nothing is to be chosen
+                image = convert.image_place(student := granq.quantize_model(teacher, c.scheme, 8, 8))
+                others = [name for name, place in convert.activation_places(student).items() if place is not image]
+                table = table[(table.part == "weights") | (table.bits == c.image_bits) | table.place.isin(others)]
         return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
 
 
@@ -184,14 +189,17 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
     bits = {"auto_bits": 0.0} | parse_bits(asked.pop("bits"), auto=True) if "bits" in asked else {}
     if bits.get("auto_bits") and "layer_bits" in asked:
         raise UserError("--bits auto chooses what --layer-bits gives; leave one of them out")
+    start = {"warmup_epochs": 0} if "generator" in asked else {}
     if "from_row" in asked:
-        row = _settings(read_row(*asked["from_row"])) | ({"layer_bits": {}} | bits if bits else {}) | asked
+        if "preset" in asked:
+            raise UserError("a row has the settings of its own preset; leave --preset or --from-row out")
+        bits = {"layer_bits": {}} | bits if bits else {"auto_bits": 0.0} if "layer_bits" in asked else {}
+        row = _settings(read_row(*asked["from_row"])) | bits | start | asked
         if not row.get("network"):
             raise UserError("the network of this row is code, which runs only if --network names it again")
         return row
     data, network, recipe = asked["data"], asked["network"], asked.get("recipe", "adadfq")
-    settings: dict[str, Any] = {"weight_bits": 3, "act_bits": 3, "recipe": recipe} | bits
-    settings |= {"warmup_epochs": 0} if "generator" in asked else {}
+    settings: dict[str, Any] = {"weight_bits": 3, "act_bits": 3, "recipe": recipe} | bits | start
     settings["image_size"] = granq.describe_data(data, network, asked.get("image_size")).image_size
     settings |= {name: value for name, value in asked.items() if name in QATConfig.model_fields}
     if asked.get("preset") != "paper":

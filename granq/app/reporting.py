@@ -53,6 +53,7 @@ def report(
         spec = granq.describe_data(data or likely_data(network), network, image_size, **given)
     if teacher or not run:
         model, spec = granq.load_teacher(network, spec, teacher, device)
+        spec = spec.model_copy(update={"image_size": image_size or spec.image_size})
     facts |= {"network": Path(network).name, "data": dataset_name(data or "none")}
     facts["teacher"] = teacher.name if teacher else "the student without rounding" if run else "pretrained"
     test: Any = granq.load_split(spec, "test") if data else range(0)

@@ -50,8 +50,9 @@ def write_plan(out: Path, jobs: Iterable[Job]) -> None:
     """Add ``jobs`` to the plan in ``out``. Raises UserError if a run of that name is there with other settings."""
     plan = {job.out.name: job for job in (read_plan(out) if (out / "runs.jsonl").exists() else [])}
     for job in jobs:
-        if plan.setdefault(job.out.name, job) != job:
-            raise UserError(f"{out} plans {job.out.name} with other settings; choose another --out for these")
+        foreign = job.out.name not in plan and (job.out / "result.json").exists()
+        if foreign or plan.setdefault(job.out.name, job) != job:
+            raise UserError(f"{out} has {job.out.name} with other settings; choose another --out for these")
     text = "".join(f"{job.model_dump_json()}\n" for job in plan.values())
     save_atomically(out / "runs.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -69,11 +69,15 @@ class Workbench:
         one_of("budget", budget, BUDGETS)
         self.name, self.budget, self.network, self.seed = budget, BUDGETS[budget], network, seed
         self.data, self.out, self.device = data or self.budget.data, Path(out), resolve_device(device)
-        self._described = describe_data(self.data, network, mean=mean, std=std)
-        self._teacher, self._runs = teacher, [RunFolder(run) for run in runs]
+        self._teacher, self._runs, size = teacher, [RunFolder(run) for run in runs], None
         for run in self._runs:
-            if not same_network(other := str(run.read_config().get("network")), network):
+            if not same_network(other := str((facts := run.read_config()).get("network")), network):
                 raise UserError(f"{run.path} is a run of {other}, not of {network}")
+            if dataset_name(other := facts.get("data", self.data)) != dataset_name(self.data):
+                raise UserError(f"{run.path} is a run on {other}, not on {self.data}")
+            spec = facts.get("spec", {})  # real images are prepared as they were there
+            size, mean, std = size or spec.get("image_size"), mean or spec.get("mean"), std or spec.get("std")
+        self._described = describe_data(self.data, network, size, mean=mean, std=std)
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec]:
@@ -154,7 +158,8 @@ class Workbench:
     def _short_run(self) -> RunFolder:
         """Make the run of these settings and this teacher, once: it is kept in ``data_root``."""
         config, drawn = self.config(), list[pd.DataFrame]()
-        run = RunFolder(data_root() / "runs" / fingerprint(config, self.spec, self.teacher)[:16])
+        identity = fingerprint(config, str(versions(self.device)), self.spec, self.teacher)[:16]
+        run = RunFolder(data_root() / "runs" / identity)
 
         def snapshot(game: Game) -> None:
             if game.epoch in self.budget.snapshots:
@@ -217,11 +222,12 @@ def method_name(row: Mapping[Any, Any]) -> str:
     image_bits, auto, stops = (row.get(name, 0) for name in ("image_bits", "auto_bits", "generator_epochs"))
     by_layer = str(row.get("layer_bits", "")).startswith("{")
     steps = (row["epochs"] - row["warmup_epochs"]) * row["iterations"]
-    recipe = f"paper, {row['epochs']:.0f} epochs" if row.get("preset") == "paper" else row["recipe"]
+    paper = f"paper, {row['epochs']:.0f} epochs" if row.get("preset") == "paper" else ""
     differs = {
-        "untrained": not steps,
-        f"match, {steps:.0f} steps" if match else recipe: recipe != "adadfq" and steps > 0,
-        f"generator stops at {stops:.0f}": stops > 0,
+        "match, untrained" if match else "untrained": not steps,
+        f"match, {steps:.0f} steps" if match else row["recipe"]: row["recipe"] != "adadfq" and steps > 0,
+        paper: paper and steps > 0,
+        f"generator stops at {stops:.0f}": stops > 0 and not match,
         f"image {image_bits:.0f} bits": image_bits > 0,  # NaN where a table has no such column
         f"auto {auto:.1f}" if auto > 0 else "bits by layer": by_layer,
     }
