@@ -117,7 +117,8 @@ def test_the_microscope_rounds_like_the_quantizer(samples: pd.DataFrame, granula
     same(rounded_in(shown), right)
     sqnr = 10 * np.log10((right.x**2).sum() / ((right.x - right.value) ** 2).sum())
     line = next(item["text"] for kind, item in shown if kind == "text" and str(item.get("text")).startswith("SQNR"))
-    assert line.startswith(f"SQNR {sqnr:.1f} dB, {right.code.nunique()} of {2**bits} levels in use")
+    used = f"{right.code.nunique()} of {2**bits} levels in use by {len(part)} values"
+    assert line.startswith(f"SQNR {sqnr:.1f} dB, {used}")
 
 
 def test_ties_go_to_even_as_in_torch() -> None:
@@ -217,6 +218,16 @@ def test_layers_are_ranked_by_the_chosen_scheme(tiny: nn.Module) -> None:
             layer, worst = re.search(r"layer: (\w+)", text)[1], int(re.search(r"worst: (\d+)", text)[1])
             own = inside[(inside.layer == layer) & (inside.scheme == "strict")].set_index("channel").sqnr_db
             assert worst == own.idxmin()
+    # of two widths the first; rows that are in another order keep their layers' places and names together
+    wide = granq.measure_layer_error(tiny, [images()], ["granq"], 8, per_channel=True)
+    spec = granq.layer_explorer(pd.concat([data, wide])).to_dict()
+    assert spec["datasets"] == chart.to_dict()["datasets"]
+    layers, per_channel = [*data.layer.unique()], data.channel.notna()
+    turned = granq.layer_explorer(pd.concat([data[per_channel], data[~per_channel][::-1]])).to_dict()
+    names = str(turned["vconcat"][0]["layer"][0]["encoding"]["x"]["axis"]["labelExpr"])
+    assert re.findall("|".join(layers), names) == layers[::-1]
+    kl = granq.layer_explorer(data.assign(kl=0.1)).to_dict()
+    assert all("metric == 'kl'" in panel["title"]["text"]["expr"] for panel in kl["vconcat"])
 
 
 def test_the_speed_lab_offers_what_was_measured_and_red_is_granq(charts: dict[str, Any]) -> None:
@@ -344,3 +355,7 @@ def test_a_dead_layer_moves_no_name(tiny: nn.Module) -> None:
     shown = granq.measure_images(images, torch.zeros(4, dtype=torch.long), tiny)
     spec = granq.synthetic_against_real(gap, shown.assign(source="real")).to_dict()
     assert "conv2" not in json.dumps(spec["vconcat"][1])
+    ranges = granq.measure_ranges(tiny, [images])
+    shown = marks(granq.range_explorer(ranges), part="activations")
+    heights = [item["y"] for kind, item in shown if kind == "symbol" and "layer: conv1" in item.get("description", "")]
+    assert heights and None not in heights  # a step of zero has no place on a logarithmic axis, and moves no other

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from torch import nn
 
+from granq.convert import quantize_model
 from granq.data import DataSpec
 from granq.errors import UserError
 from granq.generator import Generator
@@ -363,6 +364,28 @@ def test_training_curves_are_one_line_a_run() -> None:
     twice = [history()[:3].assign(run=run) for run in ("whole", "frozen")]
     ax = plot_training_curves(pd.concat(twice, ignore_index=True), ax=plt.figure().gca())
     assert [line.get_label() for line in ax.lines] == ["granq, whole", "granq, frozen"]
+    recipes = [history()[:3].assign(recipe=name) for name in ("match", "adadfq", None)]  # of an older history
+    assert len(plot_training_curves(pd.concat(recipes), ax=plt.figure().gca()).lines) == 3
+
+
+def test_networks_are_not_averaged_and_names_of_users_can_be_told_apart(tiny: nn.Module) -> None:
+    cells = dict(weights="full", activations="full", ranges="none", bits=3)
+    two = pd.DataFrame([cells | dict(network=name, top1=top1) for name, top1 in (("a", 90.0), ("b", 50.0))])
+    assert plot_granularity_factorial(two, ax=plt.figure().gca()).texts[0].get_text() == "90.0"
+    own = {name: quantize_model(tiny, "strict", 3, 3) for name in ("mine", "theirs")}
+    ax = plot_layer_error(measure_layer_error(tiny, batches(), own), ax=plt.figure().gca())
+    assert ax.get_title() == "accumulated: quantized input" and len({line.get_linestyle() for line in ax.lines}) == 2
+    audits = pd.DataFrame(dict(network="a", scheme="strict", weight_bits=3, act_bits=8, true_bits_per_activation=[9]))
+    ax = plot_true_bits(audits, quantity="true_bits_per_activation", ax=plt.figure().gca())
+    assert ax.lines[0].get_xdata()[0] == 8
+
+
+def test_pictures_stand_under_their_label(tiny: nn.Module) -> None:
+    drawn = measure_generated_images(Generator(3, 8), tiny, SPEC, 1)
+    later = pd.concat([drawn.assign(epoch=1), drawn[drawn.label > 0].assign(epoch=2)], ignore_index=True)
+    ax = plot_synthetic_images(later, ax=plt.figure().gca())
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "1", "2"]
+    assert [image.get_extent()[0] for image in ax.images] == [-0.47, 0.53, 1.53, 0.53, 1.53]
 
 
 def test_one_panel_shows_one_layer_granularity_and_width(tiny: nn.Module) -> None:

@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm, Normalize
 from pandas import DataFrame
 
 from granq.measure.running import DEAD
-from granq.show.style import Ax, finish, layer_ticks, plain_log, role, select, short_layer, side_by_side
+from granq.show.style import DASHES, ROLES, Ax, finish, layer_ticks, plain_log, role, select, short_layer, side_by_side
 
 DISTORTION_LABELS = {"distribution": "share of values above", "error": "RMS error"}
 METRIC_LABELS = {"mse": "mean square error", "sqnr_db": "SQNR (dB)", "cosine_similarity": "cosine similarity"}
@@ -60,7 +60,8 @@ def plot_layer_error(
     whole = data[data.channel.isna()] if "channel" in data else data
     rows = select(whole, mode=mode, weight_bits=None, act_bits=None)
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
-    title = f"{where}, W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}"
+    known = rows.weight_bits.iloc[0] + rows.act_bits.iloc[0]  # not of what was quantized before
+    title = where + (f", W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}" if known else "")
     ax = _layer_lines(ax, rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING)), "scheme", metric, title)
     return finish(ax, legend, ncols=2)
 
@@ -70,7 +71,7 @@ def plot_sensitivity(
     ax: Ax = None,
 ) -> Axes:  # fmt: skip
     """Draw ``measure_sensitivity`` over the layers: one line for weights, one for activations and one for both."""
-    rows = select(data, scheme=None, kind=kind, bits=bits)
+    rows = select(data, scheme=None, kind="patched" if metric == "recovered" else kind, bits=bits)
     where = {"alone": "this layer alone", "all_but": "all but this layer", "patched": "all, clean input here"}
     title = f"{where[rows.kind.iloc[0]]}, {rows.bits.iloc[0]} bits, n = {rows.images.iloc[0]} images"
     return finish(_layer_lines(ax, rows, "part", metric, title), legend)
@@ -79,8 +80,9 @@ def plot_sensitivity(
 def _layer_lines(ax: Ax, data: DataFrame, by: str, metric: str, title: str) -> Axes:
     """Draw ``metric`` over the layers, a line for every group ``by``, with its interval where there is one."""
     ax, layers = ax or plt.gca(), list(data.layer.unique())
-    for name, rows in data.groupby(by, sort=False):
+    for i, (name, rows) in enumerate(data.groupby(by, sort=False)):
         x, y, look = rows.layer.map(layers.index), rows[metric], role(str(name)).line
+        look |= {} if name in ROLES else {"linestyle": DASHES[i % 4]}
         if f"{metric}_low" in data:
             ax.errorbar(x, y, (y - rows[f"{metric}_low"], rows[f"{metric}_high"] - y), elinewidth=0.5, **look)
         else:
@@ -151,12 +153,13 @@ def plot_channel_scales(data: DataFrame, *, ax: Ax = None) -> Axes:
 def plot_synthetic_gap(data: DataFrame, *, quantity: str = "ks_distance", legend: bool = True, ax: Ax = None) -> Axes:
     """Draw ``measure_synthetic_gap``: every channel a point, with a bar at each median, by comparison (``pair``)."""
     ax, data = ax or plt.gca(), data if "pair" in data else data.assign(pair="synthetic against real")
+    live = data.variance_real.where(data.variance_real > 0)
     values = {
         "ks_distance": data.ks_distance,
-        "mean": (data.mean_synthetic - data.mean_real).abs() / data.variance_real**0.5,
-        "variance": (data.variance_synthetic / data.variance_real).where(data.variance_synthetic > 0),  # for the log
+        "mean": (data.mean_synthetic - data.mean_real).abs() / live**0.5,
+        "variance": (data.variance_synthetic / live).where(data.variance_synthetic > 0),  # for the log
     }[quantity]
-    _channel_points(ax, data.assign(value=values.where(data.variance_real > 0)), "pair")
+    _channel_points(ax, data.assign(value=values.where(data.variance_real + data.variance_synthetic > 0)), "pair")
     if quantity == "variance":
         plain_log(ax)
     ax.set_ylabel(GAP_LABELS[quantity])

@@ -10,7 +10,7 @@ from pandas import DataFrame, Series
 
 from granq.errors import UserError
 from granq.measure.images import decode_pixels
-from granq.show.style import GREY, Ax, Role, finish, plain_log, role, select, side_by_side
+from granq.show.style import DASHES, GREY, Ax, Role, finish, plain_log, role, select, side_by_side
 
 TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
                    "teacher_top1": "teacher on synthetic\nimages (%)", "diversity": "diversity of images",
@@ -34,10 +34,10 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
     if "run" in data and data.duplicated([*told, "seed", "epoch"]).any():  # they differ in other settings
         told = ["scheme", "run"]
     # the student's loss is measured in the warm-up too, but not yet trained on
-    runs = data[~warmup if quantity == "student_loss" else slice(None)].groupby(told, sort=False)
+    runs = data[~warmup if quantity == "student_loss" else slice(None)].groupby(told, sort=False, dropna=False)
     for i, (names, rows) in enumerate(runs):
         seeds = rows.pivot(index="epoch", columns="seed", values=quantity)
-        look = role(str(names[0]))._replace(label=", ".join(map(str, names)), dash=("-", "--", ":", "-.")[i % 4]).line
+        look = role(str(names[0]))._replace(label=", ".join(map(str, names)), dash=DASHES[i % 4]).line
         if data.epoch.nunique() > 40:  # lines are enough
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
@@ -58,17 +58,19 @@ def plot_synthetic_images(data: DataFrame, *, ax: Ax = None) -> Axes:
     """
     ax = ax or plt.gca()
     keys = [key for key in ("epoch", "sample") if key in data]
-    groups = data[data.label < 10].sort_values("label").groupby(keys)
+    data = data[data.label < 10].sort_values("label")
+    groups, names = data.groupby(keys), dict(zip(data.label, data["name" if "name" in data else "label"], strict=True))
     for y, (_, rows) in enumerate(groups):
-        for x, row in enumerate(rows.to_dict("records")):
+        for row in rows.to_dict("records"):
+            x = [*names].index(row["label"])
             at = (x - 0.47, x + 0.47, 1.3 * y + 0.47, 1.3 * y - 0.47)  # left, right, below, above
             ax.imshow(decode_pixels(row["pixels"], row["size"]), extent=at, interpolation="nearest")
             ax.text(x, 1.3 * y + 0.64, f"{row['confidence']:.0%}", ha="center", va="center", fontsize=6)
-    ax.set_xticks(range(len(rows)), rows["name" if "name" in data else "label"].astype(str), fontsize=6.5)
+    ax.set_xticks(range(len(names)), map(str, names.values()), fontsize=6.5)
     ax.set_yticks([1.3 * y for y in range(len(groups))], [f"{keys[0]} {at[0]}" for at, _ in groups])
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.set_xlabel("below each image: the teacher's probability of the label that was asked for")
-    ax.set(xlim=(-0.5, len(rows) - 0.5), ylim=(1.3 * len(groups) - 0.5, -0.5))
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylim=(1.3 * len(groups) - 0.5, -0.5))
     ax.spines[:].set_visible(False)
     return ax
 
@@ -136,7 +138,7 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
     Rows whose teacher no source states cannot be placed; the title counts them.
     """
     ax = ax or plt.gca()
-    every = select(data, bits=bits)
+    every = select(data.drop(columns=["dataset", "network"], errors="ignore"), bits=bits)
     rows = every.dropna(subset="drop")[::-1]
     for y, row in enumerate(rows.to_dict("records")):
         own = row["kind"] == "measured"
@@ -177,13 +179,15 @@ def plot_granularity_factorial(
 def plot_true_bits(
     data: DataFrame, *, quantity: str = "true_bits_per_weight", legend: bool = True, ax: Ax = None
 ) -> Axes:
-    """Draw the quantities of ``summarize_audit`` by network and scheme; dotted: what ``weight_bits`` promises."""
+    """Draw the quantities of ``summarize_audit`` by network and scheme; dotted: what the nominal bits promise."""
     ax = ax or plt.gca()
     networks = data.network.unique()
     for look, rows, y in side_by_side(data, "scheme", "network", 0.15):
         ax.scatter(rows[quantity], y, s=20, **look.points)
-    promised = data.weight_bits.iloc[0] if quantity.startswith("true_bits") else 100
-    ax.axvline(promised, color=GREY, linestyle=":", zorder=0)
+    nominal = "act_bits" if quantity.endswith("activation") and "act_bits" in data else "weight_bits"
+    promised = data[nominal].unique() if quantity.startswith("true_bits") else [100]
+    for x in promised:
+        ax.axvline(x, color=GREY, linestyle=":", zorder=0)
     ax.set_yticks(range(len(networks)), networks)
     ax.set(ylim=(len(networks) - 0.5, -0.5), xlabel=TRUE_BITS_LABELS[quantity])
     return finish(ax, legend)

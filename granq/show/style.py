@@ -41,6 +41,7 @@ class Role(NamedTuple):
 
 #: petroff6 (arXiv 2107.02270), safe for color-vision deficiencies; tests/test_figures.py computes the distances.
 GREY, BLACK = "#9c9ca1", "#222222"
+DASHES = ("-", "--", ":", "-.")  #: of lines that are no roles
 ROLES = {
     "full precision": Role("full precision", GREY, "s", ":"),
     "layerwise": Role("layerwise", "#5790fc", "o", "--"),
@@ -78,8 +79,11 @@ def role(name: str) -> Role:
 
 
 def select(data: DataFrame, **values: Any) -> DataFrame:
-    """Return the rows with these values; ``None`` means the first that is left. Raises UserError if there is none."""
-    for column, value in values.items():
+    """Return the rows with these values; ``None`` means the first that is left. Raises UserError if there is none.
+
+    Of several datasets and networks, too, the first is taken unless one is named.
+    """
+    for column, value in ({key: None for key in ("dataset", "network") if key in data} | values).items():
         known = data[column].astype(str) if column == "layer" else data[column]  # of a CSV "0" comes back as 0
         value = str(value) if column == "layer" and value is not None else value
         rows = data[known == (known.iloc[0] if value is None else value)]

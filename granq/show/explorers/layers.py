@@ -8,9 +8,12 @@ from pandas import DataFrame
 from granq.show.explorers.base import TEXT, WIDTH, color, finish, layer_axis, menu, pack, pick_layer, short
 from granq.show.explorers.network import network_panel
 from granq.show.layers import METRIC_LABELS, SENSITIVITY_LABELS, SQNR_CEILING
+from granq.show.style import select
 
 KEYS, METRICS, LOOSE = ["layer", "scheme", "mode"], [*METRIC_LABELS], alt.Scale(nice=False, zero=False, padding=8)
 LABELS = METRIC_LABELS | {"kl": SENSITIVITY_LABELS["kl"] + ", this layer alone"}
+ABOVE = f"{LABELS}[metric] + (metric == 'kl' ? '' : ', ' + mode)"  # titles; KL has no mode, and no channels
+INSIDE = f"{LABELS}[metric == 'kl' ? 'sqnr_db' : metric] + ', ' + mode"
 
 
 def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VConcatChart:
@@ -19,7 +22,8 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     A click chooses a layer, so does the list. One scheme is compared with another or with all. A column ``kl`` of
     ``measure_sensitivity`` is one metric more, of layers only; with a ``network_layout`` the network is drawn too.
     """
-    data = data.assign(sqnr_db=data.sqnr_db.clip(upper=SQNR_CEILING), layer=data.layer.astype(str))
+    data = select(data.astype({"layer": str}), weight_bits=None, act_bits=None)
+    data["sqnr_db"] = data.sqnr_db.clip(upper=SQNR_CEILING)
     schemes = data.scheme.unique().tolist()
     metrics = [*METRICS, *data.columns.intersection(["kl"])]
     controls = [
@@ -36,7 +40,7 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     looks = alt.Scale(domain=schemes, range=[color(name) for name in schemes])
     scheme = alt.Color("scheme:N", title=None, scale=looks, legend=alt.Legend(orient="top"))
 
-    def panel(chart: Any, x: alt.X, height: int, hover: str, *below: Any) -> Any:
+    def panel(chart: Any, x: alt.X, height: int, hover: str, title: str, *below: Any) -> Any:
         y = alt.Y("value:Q", title=None, scale=LOOSE)
         shown = chart.transform_filter("datum.scheme == scheme || pinned == 'all' || datum.scheme == pinned")
         shape, told = alt.Shape("scheme:N", title=None, scale=alt.Scale(domain=schemes)), ["layer:N", "scheme:N", hover]
@@ -45,20 +49,20 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
         fixed = chart.mark_point(opacity=0, aria=False).encode(x, y)  # the axes stay when schemes are chosen
         wide = alt.condition("datum.scheme == scheme", alt.value(2.5), alt.value(1))
         lines = shown.mark_line().encode(x, y, scheme, strokeWidth=wide)
-        return alt.layer(fixed, lines, *below, dots).properties(width=WIDTH, height=height)
+        said = alt.Title(alt.expr(title), fontWeight="normal")
+        return alt.layer(fixed, lines, *below, dots).properties(width=WIDTH, height=height, title=said)
 
     every = _placed(rows)
-    x = alt.X("place:Q", title=None, axis=layer_axis(data.layer, "order == 'depth'"), scale=LOOSE)
+    x = alt.X("place:Q", title=None, axis=layer_axis(rows.layer, "order == 'depth'"), scale=LOOSE)
     here = every.transform_filter(pick).mark_rule(strokeDash=[3, 3], opacity=0.5).encode(x)
-    said = alt.Title(alt.expr(f"{LABELS}[metric] + ', ' + mode"), fontWeight="normal")
     packed = pack(short(inside[[*KEYS, "channel", *METRICS]], METRICS), KEYS, ["channel", *METRICS])
     own = alt.Chart(packed).transform_filter(pick).transform_flatten(["channel", *METRICS])
     own = _values(own, "(metric == 'kl' ? 'sqnr_db' : metric)")
     own = own.transform_window(rank="row_number()", sort=[alt.SortField("bad")], groupby=["scheme"])
     ranks = alt.X("rank:Q", title="output channels of the chosen layer, worst first", scale=LOOSE,
                   axis=alt.Axis(tickMinStep=1, format="d"))  # fmt: skip
-    above = panel(every, x, 190, "worst:Q", here.add_params(pick)).properties(title=said)
-    panels = [above, panel(own, ranks, 140, "channel:Q")]
+    above = panel(every, x, 190, "worst:Q", ABOVE, here.add_params(pick))
+    panels = [above, panel(own, ranks, 140, "channel:Q", INSIDE)]
     chart = alt.vconcat(*panels) if layout is None else _under_graph(panels, rows, layout, pick)
     told = "The error of every layer under several schemes, and below it that of the channels of one layer."
     return finish(chart, "Which layer is guilty?", told, *controls)
@@ -77,7 +81,7 @@ def _values(chart: alt.Chart, metric: str = "metric") -> alt.Chart:
     """Keep the chosen mode; add the chosen metric as ``value``, and ``bad``, which is lowest for the worst."""
     chart = chart.transform_filter("datum.mode == mode").transform_calculate(value=f"datum[{metric}]")
     small = f"indexof(['mse', 'kl'], {metric}) >= 0"
-    return chart.transform_calculate(bad=f"{small} ? -log(max(datum.value, 1e-30)) : datum.value")
+    return chart.transform_calculate(bad=f"{small} ? -log(max(datum.value, 1e-9)) : datum.value")
 
 
 def _placed(rows: DataFrame) -> alt.Chart:

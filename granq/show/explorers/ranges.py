@@ -22,7 +22,7 @@ def range_explorer(data: DataFrame) -> alt.VConcatChart:
     rows["place"] = rows.layer.map({name: i for i, name in enumerate(data.layer.unique(), 1)})
     shown: Any = alt.Chart(short(rows.assign(whole=rows.high - rows.low), ENDS)).transform_filter("datum.part == part")
     for name in ENDS[4:]:
-        shown = shown.transform_calculate(**{name: f"datum.{name} / (pow(2, bits) - 1)"})
+        shown = shown.transform_calculate(**{name: f"datum.{name} > 0 ? datum.{name} / (pow(2, bits) - 1) : null"})
     loose = alt.Scale(nice=False, zero=False, padding=8)
     x = alt.X("place:Q", title=None, axis=layer_axis(data.layer), scale=loose)
 

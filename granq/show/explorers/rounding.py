@@ -12,7 +12,7 @@ from granq.measure.running import ACTIVATION_GRANULARITIES as GRANULARITIES
 from granq.measure.running import DEAD
 from granq.quantizer import fake_quantize_with, qparams_from_range
 from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, menu, pack, quantized, short, slider
-from granq.show.style import GREY, role, short_layer
+from granq.show.style import GREY, role, select, short_layer
 
 HOVER = [alt.Tooltip("x:Q", format=".4f"), alt.Tooltip("code:Q"), alt.Tooltip("value:Q", format=".4f")]
 
@@ -72,10 +72,11 @@ def _quality(points: Any) -> Any:
     """Return a line of text: SQNR, levels in use and step of what is shown."""
     said = (
         "'SQNR ' + (datum.noise > 0 ? format(10 * log(datum.signal / datum.noise) / LN10, '.1f') + ' dB' : 'infinite')"
-        " + ', ' + datum.used + ' of ' + pow(2, bits) + ' levels in use, step ' + format(1 / datum.s, '.3~g')"
+        " + ', ' + datum.used + ' of ' + pow(2, bits) + ' levels in use by ' + datum.n + ' values'"
+        " + ', step ' + format(1 / datum.s, '.3~g')"
     )
     points = points.transform_calculate(noise="pow(datum.x - datum.value, 2)", signal="pow(datum.x, 2)")
-    sums = dict(noise="sum(noise)", signal="sum(signal)", used="distinct(code)", s="max(s)")
+    sums = dict(noise="sum(noise)", signal="sum(signal)", used="distinct(code)", s="max(s)", n="count()")
     text = points.transform_aggregate(**sums).transform_calculate(text=said).mark_text(align="left", fontSize=12)
     return text.encode(text="text:N", x=alt.value(-36), y=alt.value(6)).properties(width=WIDTH, height=12)
 
@@ -171,6 +172,7 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
 
     It opens where the steps differ most: the layer, and the row of its finest map.
     """
+    data = select(data, bits=None)
     data = data.assign(layer=data.layer.astype(str))  # "0" of a Sequential comes back from a CSV as a number
     one, finest = "filter" if "filter" in data else "image", data.granularity.iloc[-1]
     names = {name: role(name).label.replace("_", " ") for name in data.granularity.unique()}

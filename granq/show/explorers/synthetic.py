@@ -49,7 +49,7 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
 
 def _strip(images: DataFrame) -> alt.Chart:
     """Return the first ten labels as columns of pictures, a row for each source."""
-    rows = images[images.label < 10]
+    rows = images[images.label < 10].drop_duplicates(["source", "label"])
     rows = rows.assign(picture=[data_url(row) for row in rows.to_dict("records")]).drop(columns="pixels")
     hover = ["source:N", "label:O", "predicted:O", alt.Tooltip("confidence:Q", format=".0%")]
     plain = alt.Axis(labelAngle=0, ticks=False, domain=False, title=None)
