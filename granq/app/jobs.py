@@ -194,7 +194,8 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
         if "preset" in asked:
             raise UserError("a row has the settings of its own preset; leave --preset or --from-row out")
         bits = {"layer_bits": {}} | bits if bits else {"auto_bits": 0.0} if "layer_bits" in asked else {}
-        row = _settings(read_row(*asked["from_row"])) | bits | start | asked
+        row = _settings(read_row(*asked["from_row"]))
+        row |= bits | ({} if "generator" in row else start) | asked
         if not row.get("network"):
             raise UserError("the network of this row is code, which runs only if --network names it again")
         return row
