@@ -94,7 +94,10 @@ def train(
         _run(game, evaluate, after_epoch)
     else:
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
-        identity = fingerprint(config, own, str((facts or {}).get("spec", "")), game.teacher, generator)
+        spec = (facts or {}).get("spec", {})
+        data = str(spec.get("name", "")).removeprefix("folder:").rpartition("/")[2]  # which may lie elsewhere today
+        images = str([data, *(spec.get(key) for key in ("classes", "image_size", "mean", "std"))])
+        identity = fingerprint(config, own, images, game.teacher, generator)
         here = versions(game.device)
         with folder.claimed():
             if resume and (saved := folder.load(identity, game.device)):

@@ -333,6 +333,8 @@ def test_what_another_command_measured_is_left_as_it_is(tmp_path, monkeypatch) -
     pd.read_csv(shipped / f"{kept}.csv").to_csv(tmp_path / f"{kept}.csv", index=False)
     own = dict(budget="quick", dataset="digits")
     pd.DataFrame({"run": ["a", "b"], **own}).to_csv(tmp_path / f"{joined}.csv", index=False)
+    with pytest.raises(UserError, match="of several runs"):
+        make_figures([joined], Workbench(device="cpu", out=tmp_path))
     before = [(tmp_path / f"{name}.csv").read_bytes() for name in (kept, joined)]
     assert make_figures([], Workbench(device="cpu", out=tmp_path)) == [made]
     assert [(tmp_path / f"{name}.csv").read_bytes() for name in (kept, joined)] == before

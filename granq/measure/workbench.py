@@ -69,14 +69,15 @@ class Workbench:
         one_of("budget", budget, BUDGETS)
         self.name, self.budget, self.network, self.seed = budget, BUDGETS[budget], network, seed
         self.data, self.out, self.device = data or self.budget.data, Path(out), resolve_device(device)
-        self._teacher, self._runs, size = teacher, [RunFolder(run) for run in runs], None
-        for run in self._runs:
+        self._teacher, self.runs, size = teacher, [RunFolder(run) for run in runs], None
+        for run in self.runs:
             if not same_network(other := str((facts := run.read_config()).get("network")), network):
                 raise UserError(f"{run.path} is a run of {other}, not of {network}")
             if dataset_name(other := facts.get("data", self.data)) != dataset_name(self.data):
                 raise UserError(f"{run.path} is a run on {other}, not on {self.data}")
             spec = facts.get("spec", {})  # real images are prepared as they were there
-            size, mean, std = size or spec.get("image_size"), mean or spec.get("mean"), std or spec.get("std")
+            size = size or spec.get("image_size")
+            mean, std = (spec.get("mean"), spec.get("std")) if mean is None and std is None else (mean, std)
         self._described = describe_data(self.data, network, size, mean=mean, std=std)
 
     @cached_property
@@ -137,7 +138,7 @@ class Workbench:
     @cached_property
     def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
         """Generator, history and generated images over training, of the given runs or of a short one made here."""
-        runs, histories = self._runs or [self._short_run()], []
+        runs, histories = self.runs or [self._short_run()], []
         generator = load_generator(runs[0].path, self.device).train()
         for run in runs:
             c = (facts := run.read_config())["config"]

@@ -71,7 +71,8 @@ def plot_sensitivity(
     ax: Ax = None,
 ) -> Axes:  # fmt: skip
     """Draw ``measure_sensitivity`` over the layers: one line for weights, one for activations and one for both."""
-    rows = select(data if kind else data.dropna(subset=metric), scheme=None, kind=kind, bits=bits)
+    kind = kind or next(iter(data.kind[data[metric].notna()]), None)
+    rows = select(data, scheme=None, kind=kind, bits=bits)
     where = {"alone": "this layer alone", "all_but": "all but this layer", "patched": "all, clean input here"}
     title = f"{where[rows.kind.iloc[0]]}, {rows.bits.iloc[0]} bits, n = {rows.images.iloc[0]} images"
     return finish(_layer_lines(ax, rows, "part", metric, title), legend)

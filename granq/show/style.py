@@ -83,7 +83,8 @@ def select(data: DataFrame, **values: Any) -> DataFrame:
 
     Of several datasets and networks, too, the first is taken unless one is named.
     """
-    for column, value in ({key: None for key in ("dataset", "network") if key in data} | values).items():
+    named = {key: None for key in ("dataset", "network") if key in data and data[key].notna().all()}
+    for column, value in (named | values).items():
         known = data[column].astype(str) if column == "layer" else data[column]  # of a CSV "0" comes back as 0
         value = str(value) if column == "layer" and value is not None else value
         rows = data[known == (known.iloc[0] if value is None else value)]
