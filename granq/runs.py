@@ -95,7 +95,7 @@ def train(
     else:
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
         spec = (facts or {}).get("spec", {})
-        data = str(spec.get("name", "")).removeprefix("folder:").rpartition("/")[2]  # which may lie elsewhere today
+        data = str(spec.get("name", "")).removeprefix("folder:").rpartition("/")[2]  # wherever they lie today
         images = str([data, *(spec.get(key) for key in ("classes", "image_size", "mean", "std"))])
         identity = fingerprint(config, own, images, game.teacher, generator)
         here = versions(game.device)
@@ -221,7 +221,7 @@ class RunFolder:
             return None
         state = read_checkpoint(self.checkpoint, device)
         if identity and state.get("fingerprint") != identity:
-            raise UserError(f"{self.path} belongs to another teacher or other settings")
+            raise UserError(f"{self.path} belongs to another teacher or other settings or images")
         return state
 
 

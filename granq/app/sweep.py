@@ -52,7 +52,7 @@ def write_plan(out: Path, jobs: Iterable[Job]) -> None:
     for job in jobs:
         foreign = job.out.name not in plan and (job.out / "result.json").exists()
         if foreign or plan.setdefault(job.out.name, job) != job:
-            raise UserError(f"{out} has {job.out.name} with other settings; choose another --out for these")
+            raise UserError(f"{out} has {job.out.name} of another command or with other settings; choose another --out")
     text = "".join(f"{job.model_dump_json()}\n" for job in plan.values())
     save_atomically(out / "runs.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -60,7 +60,7 @@ def plot_layer_error(
     whole = data[data.channel.isna()] if "channel" in data else data
     rows = select(whole, mode=mode, weight_bits=None, act_bits=None)
     where = "local: clean input" if mode == "local" else "accumulated: quantized input"
-    known = rows.weight_bits.iloc[0] + rows.act_bits.iloc[0]  # not of what was quantized before
+    known = rows.weight_bits.iloc[0] + rows.act_bits.iloc[0]  # 0 of what was quantized before
     title = where + (f", W{rows.weight_bits.iloc[0]}A{rows.act_bits.iloc[0]}" if known else "")
     ax = _layer_lines(ax, rows.assign(sqnr_db=rows.sqnr_db.clip(upper=SQNR_CEILING)), "scheme", metric, title)
     return finish(ax, legend, ncols=2)

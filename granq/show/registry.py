@@ -197,7 +197,7 @@ FIGURES: dict[str, Figure] = {
 def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``workbench.out``, and return their names.
 
-    A CSV of other data, budget or command (``granq bench``), or that somebody joined of several runs, is not
+    A CSV of other data, budget or command (``granq bench``), or of runs that are not the workbench's, is not
     overwritten: UserError; without names, left out.
     """
     out, todo = workbench.out, []

@@ -74,7 +74,7 @@ def report(
     parts, found = _measure(model, data, scheme, widths, told["quantized"])
     told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
     if isinstance(scheme, Scheme) and scheme.tracked:
-        told["static ranges"] = "of these images: they cut off none of their values, as they would of others"
+        told["static ranges"] = "set on these images, of which they cut off nothing"
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
     parts["facts"] = DataFrame(told.items()).to_html(index=False, header=False, border=0, classes="facts")
     parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle())  # type: ignore[call-arg]
