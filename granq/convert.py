@@ -20,7 +20,7 @@ from granq.graph import calls_of_layers, find_places, insert_call, is_image, lay
 from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.plain import LAYERS, is_plain, is_rows, module_of
 from granq.quantizer import QParams, at_least_float32, fake_quantize_with, float_codes, min_max, qparams_from_range
-from granq.ranges import LearnedSteps, fake_quantize_learned, quantile_range
+from granq.ranges import LearnedSteps, best_quantile, fake_quantize_learned, quantile_range
 from granq.schemes import Scheme, check_bits, get_scheme
 
 MOMENTUM = 0.9  # of tracked ranges
@@ -111,7 +111,8 @@ class ActQuantizer(Quantizer):
 
     def __init__(self, bits: int, scheme: Scheme, rows: bool | None) -> None:
         super().__init__(bits, scheme.activations, scheme, scheme.fold)
-        self.rows, self.tracked, self.tracking, self.quantile = rows, scheme.tracked, False, 1.0
+        self.rows, self.tracked, self.tracking = rows, scheme.tracked, False
+        self.quantile: float | None = 1.0
         for name in ("running_min", "running_max") if self.tracked else ():
             self.register_buffer(name, torch.empty(0))
 
@@ -136,8 +137,8 @@ class ActQuantizer(Quantizer):
         return self.tracked and bool(self.running_min.numel())
 
     def _observe(self, x: Tensor) -> None:
-        whole = self.quantile == 1
-        found = min_max(x, self.granularity) if whole else quantile_range(x, self.granularity, self.quantile)
+        share = best_quantile(self.bits) if self.quantile is None else self.quantile
+        found = min_max(x, self.granularity) if share == 1 else quantile_range(x, self.granularity, share)
         low, high = map(at_least_float32, found)
         if self.seen:
             low = self.running_min.lerp(low, 1 - MOMENTUM)
@@ -315,15 +316,16 @@ def check_copy(copied: nn.Module, model: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Batch], quantile: float = 1.0, *, full_precision: bool = False
+    model: nn.Module, batches: Iterable[Batch], quantile: float | None = 1.0, *, full_precision: bool = False
 ) -> None:
     """Set the static activation ranges of ``model`` to a moving average over batches; learned ones stay.
 
     Batches are images (N, 3, H, W) or pairs (images, labels). ``quantile`` is the share of the values inside the range
-    (``ranges.quantile_range``), 1 for the extremes. With ``full_precision`` the ranges are those of the network without
-    quantization, to which ``reestimate_batchnorm`` brings activations back.
+    (``ranges.quantile_range``), 1 for the extremes; ``None``: the best for its bits (``ranges.best_quantile``). With
+    ``full_precision`` the ranges are those of the network without quantization, to which ``reestimate_batchnorm``
+    brings activations back.
     """
-    if not 0.5 < quantile <= 1:
+    if quantile is not None and not 0.5 < quantile <= 1:
         raise UserError(f"quantile is a share of the values, above 0.5 and up to 1, got {quantile}")
     if isinstance(batches, Tensor):
         raise UserError("batches is one tensor, whose parts are single images: pass a list of batches")

@@ -28,7 +28,6 @@ from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps
 from granq.schemes import get_scheme
 
-QUANTILE = 0.99  # share of the values inside static ranges
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
 CONSTANT = 1e-10  # variance of a channel over its squared mean, up to which it is but rounding errors
 NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
@@ -65,14 +64,15 @@ class Match(GDFQ):
             self.refined = refined_images(game)
         images, labels = self.refined
         chosen = torch.randint(0, len(images), (self.config.batch_size,), device=images.device)
-        return vary(images[chosen], SPREAD / 2), labels[chosen]
+        drawn = vary(images[chosen], SPREAD / 2)  # beyond black and white only the teacher would see something
+        return drawn.clamp(*game.pixels) if game.pixels else drawn, labels[chosen]
 
     def prepare(self, game: Game) -> None:
         """Set static ranges without their outermost values, undo the shift of BatchNorm, and make steps learnable."""
         scheme, student = get_scheme(self.config.scheme), game.student
         if scheme.tracked:  # of the teacher's values, to which the re-estimated BatchNorm brings the student's back
             batches = [self.draw(game)[0] for _ in range(CALIBRATION)]
-            calibrate(student, batches, QUANTILE, full_precision=True)
+            calibrate(student, batches, None, full_precision=True)
             if self.config.image_bits and game.pixels:  # with bits to spare nothing needs to be cut off
                 set_image_range(student, *game.pixels)
         images = torch.cat([self.draw(game)[0] for _ in range(REESTIMATION)])
@@ -111,29 +111,34 @@ def refined_images(game: Game) -> tuple[Tensor, Tensor]:
                 smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
                 images = vary((images + smooth) / 2, SPREAD)  # as smooth as photographs are, in different light
             with game.autocast():
-                batches.append((refine(game.teacher, images, labels), labels))
+                batches.append((refine(game.teacher, images, labels, pixels=game.pixels), labels))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
 @torch.enable_grad()
-def refine(teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, lr: float = 0.03) -> Tensor:
+def refine(
+    teacher: nn.Module, images: Tensor, labels: Tensor, steps: int = 25, lr: float = 0.03,
+    pixels: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Move the pixels of generated images toward the teacher's BatchNorm statistics, and toward their labels.
 
     A generator matches the statistics on average; pixels match them in this batch, as the distilled data of ZeroQ (Cai
     et al., CVPR 2020) and DeepInversion (Yin et al., CVPR 2020). Images are (N, 3, H, W) and stay as they are, labels
-    (N,); ``lr`` of Adam is in units of the images.
+    (N,); ``lr`` of Adam is in units of the images. ``pixels``, black and white (1, 3, 1, 1), are what they stay within.
     """
-    pixels = images.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([pixels], lr)
+    moved = images.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([moved], lr)
     for _ in range(steps):
         with eval_mode(teacher), batchnorm_inputs(teacher) as norms:
             # a copy: autocast takes a leaf for a weight, and would keep the first step's pixels in its cache
-            logits = teacher(pixels.clone())
+            logits = teacher(moved.clone())
         loss = batchnorm_loss(norms) + REFINED_LABELS * F.cross_entropy(logits, labels)
-        (pixels.grad,) = torch.autograd.grad(loss, pixels)
+        (moved.grad,) = torch.autograd.grad(loss, moved)
         optimizer.step()
-    return pixels.detach()
+        if pixels:
+            moved.data.clamp_(*pixels)
+    return moved.detach()
 
 
 def vary(images: Tensor, spread: float) -> Tensor:

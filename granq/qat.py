@@ -107,8 +107,9 @@ class Game:
         self, teacher: nn.Module, config: QATConfig, recipe: AdaDFQ, generator: nn.Module | None = None,
         pixels: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.recipe, self.pixels = config, recipe, pixels
+        self.config, self.recipe = config, recipe
         self.device = resolve_device(config.device)
+        self.pixels = (pixels[0].to(self.device), pixels[1].to(self.device)) if pixels else None
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         teacher = copy.deepcopy(teacher).to(self.device).eval()
         self.teacher = plain_copy(teacher).requires_grad_(False)  # recipe match compares both after every BatchNorm

@@ -88,7 +88,7 @@ def test_random_shapes_hide_each_other_and_come_from_the_seed():
 def test_every_other_batch_of_refined_images_is_made_of_shapes(tiny, monkeypatch):
     game, started = begin(tiny, MATCH), []
     state, generator = torch.get_rng_state(), copy.deepcopy(game.generator.state_dict())
-    monkeypatch.setattr(match, "refine", lambda teacher, images, labels: started.append(images) or images)
+    monkeypatch.setattr(match, "refine", lambda teacher, images, labels, **_: started.append(images) or images)
     images, labels = refined_images(game)
     assert len(images) == len(labels) == 8 and len(started) == 2
     # made again after a resume: nothing of the run may have moved
@@ -187,6 +187,15 @@ def test_pixels_are_the_range_of_an_image_with_bits_of_its_own(tiny):
         place = next(iter(activation_places(game.student).values()))
         steps = place.qparams().scale.flatten() * (2**place.bits - 1)
         assert torch.allclose(steps, torch.tensor([2.0, 4, 7]), rtol=1e-3) == (bits == 6 and given is not None)
+
+
+def test_images_stay_between_black_and_white(tiny):
+    """Beyond, the clamped image of the student would differ from that of the teacher before any layer does."""
+    pixels = torch.full((1, 3, 1, 1), -0.5), torch.full((1, 3, 1, 1), 1.0)
+    for given in (pixels, None):
+        game = begin(tiny, MATCH.change(warmup_epochs=0), pixels=given)
+        for images in (game.recipe.draw(game)[0], refined_images(game)[0]):
+            assert (images.min() >= -0.5 and images.max() <= 1) == (given is not None)
 
 
 # ---- BatchNorm

@@ -1,13 +1,15 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from granq import GRANULARITIES, UserError, choose_qparams, dequantize, fake_quantize, quantize
 from granq.quantizer import QParams, fake_quantize_with, min_max
-from granq.ranges import fake_quantize_learned, quantile_range
+from granq.ranges import best_quantile, fake_quantize_learned, quantile_range
 
 X = torch.tensor([[0, 0.5, 1, 2], [0, 0.1, 0.2, 0.3]]).reshape(1, 2, 2, 2)
 SHAPES = {
@@ -100,6 +102,19 @@ def test_quantiles_count_positive_and_negative_values_apart():
         ends = quantile_range(both, "per_channel", quantile)
         assert [e.flatten().tolist() for e in ends] == [[low, 10 * low], [high, 10 * high]]
     assert [e.tolist() for e in quantile_range(x.view(-1, 1), "per_tensor", 0.75)] == [[[-3.0]], [[9.0]]]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("values", [stats.halfnorm, stats.expon])
+def test_the_best_quantile_has_nearly_the_least_error(values, bits):
+    x = torch.tensor(values.ppf((np.arange(100_000) + 0.5) / 100_000))
+
+    def error(end: float) -> float:
+        step = end / (2**bits - 1)
+        return ((x / step).round().clamp_max(2**bits - 1) * step - x).square().mean().item()
+
+    least = min(error(end) for end in np.linspace(1, 14, 200))
+    assert error(values.ppf(best_quantile(bits))) < 1.04 * least
 
 
 def test_matches_torch_fake_quantize_per_channel():

@@ -14,7 +14,6 @@ from granq.measure import running
 from granq.measure.sensitivity import Side, compare, full_precision, measure_sensitivity, prepare
 from granq.schemes import Scheme, get_scheme
 
-QUANTILE = 0.999  #: of the remedy for static ranges
 _FINER = {"per_tensor": "per_channel", "per_channel": "per_sample_channel", "per_sample": "per_sample_channel"}
 _FINER_WEIGHTS = {"per_tensor": "per_out_channel", "per_out_channel": "per_kernel"}
 
@@ -31,11 +30,12 @@ def measure_remedies(
         layers: names, or how many: those with the largest KL when quantized alone.
 
     Returns:
-        Columns layer, remedy ("none", a finer granularity, a range at the quantile 0.999 for static ranges, one or two
-        more bits, "left out"), where (alone, whole), kl and the other metrics of ``measure_sensitivity``, recovered
-        (share of the KL without remedy that is gone), with labels gained (points of top-1), and of the layer's full-
-        precision input and weight in the first batch: channel_ratio (range of the widest channel to the median one),
-        input_range and largest_weight (in standard deviations), levels (in use in a channel of an image), depthwise.
+        Columns layer, remedy ("none", a finer granularity, "range cut" by ``ranges.best_quantile`` where it is static,
+        one or two more bits, "left out"), where (alone, whole), kl and the other metrics of ``measure_sensitivity``,
+        recovered (share of the KL without remedy that is gone), with labels gained (points of top-1), and of the
+        layer's full-precision input and weight in the first batch: channel_ratio (range of the widest channel to the
+        median one), input_range and largest_weight (in standard deviations), levels (in use in a channel of an image),
+        depthwise.
     """
     scheme, plain = get_scheme(scheme), full_precision(model, batches)
     warm = batches[:1] if calibration is None else calibration
@@ -57,7 +57,7 @@ def measure_remedies(
     return pd.DataFrame({"layer": layers}).merge(table).merge(_causes(model, student, batches[0], layers))
 
 
-def _remedies(scheme: Scheme, bits: int) -> Iterator[tuple[str, Scheme, tuple[int, int], float]]:
+def _remedies(scheme: Scheme, bits: int) -> Iterator[tuple[str, Scheme, tuple[int, int], float | None]]:
     """Yield name, scheme, widths and quantile of every remedy."""
     same = (bits, bits)
     yield from [(name, scheme, same, 1.0) for name in ("none", "left out")]
@@ -68,7 +68,7 @@ def _remedies(scheme: Scheme, bits: int) -> Iterator[tuple[str, Scheme, tuple[in
         changes = dict(activations=finer, tracked=static, fold=scheme.fold and static)
         yield f"activations {finer}", scheme.model_copy(update=changes), same, 1.0
     if scheme.tracked:
-        yield f"range at quantile {QUANTILE}", scheme, same, QUANTILE
+        yield "range cut", scheme, same, None
     for more in range(bits + 1, min(bits + 2, 8) + 1):
         yield f"weights {more} bits", scheme, (more, bits), 1.0
         yield f"activations {more} bits", scheme, (bits, more), 1.0
