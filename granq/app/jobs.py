@@ -119,7 +119,6 @@ class Job(QATConfig, Files):
             images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
             how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
             how |= {"out": self.out / "sensitivity.csv"}  # what is measured stays so when the run is resumed
-            how["quantile"] = None if c.recipe == "match" else 1.0  # as the run sets its ranges
             widths = sorted({*BIT_CHOICES, c.image_bits} - {0})
             table = granq.measure_sensitivity(teacher, images, c.scheme, widths, **how)
             if c.image_bits:  # of the image nothing is to be chosen

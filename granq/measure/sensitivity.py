@@ -42,7 +42,7 @@ class Side(NamedTuple):
 def measure_sensitivity(
     model: nn.Module, batches: Sequence[Batch], scheme: str | Scheme | nn.Module, bits: int | Sequence[int] = 0, *,
     kinds: Sequence[str] = KINDS, parts: Sequence[str] = PARTS, calibration: Sequence[Batch] | None = None,
-    quantile: float | None = 1.0, facts: dict[str, Any] | None = None, out: Path | None = None,
+    facts: dict[str, Any] | None = None, out: Path | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure what the quantization of every layer does to the output of the network.
 
@@ -55,7 +55,7 @@ def measure_sensitivity(
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.
         parts: what is quantized: ``weights``, ``activations`` (by the quantizer in front, for this layer) or ``both``.
-        calibration, quantile: of tracked ranges, see ``calibrate``; by default the **first batch** of ``batches``.
+        calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
         facts: provenance, repeated in every row.
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
 
@@ -75,7 +75,7 @@ def measure_sensitivity(
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     plain, warm = full_precision(model, batches), batches[:1] if calibration is None else calibration
     for k in (bits,) if isinstance(bits, int) else bits:
-        student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm, quantile)
+        student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
         sizes = _sizes(root, images_of(batches[0])[:2].to(next(model.parameters()).device))
         for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
