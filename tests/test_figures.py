@@ -268,7 +268,7 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
         (lambda: redraw_figures([], tmp_path / "nowhere"), "holds no CSV of a figure"),
         (lambda: make_figures(["training_curves"], full), "of another budget"),
         (lambda: make_figures(["training_curves"], other), "another budget, data"),
-        (lambda: make_figures(["quantizer_latency"], full), "another budget, data or command"),
+        (lambda: make_figures(["quantizer_latency"], full), "another budget, data, network or command"),
         (lambda: make_figures(["accuracy_bits"], full), "results_cifar10.csv is missing"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -288,6 +288,9 @@ def test_figures_are_measured_with_their_provenance(tiny: nn.Module, tmp_path: P
     before = (tmp_path / "granularity_maps.svg").read_bytes()
     redraw_figures(["granularity_maps"], tmp_path)
     assert (tmp_path / "granularity_maps.svg").read_bytes() == before
+    another = Workbench(device="cpu", out=tmp_path, network="resnet18")
+    with pytest.raises(UserError, match="of another budget, data, network"):
+        make_figures(["granularity_maps"], another)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,8 @@ class Workbench:
         """Return the provenance that every row of a CSV carries."""
         facts: dict[str, Any] = {"budget": self.name, "seed": self.seed, "commit": commit()}
         if teacher:
-            facts |= dict(dataset=dataset_name(self.data), network=self.network, teacher_test_top1=self.top1)
+            source = dict(dataset=dataset_name(self.data), network=Path(self.network).name)
+            facts |= source | {"teacher_test_top1": self.top1}
         return facts | {name: versions(self.device)[name] for name in ("torch", "device")}
 
 

@@ -197,20 +197,22 @@ FIGURES: dict[str, Figure] = {
 def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     """Measure figures (all without names), write CSV, SVG and PNG into ``workbench.out``, and return their names.
 
-    A CSV of other data, budget or command (``granq bench``), or of runs that are not the workbench's, is not
+    A CSV of other data, network, budget or command (``granq bench``), or of runs that are not the workbench's, is not
     overwritten: UserError; without names, left out.
     """
     out, todo = workbench.out, []
     for name in names or FIGURES:
         one_of("figure", name, FIGURES)
-        path, own = out / f"{name}.csv", {"budget": workbench.name, "dataset": dataset_name(workbench.data)}
+        data, network = dataset_name(workbench.data), Path(workbench.network).name
+        path, own = out / f"{name}.csv", {"budget": workbench.name, "dataset": data, "network": network}
         old = pd.read_csv(path) if path.is_file() else pd.DataFrame([own])
         ours = all(list(old.get(key, [])[:1]) == [own[key]] for key in own if key == "budget" or FIGURES[name].teacher)
         runs, given = {*old.get("run", [])}, {run.path.name for run in workbench.runs}
         if ours and (len(runs) < 2 or runs == given) and ("commit" not in old or old.commit.nunique() < 2):
             todo.append(name)
         elif names:
-            raise UserError(f"{path} is of another budget, data or command, or of several runs; choose another --out")
+            differs = "another budget, data, network or command, or of several runs"
+            raise UserError(f"{path} is of {differs}; choose another --out")
     if workbench.name == "full" and {"accuracy_bits", "results_table"} & {*todo}:
         workbench.results()  # which refuses before anything is measured
     for name in tqdm(todo, desc="figures", unit="figure", leave=False):
