@@ -4,6 +4,7 @@ from . import runs as runs
 from .config import QATConfig as QATConfig
 from .convert import activation_places as activation_places
 from .convert import calibrate as calibrate
+from .convert import check_copy as check_copy
 from .convert import layer_quantizers as layer_quantizers
 from .convert import quantize_model as quantize_model
 from .convert import set_image_range as set_image_range

@@ -111,8 +111,7 @@ class ActQuantizer(Quantizer):
 
     def __init__(self, bits: int, scheme: Scheme, rows: bool | None) -> None:
         super().__init__(bits, scheme.activations, scheme, scheme.fold)
-        self.rows, self.tracked, self.tracking = rows, scheme.tracked, False
-        self.quantile: float | None = 1.0
+        self.rows, self.tracked, self.tracking, self.quantile = rows, scheme.tracked, False, 1.0
         for name in ("running_min", "running_max") if self.tracked else ():
             self.register_buffer(name, torch.empty(0))
 
@@ -137,7 +136,7 @@ class ActQuantizer(Quantizer):
         return self.tracked and bool(self.running_min.numel())
 
     def _observe(self, x: Tensor) -> None:
-        share = best_quantile(self.bits) if self.quantile is None else self.quantile
+        share = self.quantile or best_quantile(self.bits)
         found = min_max(x, self.granularity) if share == 1 else quantile_range(x, self.granularity, share)
         low, high = map(at_least_float32, found)
         if self.seen:
@@ -157,6 +156,8 @@ class ActQuantizer(Quantizer):
         for name in ("running_min", "running_max") if self.tracked else ():
             # a teacher's checkpoint has no ranges: keep ours; a student's has them in their own shape
             setattr(self, name, state_dict.setdefault(prefix + name, getattr(self, name)).clone())
+            if self.granularity == "per_tensor" and getattr(self, name).numel() > 1:
+                args[-1].append(f"{prefix}{name} holds the ranges of channels, not of the tensor")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -166,8 +167,8 @@ def quantize_model(
 ) -> fx.GraphModule:  # fmt: skip
     """Return a fake-quantized copy of ``model``, into which state dicts of ``model`` load.
 
-    A Conv2d or Linear that computes something else (``granq.plain``), or is only read (``F.linear(x, self.head.weight
-    / 2)``), stays in full precision; a warning names it.
+    ``check_copy`` finds what torch.fx did not see, such as ``+=`` on a tensor of two names. Layers that compute
+    something else (``granq.plain``), or are only read (``self.fc.weight``), stay as they are; a warning names them.
 
     ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own,
     ``{layer: (weight, activation)}``, 0 for full precision; layers that read one place share its width. The image has
@@ -191,6 +192,8 @@ def quantize_model(
     if scheme.weights is None and any(w for w, _ in own.values()):
         raise UserError("bits ask for low-bit weights, but the scheme quantizes none")
     _quantize_activations(student, graph, set(layers), own, act_bits, image_bits, scheme)
+    if inside := [name for name in layers if any(name.startswith(f"{outer}.") for outer in called)]:
+        warnings.warn(f"only weights are quantized, as fx does not see the input: {', '.join(inside)}", stacklevel=2)
     if left:
         warnings.warn(f"in full precision, as they compute something else: {', '.join(left)}", stacklevel=2)
     if scheme.activations and scheme.places == "relu" and not student.act_quant:
@@ -308,9 +311,8 @@ def check_copy(copied: nn.Module, model: nn.Module, images: Tensor) -> None:
     near = 1e-3 * wanted.nan_to_num(0, 0, 0).abs().max() if isinstance(wanted, Tensor) else 0
     if isinstance(wanted, Tensor) and not torch.allclose(got, wanted, 0, float(near), equal_nan=True):
         raise UserError(
-            f"the copy of {type(model).__name__} computes something else even without quantization: its forward may "
-            "change a tensor in place that is read again, ask for the type of a value, or draw random numbers, which "
-            "torch.fx does not see"
+            f"the copy of {type(model).__name__} computes something else even without quantization: torch.fx does not "
+            "see that a forward changes a tensor in place, asks for the type of a value, or draws random numbers"
         )
 
 
@@ -321,9 +323,8 @@ def calibrate(
     """Set the static activation ranges of ``model`` to a moving average over batches; learned ones stay.
 
     Batches are images (N, 3, H, W) or pairs (images, labels). ``quantile`` is the share of the values inside the range
-    (``ranges.quantile_range``), 1 for the extremes; ``None``: the best for its bits (``ranges.best_quantile``). With
-    ``full_precision`` the ranges are those of the network without quantization, to which ``reestimate_batchnorm``
-    brings activations back.
+    (``ranges.quantile_range``), 1 for the extremes, ``None`` for the best at its bits (``ranges.best_quantile``). With
+    ``full_precision`` ranges are those without quantization, to which ``reestimate_batchnorm`` brings values back.
     """
     if quantile is not None and not 0.5 < quantile <= 1:
         raise UserError(f"quantile is a share of the values, above 0.5 and up to 1, got {quantile}")
@@ -342,6 +343,8 @@ def calibrate(
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
     """Set the static range of the image (1, C, 1, 1), known without any: pixels end at black and white."""
     place = image_place(model)
+    if not place.tracked or place.learned is not None:
+        raise UserError("the image has no static range to set: its range is dynamic, or its steps are learned")
     if place.granularity == "per_tensor":
         low, high = low.amin().expand(1, 1, 1, 1), high.amax().expand(1, 1, 1, 1)
     place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)

@@ -18,7 +18,7 @@ from granq.errors import UserError
 
 def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write next to ``path``, whose folder is made, then rename: a reader sees the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never share it
     try:
         write(temporary)

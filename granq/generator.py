@@ -68,7 +68,9 @@ class ConditionalGenerator(Generator):
 
 
 def build_generator(classes: int, image_size: int) -> Generator:
-    """Build the paper's generator at this size, a multiple of 4: up to 64 pixels ``Generator``, else conditional."""
+    """Build the paper's generator: up to 64 pixels ``Generator``, else conditional. Size is a multiple of 4."""
+    if image_size % 4:
+        raise UserError(f"image_size is a multiple of 4, got {image_size}")
     return (Generator if image_size <= 64 else ConditionalGenerator)(classes, image_size)
 
 

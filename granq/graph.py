@@ -27,11 +27,12 @@ def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
         warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
     if not any(names):  # "" is a network that is one layer itself
         raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
-    for one in skip:
-        below = [name for name in layer_names(model) if f"{name}.".startswith(f"{one}.")]
+    for one in skip:  # a layer may have another name, too
+        modules = model.named_modules(remove_duplicate=False)
+        below = {module for name, module in modules if isinstance(module, LAYERS) and f"{name}.".startswith(f"{one}.")}
         if not below:
             raise UserError(f"scheme.skip names what holds no layer of the model: {one}")
-        names = [name for name in names if name not in below]
+        names = [name for name in names if model.get_submodule(name) not in below]
     for name in names:
         if "weight" not in model.get_submodule(name)._parameters:
             raise UserError(f"the weight of {name} is parametrized already: remove that first")
@@ -116,6 +117,10 @@ def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         # fx drops what the forward does not reach, and of a layer it only reads all but the weight
         if name not in kept or (isinstance(own, (*LAYERS, nn.BatchNorm2d)) and kept[name] is not own):
             module.add_submodule(name, own)
+        new = module.get_submodule(name)  # the same of what the forward does not read; what fx made a buffer is no key
+        new._parameters.update(own._parameters | new._parameters)
+        new._buffers.update(own._buffers | new._buffers)
+        new._non_persistent_buffers_set |= own._non_persistent_buffers_set | (new._buffers.keys() - own._buffers.keys())
     return module
 
 

@@ -89,6 +89,8 @@ class IntegerLayer(nn.Module):
 def integer_model(student: fx.GraphModule) -> fx.GraphModule:
     """Return the integer twin of a calibrated student. Raises UserError if a layer with weights cannot be one."""
     student = copy.deepcopy(student)  # what the two would share, such as pooling, would follow either's mode
+    if next(student.parameters()).dtype in (torch.float16, torch.bfloat16):
+        student = student.float()  # half precision holds no sum
     layers = layer_quantizers(student)
     if not all(layer.weight and layer.weight.source for layer in layers.values() if layer.inputs):
         raise UserError("only a student of a foldable scheme that skips no layer runs in integers")

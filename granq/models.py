@@ -113,8 +113,8 @@ def load_teacher(
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, 3, spec.image_size, spec.image_size))
-    except RuntimeError as error:
-        said = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        said = str(error).partition("\n")[0]
         raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise UserError(f"{network} gives no tensor (N, classes)")

@@ -27,7 +27,7 @@ STUDENTS = Path(__file__).with_name("students")
 
 
 class PackedWeight(WeightQuantizer):
-    """Parametrization of a weight that came from a file: its values lie on their grid, and pass as they are."""
+    """Parametrization of a weight that came from a file: its values lie on their grid, and come back as they are."""
 
     grid: Tensor | None
 
@@ -37,7 +37,8 @@ class PackedWeight(WeightQuantizer):
         self.sqnr_db = sqnr_db  #: of the weight before it was quantized, which is gone
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight
+        same = self.grid is None or self.grid.dtype != torch.float32  # half precision leaves the grid
+        return weight if same else super().forward(weight)  # values of a later training are rounded again
 
     def qparams(self, weight: Tensor) -> QParams:
         return super().qparams(weight) if self.grid is None else QParams(*self.grid)

@@ -139,6 +139,9 @@ def _make_plain(layer: nn.Module, settings: dict[str, Any]) -> None:
     vars(layer).update(settings)
 
 
+_MOVES, _SHAPES = {"transpose", "permute", "movedim", "swapaxes"}, {"view", "reshape", "unflatten"}
+
+
 def _sizes(conv: Any) -> tuple[tuple[int, ...], ...]:
     return conv.kernel_size, conv.stride, conv.dilation
 
@@ -161,12 +164,14 @@ def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
 
 def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
-    made = node
+    made, passed = node, set[str]()
     while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
+        passed.add(str(getattr(made.target, "__name__", made.target)))
         made = made.all_input_nodes[0]
-    for layer in (*(module_of(root, user) for user in node.users), module_of(root, made)):
-        if isinstance(layer, nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm):
-            return isinstance(layer, nn.Linear | nn.LayerNorm)
+    for maker in (*node.users, made):
+        if isinstance(layer := module_of(root, maker), nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm):
+            rows = isinstance(layer, nn.Linear | nn.LayerNorm)
+            return None if maker is made and passed & (_MOVES | _SHAPES if rows else _MOVES) else rows
     return None
 
 
@@ -177,8 +182,8 @@ def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:
         return None
     x = _PROBE.view(1, 1, -1, 1)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: x.clone())
-    call: Any = getattr(Tensor, str(node.target)) if method else module.forward if module else node.target
     try:
+        call: Any = getattr(Tensor, str(node.target)) if method else module.forward if module else node.target
         with torch.random.fork_rng([]):  # a function may draw
             y = call(*args, **kwargs)
         ceiling = float(y.max())

@@ -128,8 +128,10 @@ class Game:
             raise UserError(f"the generator draws {found}; wanted are {self.classes} classes and {size} pixels")
         self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.generator_params = [p for p in self.generator.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999))
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": adam}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        if self.generator_params:  # a frozen one only draws
+            adam = torch.optim.Adam(self.generator_params, config.generator_lr, betas=(0.5, 0.999))
+            self.optimizers["generator"] = adam
         self.optimize_student()
         self.epoch, self.rows, self.ptq_top1, self.seconds = 0, list[dict[str, float]](), math.nan, 0.0
         self.codes = list[Tensor]()  # of all weights, after the last epoch and the one before
@@ -142,8 +144,9 @@ class Game:
         try:
             with batchnorm_inputs(self.teacher) as norms:
                 logits = self.teacher(image)
-        except RuntimeError as error:
-            raise UserError(f"the teacher cannot take images of {shape}: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, AssertionError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            raise UserError(f"the teacher cannot take images of {shape}: {said}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.isfinite().all():
             raise UserError("a teacher gives one tensor of finite logits (N, two classes or more), this one does not")
         batchnorm_loss(norms)  # raises if there are none
@@ -176,7 +179,7 @@ class Game:
         bn = batchnorm_loss(norms)
         generator_loss = recipe.generator_loss(t, s, labels) + c.gamma * bn
         student_loss = recipe.student_loss(t.detach(), s, labels)
-        if self.epoch < (c.generator_epochs or c.epochs):
+        if self.generator_params and self.epoch < (c.generator_epochs or c.epochs):
             self.update("generator", self.generator_params, generator_loss, retain_graph=train_student)
         if train_student:
             self.update("student", self.student_params, student_loss)
@@ -239,9 +242,9 @@ class Game:
         decay = 0.1 ** sum(self.epoch >= milestone for milestone in c.milestones)
         done = (self.epoch + iteration / c.iterations - c.warmup_epochs) / (c.epochs - c.warmup_epochs or 1)
         decay *= self.recipe.decay(max(done, 0))
-        for name, lr in (("student", c.student_lr), ("generator", c.generator_lr)):
-            for group in self.optimizers[name].param_groups:
-                group["lr"] = lr * decay * group.get("rate", 1)
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = (c.student_lr if name == "student" else c.generator_lr) * decay * group.get("rate", 1)
 
     def _begin_training(self, evaluate: Evaluate | None) -> None:
         """Prepare the student and measure it: ranges stay from here on."""

@@ -37,7 +37,7 @@ _KEPT_DIMS: dict[str, tuple[int, ...]] = {
     "per_out_channel": (0,),
     "per_kernel": (0, 1),
 }
-EPS = 1e-8  # the smallest range; a constant group then has a large finite scale and comes back exactly
+EPS = 1e-8  # the smallest range; a constant group then has a large finite scale and comes back within rounding
 
 
 class QParams(NamedTuple):

@@ -77,7 +77,7 @@ def train(
         resume: continue the run in ``out``; on the CPU it ends bit for bit as an uninterrupted run.
         facts: what ``config.json`` keeps besides the settings.
         generator: starts from a copy of this one: any module (noise (N, 100), labels (N,)) -> images (N, 3, H, W).
-        student_loss: (teacher's logits, student's, labels) -> loss, instead of the recipe's.
+        student_loss: (teacher's logits, student's, labels) -> loss, instead of the recipe's; of match, its soft labels.
         pixels: lowest and highest value of each channel of an image (1, 3, 1, 1), black and white: images of recipe
             match stay within them, and they are the range of static ``config.image_bits``.
         after_epoch: called with the run after each epoch.

@@ -30,7 +30,7 @@ class Integers(NamedTuple):
     scale_inv: Tensor  #: the multiplier, broadcastable to ``values``
 
     def dequantize(self) -> Tensor:
-        """Return, bit for bit, the values of ``fake_quantize``."""
+        """Return, bit for bit, the values of ``fake_quantize`` in float32."""
         return self.values / self.scale_inv
 
 

@@ -7,6 +7,7 @@ import torchvision
 from conftest import TinyNet
 from pydantic import ValidationError
 from torch import nn
+from torch.nn import functional as F
 
 import granq
 from granq import (
@@ -21,6 +22,7 @@ from granq import (
     calibrate,
     fake_quantize,
     layer_quantizers,
+    learn_steps,
     pixel_bounds,
     quantize_model,
     set_image_range,
@@ -545,3 +547,94 @@ def test_a_relu_of_a_parameter_is_no_activation():
 def test_images_in_place_of_batches_are_refused(tiny):
     with pytest.raises(UserError, match="whose parts are single images"):
         calibrate(quantize_model(tiny, "foldable", 3, 3), torch.randn(4, 3, 8, 8))
+
+
+class Decoder(nn.Module):
+    """Rows of a Linear that become maps: their second dimension holds channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.conv = nn.Linear(12, 192), nn.Conv2d(8, 5, 3, padding=1)
+
+    def forward(self, z):
+        return self.conv(F.interpolate(F.relu(self.fc(z).view(-1, 8, 4, 6)), scale_factor=2)).mean((2, 3))
+
+
+class Patches(nn.Module):
+    """Maps of a convolution that become tokens: their last dimension holds features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize(("network", "x"), [(Decoder(), torch.randn(16, 12)), (Patches(), torch.randn(2, 3, 8, 8))])
+def test_channels_are_those_of_the_layout_at_hand(network, x):
+    student = quantize_model(network, "per_channel", 3, 3)
+    calibrate(student, [x])
+    (place,) = activation_places(student).values()
+    assert place.running_min.numel() == 8
+
+
+class Unread(TinyNet):
+    """A parameter and buffers that the forward does not read, and a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.mean = nn.Parameter(torch.ones(1)), torch.ones(1, 3, 1, 1)
+        self.bn1.register_buffer("steps", torch.zeros(1))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x - self.mean)
+
+
+@pytest.mark.parametrize("scheme", ["granq", "foldable"])
+def test_keys_are_those_of_the_model_read_or_not(scheme):
+    model = Unread().eval()
+    student = quantize_model(model, scheme, 3, 3)
+    assert not student.load_state_dict(model.state_dict(), strict=scheme == "granq").unexpected_keys
+    again = copy.deepcopy(student)
+    assert again.state_dict().keys() == student.state_dict().keys() >= model.state_dict().keys()
+    assert not {"mean", "cache"} & student.state_dict().keys()
+
+
+def test_ranges_of_channels_do_not_become_those_of_a_tensor(tiny):
+    channels, tensor = quantize_model(tiny, "per_channel", 3, 3), quantize_model(tiny, "layerwise", 3, 3)
+    calibrate(channels, [torch.randn(4, 3, 8, 8)])
+    with pytest.raises(RuntimeError, match="holds the ranges of channels"):
+        tensor.load_state_dict(channels.state_dict())
+
+
+def test_an_image_without_a_static_range_has_none_to_set(tiny):
+    low, high = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    learned = quantize_model(tiny, "foldable", 3, 3)
+    calibrate(learned, [torch.randn(4, 3, 8, 8)])
+    learn_steps(learned)
+    for student in (quantize_model(tiny, "strict", 3, 3), learned):
+        with pytest.raises(UserError, match="no static range to set"):
+            set_image_range(student, low, high)
+
+
+def test_skip_knows_every_name_of_a_layer(tiny):
+    tiny.stem = nn.Sequential(tiny.conv1, tiny.conv2)
+    scheme = SCHEMES["strict"].model_copy(update={"skip": ("stem",)})
+    weights = {name: q.weight for name, q in layer_quantizers(quantize_model(tiny, scheme, 3, 3)).items()}
+    assert weights["conv1"] is None is weights["conv2"] and weights["point"] and weights["fc"]
+
+
+def test_layers_whose_input_fx_does_not_see_are_named():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.inner = nn.Conv2d(3, 8, 2, 2), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.fc(self.inner(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+    with pytest.warns(UserWarning, match="only weights are quantized, .*: inner.self_attn.out_proj, inner.linear1"):
+        quantize_model(Encoder(), "strict", 3, 3)

@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import onnx
@@ -335,6 +336,7 @@ def test_a_norm_of_batch_statistics_stays_in_floating_point(tiny):
     assert isinstance(twin.bn1, nn.BatchNorm2d) and not hasattr(twin, "bn2")
 
 
+@pytest.mark.filterwarnings("ignore:only weights are quantized")
 @pytest.mark.parametrize(
     "layer", [nn.Conv1d(4, 4, 3, padding=1), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)]
 )
@@ -363,3 +365,13 @@ def test_a_layer_called_by_name_is_an_integer_layer():
     student, x = quantize_model(Named().eval(), "foldable", 3, 3), torch.randn(4, 3, 8, 8)
     calibrate(student, [x])
     torch.testing.assert_close(integer_model(student)(x), student(x), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_of_a_half_precision_student_do_not_overflow():
+    torch.manual_seed(0)
+    convs = nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()
+    model, x = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)), torch.randn(4, 3, 8, 8)
+    student = quantize_model(model.eval(), "foldable", 8, 8)
+    calibrate(student, [x])
+    half = copy.deepcopy(student).half()
+    torch.testing.assert_close(integer_model(half)(x.half()).float(), half(x.half()).float(), rtol=0.02, atol=2e-3)

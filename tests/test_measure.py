@@ -272,6 +272,25 @@ def test_bad_input_is_told(tiny: nn.Module) -> None:
             measure(nn.Sequential(tiny.conv1, tiny.point), images()[0])  # without BatchNorm nothing else would notice
 
 
+def test_a_student_of_others_is_measured_in_eval_mode(tiny: nn.Module) -> None:
+    class Noisy(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.dropout(x, training=self.training))
+
+    student = copy.deepcopy(tiny)
+    student.conv2 = Noisy(4, 4, 3, padding=1)
+    student.conv2.load_state_dict(tiny.conv2.state_dict())
+    frame = granq.measure_layer_error(tiny, images(), {"noisy": student.train()}, layers=["conv2"], modes=["local"])
+    assert frame.sqnr_db.tolist() == [float("inf")] and student.training
+
+
+def test_only_what_runs_in_integers_is_walked_in_integers(tiny: nn.Module) -> None:
+    for student, layer in ((tiny, "conv1"), (granq.quantize_model(tiny, "strict", 3, 3), "conv1"),
+                           (granq.quantize_model(tiny, "foldable", 3, 3), "conv1")):  # fmt: skip
+        with pytest.raises(granq.UserError, match="is no convolution of a calibrated foldable student"):
+            granq.measure_integer_walk(student, images()[0], layer)
+
+
 def test_sums_in_float64_leave_a_device_that_has_none() -> None:
     """Apple's MPS refuses float64. Fake tensors carry its name without such a machine."""
     with FakeTensorMode():

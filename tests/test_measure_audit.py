@@ -322,6 +322,19 @@ class Transformer(nn.Module):
         return nn.functional.linear(x.mean(1), self.table)
 
 
+def test_products_of_a_fused_lstm_are_counted():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.lstm, self.end = nn.Conv2d(3, 8, 1), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.end(self.lstm(self.conv(x).flatten(2).transpose(1, 2))[0][:, -1])
+
+    frame = audit(quantize_model(Recurrent(), "strict", 3, 3), torch.randn(2, 3, 4, 4))
+    assert frame.macs.sum() == 2 * (16 * (3 * 8 + 4 * 16 * (8 + 16)) + 16 * 2) // 2, "of an image"
+
+
 @pytest.mark.parametrize("traced", [True, False])
 def test_every_multiply_add_is_counted_where_it_happens(traced):
     network, images = Transformer().eval(), torch.randn(3, 3, 8, 8)

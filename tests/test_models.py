@@ -390,3 +390,14 @@ def test_a_teacher_goes_on_with_its_own_normalization_only(tmp_path, monkeypatch
     train(spec)
     with pytest.raises(UserError, match="is of another training"):
         train(spec.model_copy(update={"mean": (0.1, 0.1, 0.1)}))
+
+
+def test_a_network_that_asserts_its_size_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Sequential):\n    def forward(self, x):\n"
+        "        assert x.shape[-1] == 224, 'Input height (32) is not 224'\n        return super().forward(x)\n\n\n"
+        "def net(num_classes=10):\n    return Net(torch.nn.Conv2d(3, num_classes, 224), torch.nn.Flatten())\n"
+    )
+    torch.save(build_network(f"{tmp_path}/own.py:net", 10).state_dict(), tmp_path / "own.pt")
+    with pytest.raises(UserError, match=r"takes no RGB images of 32 pixels: Input height \(32\)"):
+        load_teacher(f"{tmp_path}/own.py:net", describe_data("digits"), tmp_path / "own.pt")

@@ -265,3 +265,16 @@ def test_a_file_of_other_layers_is_one_sentence(tmp_path):
     save(tmp_path / "s", student, config, FACTS | {"network": "resnet56_cifar10"})
     with pytest.raises(granq.UserError, match="s is of another network: "):
         granq.load_student(tmp_path / "s")
+
+
+@pytest.mark.parametrize("scheme", ["strict", "foldable"])
+def test_other_weights_in_a_loaded_student_are_rounded_too(tmp_path, scheme):
+    """Weights that were loaded or trained afterwards do not lie on the grid."""
+    student, config = student_of(scheme, 3)
+    loaded = granq.load_student(save(tmp_path / "s.safetensors", student, config)).student
+    layer = next(layer for layer in loaded.modules() if isinstance(layer, nn.Conv2d))
+    before = layer.weight.clone()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(0.1 * torch.randn_like(before))
+    assert not torch.equal(layer.weight, before)
+    assert max(len(filter.unique()) for filter in layer.weight.flatten(1)) <= (8 if scheme == "strict" else 27)

@@ -351,6 +351,15 @@ def test_a_generator_of_ones_own(tmp_path, config):
     assert same_bits(again.student, result.student) and again.history.equals(result.history)
 
 
+@pytest.mark.parametrize("config", [TINY, MATCH], ids=["adadfq", "match"])
+def test_a_frozen_generator_only_draws(config):
+    network, own = tiny_network(), Blobs().requires_grad_(False)
+    result = train(network, config, generator=own)
+    assert all(map(torch.equal, own.parameters(), result.generator.parameters()))
+    learned = next(iter(layer_quantizers(result.student).values())).original
+    assert not torch.equal(learned, next(network.parameters()))
+
+
 def test_a_generator_of_other_images_is_refused(tiny):
     wrong = {
         "draws 3 classes and .* 8, 8. .* wanted are 3 classes and 12 pixels": (12, build_generator(3, 8)),

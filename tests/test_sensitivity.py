@@ -206,6 +206,10 @@ def test_bad_input_is_one_sentence(sharp: nn.Module) -> None:
         (lambda: measure_sensitivity(sharp, [], "strict", 3), "no image"),
         (lambda: measure_sensitivity(sharp, torch.zeros(2, 3, 8, 8), "strict", 3), "batches must hold images"),
         (lambda: measure_remedies(sharp, labelled(), "strict", 3, ["conv9"]), "unknown layer 'conv9'; known: conv1"),
+        (
+            lambda: measure_sensitivity(sharp, [(x, F.one_hot(y, 3)) for x, y in labelled()], "strict", 3),
+            "one number for",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             call()
@@ -263,8 +267,8 @@ def test_networks_that_torchao_quantized(sharp: nn.Module) -> None:
 
 def test_a_student_of_one_s_own_is_measured_as_it_is(sharp: nn.Module) -> None:
     student = quantize_model(sharp, "strict", 3, 3)
-    ours = measure_sensitivity(sharp, labelled(), student, 3).drop(columns=["scheme", "logit_norm"])
-    other = measure_sensitivity(sharp, labelled(), "strict", 3).drop(columns=["scheme", "logit_norm"])
+    ours = measure_sensitivity(sharp, labelled(), student, 3).drop(columns=["scheme", "logit_norm", "start"])
+    other = measure_sensitivity(sharp, labelled(), "strict", 3).drop(columns=["scheme", "logit_norm", "start"])
     pd.testing.assert_frame_equal(ours, other)
 
 
@@ -367,6 +371,12 @@ def test_a_budget_that_nothing_meets() -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             allocate_bits(table(), budget, kind)
+    several = pd.concat([table().assign(scheme=scheme) for scheme in ("granq", "strict")])
+    for wrong in (several, table().assign(bits=0)):
+        with pytest.raises(UserError, match="a table of one scheme at several widths"):
+            allocate_bits(wrong, 3.0)
+    shuffled = table().set_axis([0] * len(table()))  # as pd.concat leaves it
+    assert allocate_bits(shuffled, 3.0) == allocate_bits(table(), 3.0)
     lacking = table()
     with pytest.raises(UserError, match="of every layer"):
         allocate_bits(lacking[(lacking.layer != "l1") | (lacking.part == "weights")], 3.0)
@@ -416,8 +426,60 @@ def test_a_student_in_training_mode_stays_as_it_is(sharp: nn.Module) -> None:
 def test_rows_of_another_network_are_not_continued(sharp: nn.Module, tmp_path) -> None:
     how = dict(kinds=["alone"], parts=["weights"], out=tmp_path / "s.csv")
     measure_sensitivity(sharp, labelled(), quantize_model(sharp, "strict", 2, 2), **how)
-    with pytest.raises(UserError, match="was measured with logit_norm"):
+    with pytest.raises(UserError, match="was measured with (logit_norm|start)"):
         measure_sensitivity(sharp, labelled(), quantize_model(sharp, "strict", 8, 8), **how)
+
+
+def test_rows_of_another_start_are_not_continued(sharp: nn.Module, tmp_path) -> None:
+    """Students whose logits hardly differ, and images that set other ranges."""
+    how = dict(kinds=["alone"], parts=["activations"])
+    close = copy.deepcopy(sharp)
+    with torch.no_grad():
+        close.conv1.weight += 1e-6
+    students = [quantize_model(network, "strict", 8, 8) for network in (sharp, close)]
+    (images, _), *_ = labelled()
+    for name, first, second in (
+        ("students", {"scheme": students[0]}, {"scheme": students[1]}),
+        ("ranges", *({"scheme": "layerwise", "calibration": [factor * images]} for factor in (1, 5))),
+    ):
+        given = dict(bits=3, out=tmp_path / f"{name}.csv", **how)
+        found = measure_sensitivity(sharp, labelled(), **first, **given)
+        assert measure_sensitivity(sharp, labelled(), **first, **given).kl.tolist() == pytest.approx(found.kl.tolist())
+        with pytest.raises(UserError, match="was measured with start"):
+            measure_sensitivity(sharp, labelled(), **second, **given)
+
+
+class Same(nn.Conv2d):
+    """Pads itself, as timm's Conv2dSame does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+def test_a_patched_layer_that_pads_itself_reads_the_padded_map(sharp: nn.Module) -> None:
+    twin = copy.deepcopy(sharp)
+    twin.conv2 = Same(4, 4, 3)
+    twin.conv2.load_state_dict(sharp.conv2.state_dict())
+    frames = [measure_sensitivity(m, labelled(), "strict", 3, kinds=["patched"]) for m in (sharp, twin)]
+    pd.testing.assert_frame_equal(*(frame.drop(columns=["logit_norm", "macs", "place"]) for frame in frames))
+
+
+def test_images_of_a_generator_that_learns_are_taken(sharp: nn.Module) -> None:
+    images = (labelled()[0][0] * nn.Parameter(torch.ones(()))).clone()
+    assert len(measure_sensitivity(sharp, [images], "strict", 3, kinds=["alone"], parts=["both"])) == len(LAYERS)
+
+
+def test_levels_of_rows_with_grids_of_their_own() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.mix, self.end = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.end(self.mix(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+    frame = measure_remedies(Mixer(), labelled(), "strict", 2, ["mix", "end"])
+    assert frame.levels.max() <= 4
 
 
 @pytest.mark.parametrize("end", [nn.Linear(4, 1), nn.Linear(4, 3).requires_grad_(False)])

@@ -158,12 +158,16 @@ def measure_integer_walk(
         output), input_channel, place (in the kernel), q and z (code and zero point of the input, zero in the padding),
         v (integer weight), sum (int32, of all (q + z) * v), rescale, offset, value (rescale * sum + offset), student
         (what it computes in floating point), layer; and of the place that the output reaches first: read (the value),
-        free and code (before and after the clamp), NaN if there is no place of that shape.
+        free and code (before and after the clamp), NaN if there is no place of that shape. Raises UserError for a
+        layer that does not run in integers.
     """
     student, images = copy.deepcopy(student).cpu(), images.cpu()  # CUDA has no convolution of integers
-    (_, x, output), *_ = running.calls(student, images[:1], running.checked(student, [layer]))
-    conv = cast(Any, student.get_submodule(layer))
-    integer, (scale_inv, zero_point) = IntegerLayer(conv), cast(Any, weight_quantizer(conv)).source.qparams()
+    conv = cast(Any, student.get_submodule(*running.checked(student, [layer])))
+    source = getattr(weight_quantizer(conv), "source", None) if isinstance(conv, nn.Conv2d) else None
+    if not isinstance(source, ActQuantizer) or not source.seen:
+        raise UserError(f"{layer} is no convolution of a calibrated foldable student: it does not run in integers")
+    (_, x, output), *_ = running.calls(student, images[:1], [layer])
+    integer, (scale_inv, zero_point) = IntegerLayer(conv), source.qparams()
     u = (x * scale_inv).round()  # x lies on the grid: exact
     sums, read, free, code = integer.accumulate(u), *_requantized(student, images, layer, output)
     geometry = dict(dilation=conv.dilation, padding=conv.padding, stride=conv.stride)

@@ -41,7 +41,10 @@ def allocate_bits(table: pd.DataFrame, budget: float, kind: str = "average") -> 
     one_of("kind of budget", kind, BUDGETS)
     if pd.api.types.is_float_dtype(table.layer):  # of "1.1" and "1.10" it made one
         raise UserError("names of layers were read as numbers: read the CSV with dtype={'layer': str}")
-    rows = table[table.kind == "alone"].fillna({"place": "", "grid": ""}).astype({"layer": str})  # of a CSV
+    rows = table[table.kind == "alone"].reset_index(drop=True)
+    if rows.get("scheme", pd.Series()).nunique() > 1 or not rows.bits.gt(0).all():
+        raise UserError("allocate_bits needs a table of one scheme at several widths, not of networks that have theirs")
+    rows = rows.fillna({"place": "", "grid": ""}).astype({"layer": str})  # of a CSV
     rows = rows.assign(bits=rows.bits.where(rows.grid.where(rows.part == "weights", rows.place) != "", 0))
     weights, acts = (rows[rows.part == part].drop_duplicates(["layer", "bits"]) for part in ("weights", "activations"))
     if weights.empty or {*weights.layer} != {*acts.layer}:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
-from torch.backends import mha
+from torch.backends import cudnn, mha, mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -187,9 +187,10 @@ def _multiply_adds(model: nn.Module, images: Tensor) -> Counter[str]:
             return value
 
     names, fast = [name for name, _ in model.named_modules() if name], mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)  # the counter knows neither it nor the fused kernels of attention
+    mha.set_fastpath_enabled(False)  # the counter knows neither it nor fused kernels of attention and of an LSTM
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        fused = mkldnn.flags(enabled=False, allow_tf32=None), cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH)
+        with fused[0], fused[1], fused[2], FlopCounterMode(display=False) as counter:
             with watch(model, names, enter, before=True), watch(model, names, leave):
                 (Nodes(model).run if isinstance(model, fx.GraphModule) else model)(images)
             enter("")

@@ -60,7 +60,7 @@ def measure_layer_error(
         for image in (x for x in first if x.dim() == 4):  # of others the walk says that they are none
             check_copy(student, own, image[:2])
     errors = _Errors(model, students, layers, modes)
-    with parametrize.cached():  # weights are quantized once, not once a batch
+    with eval_mode(*students.values()), parametrize.cached():  # weights are quantized once, not once a batch
         count = running.run(model, chain(first, images), "layer error", layers, errors.visit, errors.run_students)
     tables = [errors.table(False).assign(channel=float("nan")), *([errors.table(True)] if per_channel else [])]
     frame = pd.concat(tables, ignore_index=True).assign(weight_bits=widths[0], act_bits=widths[1], images=count)
@@ -96,7 +96,7 @@ class _Errors:
             def visit(name: str, _: Tensor, out: Tensor, scheme: str = scheme, calls: Any = calls) -> None:
                 self._add(scheme, "accumulated", name, next(calls[name]), out)
 
-            with eval_mode(student), watch(student, self.layers, visit):
+            with watch(student, self.layers, visit):
                 student(images)
         self.clean.clear()
 

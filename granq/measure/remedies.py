@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from granq.convert import layer_quantizers
@@ -81,7 +80,8 @@ def _causes(model: nn.Module, student: nn.Module, batch: Batch, names: Sequence[
         layer: Any = model.get_submodule(name)
         channels = running.by_channel(x, layer).transpose(0, 1).flatten(1)
         spread = channels.amax(1) - channels.amin(1)
-        image = torch.atleast_2d((place(x) if place else x)[0]).flatten(1)
+        image = running.by_channel((place(x) if place else x)[:1], layer)  # a row is a group of its own
+        image = image if image.dim() == 2 else image[0].flatten(1)
         rows[name] = {
             "channel_ratio": (spread.max() / spread.median()).item(),
             "input_range": ((x.max() - x.min()) / x.std()).item(),

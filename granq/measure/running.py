@@ -8,7 +8,7 @@ a layer* is the tensor that enters it, which is what a quantizer in front of it 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,9 @@ def right(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> np.ndarray:
     hits = list[Tensor]()
 
     def after(batch: Batch, logits: Tensor) -> None:
-        hits.append(logits.argmax(1).cpu() == cast(Tensor, labels_of(batch)).cpu())
+        if (labels := labels_of(batch)) is None:
+            raise UserError("an accuracy needs labels: batches must be pairs (images, labels)")
+        hits.append(logits.argmax(1).cpu() == labels.cpu())
 
     run(model, batches, "accuracy", after=after)
     return torch.cat(hits).numpy()

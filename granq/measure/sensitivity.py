@@ -20,12 +20,13 @@ from torch.nn.utils import parametrize
 from granq.convert import ActQuantizer, activation_places, calibrate, check_copy, quantize_model
 from granq.errors import UserError, one_of
 from granq.files import write_csv
-from granq.graph import calls_of_layers, layer_names
+from granq.graph import calls_of_layers, layer_names, plain_copy
 from granq.hooks import Batch, eval_mode, images_of, labels_of
 from granq.measure import running
 from granq.measure.audit import audit
 from granq.plain import LAYERS, module_of
-from granq.schemes import Scheme
+from granq.runs import fingerprint
+from granq.schemes import Scheme, get_scheme
 
 KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")
 #: columns of an audit, and their names here
@@ -64,16 +65,16 @@ def measure_sensitivity(
         weights, macs (per image), kl (teacher to student, mean over images, nats), agreement (percent of images with
         the teacher's prediction), sqnr_db (of the logits), with labels top1, lost (points below the teacher, and its
         95 % bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images),
-        kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme,
-        logit_norm (of all logits: ``out`` must not hold rows of other networks).
+        kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme;
+        logit_norm (of all logits), start (a hash of a given student, or of tracked ranges): ``out`` is of these.
     """
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
-    known = _known(model, scheme, batches := list(batches)) | (facts or {})
-    rows = running.kept_rows(out, known)
+    warm = (batches := list(batches))[:1] if calibration is None else calibration
+    known = _known(model, scheme, batches, warm) | (facts or {})
+    rows, plain = running.kept_rows(out, known), full_precision(model, batches)
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
-    plain, warm = full_precision(model, batches), batches[:1] if calibration is None else calibration
     for k in (bits,) if isinstance(bits, int) else bits:
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
@@ -143,12 +144,13 @@ def compare(
 
     def after(batch: Batch, reference: Tensor) -> None:
         labels = cast(Tensor, labels_of(batch)).to(device) if labelled else None
-        for name, logits in network.outputs(images_of(batch).to(device), own, names, inputs):
+        for name, logits in network.outputs(images_of(batch).detach().to(device), own, names, inputs):
             running.merge(sums, name, _sums(_logits(reference), logits, labels))
         inputs.clear()
 
+    walked = plain_copy(model) if patched else model  # a convolution that pads itself has another input
     with eval_mode(root, rest.layers, own.layers), parametrize.cached():  # weights are quantized once
-        count = running.run(model, batches, text, names if patched else (), keep, after)
+        count = running.run(walked, batches, text, names if patched else (), keep, after)
     return pd.DataFrame([{"layer": name} | _metrics(values, count, labelled) for name, values in sums.items()])
 
 
@@ -207,8 +209,10 @@ class _Mixed(fx.Interpreter):
         return super().run_node(n)
 
 
-def _known(model: nn.Module, scheme: str | Scheme | nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Return what tells a table from others: the number of images, the scheme, and the norm of all logits."""
+def _known(
+    model: nn.Module, scheme: str | Scheme | nn.Module, batches: Sequence[Batch], warm: Sequence[Batch]
+) -> dict[str, Any]:
+    """Return what tells a table from others: the number of images, the scheme, the norm of all logits, the start."""
     squares, other = list[float](), [scheme] if isinstance(scheme, nn.Module) else []
 
     def add(_: Batch, output: Any) -> None:
@@ -217,7 +221,9 @@ def _known(model: nn.Module, scheme: str | Scheme | nn.Module, batches: Iterable
     for network in (model, *other):
         count = running.run(network, batches, "logits", after=add)
     name = type(scheme).__name__ if other else str(scheme)
-    return {"images": count, "scheme": name, "logit_norm": sum(squares) ** 0.5}
+    tracked = warm if not isinstance(scheme, nn.Module) and get_scheme(scheme).tracked else ()
+    start = fingerprint(str([f"{images_of(batch).norm().item():.4g}" for batch in tracked]), *other)[:8]
+    return {"images": count, "scheme": name, "logit_norm": sum(squares) ** 0.5, "start": f"#{start}"}
 
 
 def _logits(output: Any) -> Tensor:

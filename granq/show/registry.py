@@ -203,8 +203,8 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     out, todo = workbench.out, []
     for name in names or FIGURES:
         one_of("figure", name, FIGURES)
-        data, network = dataset_name(workbench.data), Path(workbench.network).name
-        path, own = out / f"{name}.csv", {"budget": workbench.name, "dataset": data, "network": network}
+        path, own = out / f"{name}.csv", dict(budget=workbench.name, dataset=dataset_name(workbench.data))
+        own["network"] = Path(workbench.network).name
         old = pd.read_csv(path) if path.is_file() else pd.DataFrame([own])
         ours = all(list(old.get(key, [])[:1]) == [own[key]] for key in own if key == "budget" or FIGURES[name].teacher)
         runs, given = {*old.get("run", [])}, {run.path.name for run in workbench.runs}

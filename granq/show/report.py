@@ -74,7 +74,7 @@ def report(
     parts, found = _measure(model, data, scheme, widths, told["quantized"])
     told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
     if isinstance(scheme, Scheme) and scheme.tracked:
-        told["static ranges"] = "set on these images, of which they cut off nothing"
+        told["static ranges"] = f"a moving average over these images in batches of {BATCH}"
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
     parts["facts"] = DataFrame(told.items()).to_html(index=False, header=False, border=0, classes="facts")
     parts |= dict(channels=CHANNELS, script=vl_convert.javascript_bundle())  # type: ignore[call-arg]
@@ -97,7 +97,10 @@ def _measure(
     model: nn.Module, data: list[Batch], scheme: Scheme | nn.Module, widths: tuple[int, int], name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of the page and its numbers."""
-    logits, maps = _logits_and_maps(model, data)
+    try:
+        logits, maps = _logits_and_maps(model, data)
+    except RuntimeError as error:
+        raise UserError(f"the network cannot take images {tuple(images_of(data[0]).shape)}: {error}") from error
     try:
         layout, missing = network_layout(model), "No"
     except UserError as error:
