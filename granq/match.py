@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import NormalDist
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import activation_places, calibrate, layer_quantizers, set_image_range
+from granq.convert import ActQuantizer, activation_places, calibrate, layer_quantizers, set_image_range
 from granq.errors import UserError
 from granq.fast import channel_var_mean
 from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
@@ -25,7 +26,7 @@ from granq.losses import layer_loss, soft_label_loss
 from granq.plain import module_of, relu_ceiling
 from granq.qat import CALIBRATION, GDFQ, Game, describe_images
 from granq.quantizer import at_least_float32
-from granq.ranges import LearnedSteps
+from granq.ranges import LearnedSteps, best_quantile
 from granq.schemes import get_scheme
 
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
@@ -34,6 +35,7 @@ NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # weight and temperature of the soft labels
 REFINED_LABELS = 0.1  # weight of the labels in refine
+KEEP_RANGES = {*"adaptiveavgpool2d avgpool2d maxpool2d mean flatten dropout identity".split()}
 SHAPES = 40  # at most, in an image of random_shapes
 
 
@@ -73,6 +75,7 @@ class Match(GDFQ):
         if scheme.tracked:  # of the teacher's values, to which the re-estimated BatchNorm brings the student's back
             batches = [self.draw(game)[0] for _ in range(CALIBRATION)]
             calibrate(student, batches, None, full_precision=True)
+            widen_ranges(student)
             if self.config.image_bits and game.pixels:  # with bits to spare nothing needs to be cut off
                 set_image_range(student, *game.pixels)
         images = torch.cat([self.draw(game)[0] for _ in range(REESTIMATION)])
@@ -178,6 +181,39 @@ def random_shapes(count: int, image_size: int, device: str = "cpu") -> Tensor:
         inside = (reach < (0.0625 / uniform(0.05, 1)).clamp_max(0.75)) & (i < shapes)
         images = torch.where(inside, normal(0.9) + normal(0.4, 3) + normal(1.0) * along, images)
     return images
+
+
+@torch.no_grad()
+def widen_ranges(student: fx.GraphModule) -> None:
+    """Widen static ranges behind a BatchNorm to what it says of real images, which others need not reach.
+
+    In the teacher's training its outputs had the mean ``bias`` and the deviation ``weight``. A range then holds the
+    share ``best_quantile`` of normal values, at 8 bits up to 4.3 deviations (Nagel et al., ICCV 2019, take 6). Between
+    BatchNorm and range there may be a ReLU, a pooling or a mean, which leave no value beyond.
+    """
+    for node in student.graph.nodes:
+        if not isinstance(place := module_of(student, node), ActQuantizer) or not place.tracked:
+            continue
+        source, low, high = node.all_input_nodes[0], -math.inf, math.inf
+        while (ceiling := relu_ceiling(student, source)) is not None or _keeps_range(student, source):
+            low, high = (low, high) if ceiling is None else (0.0, min(high, ceiling))
+            source = source.all_input_nodes[0]
+        norm = module_of(student, source)
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            reach = NormalDist().inv_cdf((1 + best_quantile(place.bits)) / 2) * norm.weight.abs()
+            ends = [end.clamp(low, high) for end in (norm.bias - reach, norm.bias + reach)]
+            if place.granularity == "per_tensor":
+                ends = [ends[0].amin(), ends[1].amax()]
+            if ends[0].numel() == (old := place.running_min).numel():
+                place.running_min = old.minimum(ends[0].view_as(old))
+                place.running_max = place.running_max.maximum(ends[1].view_as(old))
+
+
+def _keeps_range(student: fx.GraphModule, node: fx.Node) -> bool:
+    """Say whether ``node`` gives averages or a choice of the values of one channel of its input."""
+    module = module_of(student, node)
+    name = str(type(module).__name__ if module else getattr(node.target, "__name__", node.target))
+    return name.lower().replace("_", "") in KEEP_RANGES and len(node.all_input_nodes) == 1
 
 
 @torch.no_grad()

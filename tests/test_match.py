@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,9 +28,9 @@ from granq import (
 from granq.convert import activation_places, original_weight, weight_quantizer
 from granq.generator import batchnorm_inputs, batchnorm_loss
 from granq.losses import layer_loss
-from granq.match import NORM_RATE, batchnorm_outputs, refined_images, relu_ceilings
+from granq.match import NORM_RATE, batchnorm_outputs, refined_images, relu_ceilings, widen_ranges
 from granq.qat import STEP_RATE
-from granq.ranges import LearnedSteps
+from granq.ranges import LearnedSteps, best_quantile
 from granq.runs import begin
 
 MATCH = QATConfig(
@@ -196,6 +197,36 @@ def test_images_stay_between_black_and_white(tiny):
         game = begin(tiny, MATCH.change(warmup_epochs=0), pixels=given)
         for images in (game.recipe.draw(game)[0], refined_images(game)[0]):
             assert (images.min() >= -0.5 and images.max() <= 1) == (given is not None)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("foldable", 3), ("foldable", 8), ("layerwise", 3)])
+def test_ranges_hold_what_batchnorm_says_of_real_images(tiny, scheme, bits):
+    """Behind bn1 and its ReLU; not behind the sum, of which bn2 is one part, nor in front of bn1."""
+    with torch.no_grad():
+        tiny.bn1.weight.copy_(torch.tensor([1.0, -2, 3, 0.1]))
+        tiny.bn1.bias.copy_(torch.tensor([0.0, 1, -9, 5]))
+    student = quantize_model(tiny, scheme, 3, bits)
+    calibrate(student, [0.01 * torch.randn(8, 3, 8, 8)])
+    before = {name: place.running_max.clone() for name, place in activation_places(student).items()}
+    widen_ranges(student)
+    changed = {n: p for n, p in activation_places(student).items() if not torch.equal(p.running_max, before[n])}
+    ((name, place),) = changed.items()
+    reach = stats.norm.isf((1 - best_quantile(bits)) / 2)
+    wanted = torch.tensor([reach, 1 + 2 * reach, max(3 * reach - 9, 0), 5 + 0.1 * reach], dtype=torch.float32)
+    wanted = wanted if scheme == "foldable" else wanted.max().view(1)
+    torch.testing.assert_close(place.running_max.flatten(), torch.maximum(wanted, before[name].flatten()))
+    assert place.running_min.min() >= 0
+
+
+def test_ranges_look_through_a_pooling_but_not_beyond_a_ceiling():
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    network = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        network[1].weight.fill_(10)
+    student = quantize_model(network, "foldable", 8, 8)
+    calibrate(student, [torch.zeros(8, 3, 8, 8)])
+    widen_ranges(student)
+    assert [*activation_places(student).values()][1].running_max.tolist() == [[6.0] * 4]
 
 
 # ---- BatchNorm
