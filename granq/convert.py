@@ -172,8 +172,7 @@ def quantize_model(
 
     ``scheme`` is a name in ``SCHEMES`` or a ``Scheme``; widths are 2 to 8 bits. ``bits`` gives layers their own,
     ``{layer: (weight, activation)}``, 0 for full precision; layers that read one place share its width. The image has
-    ``image_bits``, if given, whatever ``bits`` say: hardware for k bits runs the first layer on 2k as two passes, one
-    for each half of the bits, and adds them shifted (as Hubara et al., NeurIPS 2016, do with 8).
+    ``image_bits``, if given: hardware for k bits reads 2k in two passes (as Hubara et al., NeurIPS 2016, do with 8).
 
     Raises UserError for a model that cannot be traced, and for names and widths that it or the scheme does not have.
     """
@@ -192,7 +191,8 @@ def quantize_model(
     if scheme.weights is None and any(w for w, _ in own.values()):
         raise UserError("bits ask for low-bit weights, but the scheme quantizes none")
     _quantize_activations(student, graph, set(layers), own, act_bits, image_bits, scheme)
-    if inside := [name for name in layers if any(name.startswith(f"{outer}.") for outer in called)]:
+    asked = [name for name in layers if scheme.weights and scheme.activations and own.get(name, widths)[0]]
+    if inside := [name for name in asked if any(name.startswith(f"{outer}.") for outer in called)]:
         warnings.warn(f"only weights are quantized, as fx does not see the input: {', '.join(inside)}", stacklevel=2)
     if left:
         warnings.warn(f"in full precision, as they compute something else: {', '.join(left)}", stacklevel=2)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from inspect import signature
 
-from torch import fx, nn
+from torch import fx, jit, nn
 from torch.nn import functional as F
 
 from granq.errors import UserError
@@ -117,6 +117,8 @@ def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         # fx drops what the forward does not reach, and of a layer it only reads all but the weight
         if name not in kept or (isinstance(own, (*LAYERS, nn.BatchNorm2d)) and kept[name] is not own):
             module.add_submodule(name, own)
+        if isinstance(own, jit.ScriptModule):  # comes whole
+            continue
         new = module.get_submodule(name)  # the same of what the forward does not read; what fx made a buffer is no key
         new._parameters.update(own._parameters | new._parameters)
         new._buffers.update(own._buffers | new._buffers)

@@ -87,7 +87,7 @@ class IntegerLayer(nn.Module):
 
 
 def integer_model(student: fx.GraphModule) -> fx.GraphModule:
-    """Return the integer twin of a calibrated student. Raises UserError if a layer with weights cannot be one."""
+    """Return the integer twin of a calibrated student, in float32. Raises UserError for layers that have none."""
     student = copy.deepcopy(student)  # what the two would share, such as pooling, would follow either's mode
     if next(student.parameters()).dtype in (torch.float16, torch.bfloat16):
         student = student.float()  # half precision holds no sum

@@ -23,7 +23,7 @@ from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
 from granq.graph import reader
 from granq.hooks import eval_mode, watch
 from granq.losses import layer_loss, soft_label_loss
-from granq.plain import module_of, relu_ceiling
+from granq.plain import is_plain, module_of, relu_ceiling
 from granq.qat import CALIBRATION, GDFQ, Game, describe_images
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps, best_quantile
@@ -35,7 +35,8 @@ NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # weight and temperature of the soft labels
 REFINED_LABELS = 0.1  # weight of the labels in refine
-KEEP_RANGES = {*"adaptiveavgpool2d avgpool2d maxpool2d mean flatten dropout identity".split()}
+KEEP_RANGES = {*"maxpool2d flatten dropout identity".split()}
+AVERAGES = {*"adaptiveavgpool2d avgpool2d mean".split()}
 SHAPES = 40  # at most, in an image of random_shapes
 
 
@@ -185,35 +186,35 @@ def random_shapes(count: int, image_size: int, device: str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def widen_ranges(student: fx.GraphModule) -> None:
-    """Widen static ranges behind a BatchNorm to what it says of real images, which others need not reach.
+    """Widen static ranges of channels behind a BatchNorm to what it says of real images, which others need not reach.
 
-    In the teacher's training its outputs had the mean ``bias`` and the deviation ``weight``. A range then holds the
-    share ``best_quantile`` of normal values, at 8 bits up to 4.3 deviations (Nagel et al., ICCV 2019, take 6). Between
-    BatchNorm and range there may be a ReLU, a pooling or a mean, which leave no value beyond.
+    In the teacher's training its outputs had the mean ``bias`` and nearly the deviation ``weight``. A range then holds
+    the share ``best_quantile`` of normal values, at 8 bits up to 4.3 deviations (Nagel et al., ICCV 2019, take 6).
+    Between BatchNorm and range may be a ReLU and a pooling. Averages stay far inside, which 6 bits or more can bear.
     """
     for node in student.graph.nodes:
-        if not isinstance(place := module_of(student, node), ActQuantizer) or not place.tracked:
+        place = module_of(student, node)
+        if not isinstance(place, ActQuantizer) or not place.tracked or place.granularity == "per_tensor":
             continue
         source, low, high = node.all_input_nodes[0], -math.inf, math.inf
-        while (ceiling := relu_ceiling(student, source)) is not None or _keeps_range(student, source):
+        kept = KEEP_RANGES | (AVERAGES if place.bits >= 6 else set())
+        while (ceiling := relu_ceiling(student, source)) is not None or _name(student, source) in kept:
             low, high = (low, high) if ceiling is None else (0.0, min(high, ceiling))
             source = source.all_input_nodes[0]
-        norm = module_of(student, source)
-        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+        norm, old = module_of(student, source), place.running_min
+        if isinstance(norm, nn.BatchNorm2d) and is_plain(norm) and norm.affine and norm.num_features == old.numel():
             reach = NormalDist().inv_cdf((1 + best_quantile(place.bits)) / 2) * norm.weight.abs()
-            ends = [end.clamp(low, high) for end in (norm.bias - reach, norm.bias + reach)]
-            if place.granularity == "per_tensor":
-                ends = [ends[0].amin(), ends[1].amax()]
-            if ends[0].numel() == (old := place.running_min).numel():
-                place.running_min = old.minimum(ends[0].view_as(old))
-                place.running_max = place.running_max.maximum(ends[1].view_as(old))
+            if norm.running_var is not None:  # of a dead channel eps leaves less
+                reach = reach * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
+            place.running_min = old.minimum((norm.bias - reach).clamp(low, high).view_as(old))
+            place.running_max = place.running_max.maximum((norm.bias + reach).clamp(low, high).view_as(old))
 
 
-def _keeps_range(student: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether ``node`` gives averages or a choice of the values of one channel of its input."""
+def _name(student: fx.GraphModule, node: fx.Node) -> str:
+    """Return what a node of one input calls, as a module and a function of torch are both called."""
     module = module_of(student, node)
     name = str(type(module).__name__ if module else getattr(node.target, "__name__", node.target))
-    return name.lower().replace("_", "") in KEEP_RANGES and len(node.all_input_nodes) == 1
+    return name.lower().replace("_", "") if len(node.all_input_nodes) == 1 else ""
 
 
 @torch.no_grad()

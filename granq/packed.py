@@ -30,15 +30,22 @@ class PackedWeight(WeightQuantizer):
     """Parametrization of a weight that came from a file: its values lie on their grid, and come back as they are."""
 
     grid: Tensor | None
+    step: Tensor
 
-    def __init__(self, before: WeightQuantizer, scheme: Any, grid: Tensor | None, sqnr_db: float) -> None:
+    def __init__(
+        self, before: WeightQuantizer, scheme: Any, weight: Tensor, grid: Tensor | None, sqnr_db: float
+    ) -> None:
         super().__init__(before.bits, get_scheme(scheme), before.groups, before.source)
+        self.register_buffer("step", self.input_step(weight).detach().clone(), persistent=False)
         self.register_buffer("grid", grid, persistent=False)
         self.sqnr_db = sqnr_db  #: of the weight before it was quantized, which is gone
 
     def forward(self, weight: Tensor) -> Tensor:
-        same = self.grid is None or self.grid.dtype != torch.float32  # half precision leaves the grid
-        return weight if same else super().forward(weight)  # values of a later training are rounded again
+        if self.grid is None or self.grid.dtype != torch.float32:  # half precision leaves the grid
+            return weight
+        # the grid is in units of the input's step: of a range that was set anew it says nothing
+        same = torch.allclose(self.input_step(weight), self.step, 1e-4, 0)
+        return super().forward(weight) if same else weight
 
     def qparams(self, weight: Tensor) -> QParams:
         return super().qparams(weight) if self.grid is None else QParams(*self.grid)
@@ -121,5 +128,5 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
             found = unpack(codes, records[n]["width"], weight.original.numel()) + records[n]["low"]
             value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
         weight.original = nn.Parameter(cast(Tensor, value).to(weight.original))  # tied weights have grids of their own
-        weight[0] = PackedWeight(quantizer, config.scheme, grid, records[n]["sqnr_db"])
+        weight[0] = PackedWeight(quantizer, config.scheme, weight.original, grid, records[n]["sqnr_db"])
     return SavedRun(student.requires_grad_(False).to(device), config, spec, facts, epoch)

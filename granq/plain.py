@@ -139,6 +139,7 @@ def _make_plain(layer: nn.Module, settings: dict[str, Any]) -> None:
     vars(layer).update(settings)
 
 
+_CHANNELS = nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm
 _MOVES, _SHAPES = {"transpose", "permute", "movedim", "swapaxes"}, {"view", "reshape", "unflatten"}
 
 
@@ -168,10 +169,14 @@ def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
         passed.add(str(getattr(made.target, "__name__", made.target)))
         made = made.all_input_nodes[0]
-    for maker in (*node.users, made):
-        if isinstance(layer := module_of(root, maker), nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm):
+    last = node
+    while last.users and not isinstance(module_of(root, last), _CHANNELS):
+        last = next(iter(last.users))
+    for maker in (*node.users, made, last):  # whose layout is another one, is passed over
+        if isinstance(layer := module_of(root, maker), _CHANNELS):
             rows = isinstance(layer, nn.Linear | nn.LayerNorm)
-            return None if maker is made and passed & (_MOVES | _SHAPES if rows else _MOVES) else rows
+            if maker is not made or not passed & (_MOVES | _SHAPES if rows else _MOVES):
+                return rows
     return None
 
 

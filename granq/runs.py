@@ -78,8 +78,7 @@ def train(
         facts: what ``config.json`` keeps besides the settings.
         generator: starts from a copy of this one: any module (noise (N, 100), labels (N,)) -> images (N, 3, H, W).
         student_loss: (teacher's logits, student's, labels) -> loss, instead of the recipe's; of match, its soft labels.
-        pixels: lowest and highest value of each channel of an image (1, 3, 1, 1), black and white: images of recipe
-            match stay within them, and they are the range of static ``config.image_bits``.
+        pixels: black and white (1, 3, 1, 1), within which match refines its images; range of static ``image_bits``.
         after_epoch: called with the run after each epoch.
 
     Raises:
@@ -96,7 +95,8 @@ def train(
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
         spec = (facts or {}).get("spec", {})
         data = str(spec.get("name", "")).removeprefix("folder:").rpartition("/")[2]  # wherever they lie today
-        images = str([data, *(spec.get(key) for key in ("classes", "image_size", "mean", "std"))])
+        bounds = [end.flatten().tolist() for end in pixels or () if config.recipe == "match"]
+        images = str([data, *(spec.get(key) for key in ("classes", "image_size", "mean", "std")), *bounds])
         identity = fingerprint(config, own, images, game.teacher, generator)
         here = versions(game.device)
         with folder.claimed():
@@ -232,6 +232,9 @@ def fingerprint(*parts: Any) -> str:
         network = isinstance(part, nn.Module)
         digest.update(b"" if network else part.encode() if isinstance(part, str) else part.model_dump_json().encode())
         for name, x in part.state_dict().items() if network else ():
+            if not isinstance(x, Tensor) or x.is_quantized:  # of torch.ao: types and packed weights
+                digest.update(f"{name}{x}".encode())
+                continue
             digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

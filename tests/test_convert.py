@@ -638,3 +638,27 @@ def test_layers_whose_input_fx_does_not_see_are_named():
 
     with pytest.warns(UserWarning, match="only weights are quantized, .*: inner.self_attn.out_proj, inner.linear1"):
         quantize_model(Encoder(), "strict", 3, 3)
+
+
+class Heads(nn.Module):
+    """Rows of a Linear in heads, (N, tokens, heads, features), which the next Linear reads joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.q, self.fc = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.q(self.conv(x).flatten(2).transpose(1, 2))
+        return self.fc(F.relu(x.reshape(x.shape[0], -1, 2, 4)).flatten(2).mean(1))
+
+
+def test_ranges_of_heads_do_not_depend_on_the_number_of_tokens():
+    student = quantize_model(Heads(), "per_channel", 3, 3)
+    calibrate(student, [torch.randn(2, 3, 8, 8)])
+    assert student(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_module_comes_whole(tiny):
+    tiny.relu = torch.jit.script(nn.ReLU())
+    assert quantize_model(tiny, "strict", 3, 3)(torch.randn(2, 3, 8, 8)).shape == (2, 3)

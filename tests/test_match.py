@@ -199,9 +199,10 @@ def test_images_stay_between_black_and_white(tiny):
             assert (images.min() >= -0.5 and images.max() <= 1) == (given is not None)
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("foldable", 3), ("foldable", 8), ("layerwise", 3)])
+@pytest.mark.parametrize(("scheme", "bits"), [("foldable", 3), ("foldable", 8), ("per_channel", 3)])
 def test_ranges_hold_what_batchnorm_says_of_real_images(tiny, scheme, bits):
     """Behind bn1 and its ReLU; not behind the sum, of which bn2 is one part, nor in front of bn1."""
+    tiny.bn1.eps = 1e-12
     with torch.no_grad():
         tiny.bn1.weight.copy_(torch.tensor([1.0, -2, 3, 0.1]))
         tiny.bn1.bias.copy_(torch.tensor([0.0, 1, -9, 5]))
@@ -213,20 +214,31 @@ def test_ranges_hold_what_batchnorm_says_of_real_images(tiny, scheme, bits):
     ((name, place),) = changed.items()
     reach = stats.norm.isf((1 - best_quantile(bits)) / 2)
     wanted = torch.tensor([reach, 1 + 2 * reach, max(3 * reach - 9, 0), 5 + 0.1 * reach], dtype=torch.float32)
-    wanted = wanted if scheme == "foldable" else wanted.max().view(1)
     torch.testing.assert_close(place.running_max.flatten(), torch.maximum(wanted, before[name].flatten()))
     assert place.running_min.min() >= 0
 
 
-def test_ranges_look_through_a_pooling_but_not_beyond_a_ceiling():
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+@pytest.mark.parametrize(
+    ("pool", "scheme", "bits", "wide"),
+    [
+        (nn.MaxPool2d(6), "foldable", 3, True), (nn.AdaptiveAvgPool2d(1), "foldable", 8, True),
+        (nn.AdaptiveAvgPool2d(1), "foldable", 3, False), (nn.MaxPool2d(6), "layerwise", 3, False),
+    ],
+)  # fmt: skip
+def test_ranges_look_through_a_pooling_but_not_beyond_a_ceiling(pool, scheme, bits, wide):
+    """Averages stay far inside, and the quantile of a tensor is not that of its widest channel."""
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), pool, nn.Flatten(), nn.Linear(4, 3)
     network = nn.Sequential(*layers).eval()
     with torch.no_grad():
-        network[1].weight.fill_(10)
-    student = quantize_model(network, "foldable", 8, 8)
+        network[1].weight.copy_(torch.tensor([10.0, 10, 10, 1]))
+        network[1].running_var[3] = 0  # dead
+    student = quantize_model(network, scheme, 8, bits)
     calibrate(student, [torch.zeros(8, 3, 8, 8)])
+    before = [place.running_max.clone() for place in activation_places(student).values()]
     widen_ranges(student)
-    assert [*activation_places(student).values()][1].running_max.tolist() == [[6.0] * 4]
+    place = [*activation_places(student).values()][-1]
+    assert (place.running_max.flatten()[:3].tolist() == [6.0] * 3) == wide
+    assert place.running_max.flatten()[-1] == before[-1].flatten()[-1]
 
 
 # ---- BatchNorm

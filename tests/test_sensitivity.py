@@ -200,7 +200,10 @@ def test_resumes_with_what_is_missing(sharp: nn.Module, tmp_path, monkeypatch) -
 
 def test_bad_input_is_one_sentence(sharp: nn.Module) -> None:
     for call, sentence in (
-        (lambda: measure_sensitivity(sharp, labelled(), "strict", 9), "bits must be an integer from 2 to 8, got 9"),
+        (
+            lambda: measure_sensitivity(sharp, labelled(), "strict", 9),
+            "bits must be an integer from 2 to 8, got 9",
+        ),
         (lambda: measure_sensitivity(sharp, labelled(), "strict", 3, kinds=["x"]), "unknown kind 'x'; known: alone"),
         (lambda: measure_sensitivity(sharp, labelled(), "strict", 3, parts=["x"]), "unknown part 'x'; known: weights"),
         (lambda: measure_sensitivity(sharp, [], "strict", 3), "no image"),

@@ -71,7 +71,7 @@ def measure_sensitivity(
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
-    warm = (batches := list(batches))[:1] if calibration is None else calibration
+    warm = (batches := list(batches))[:1] if calibration is None else list(calibration)
     known = _known(model, scheme, batches, warm) | (facts or {})
     rows, plain = running.kept_rows(out, known), full_precision(model, batches)
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}

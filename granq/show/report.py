@@ -99,7 +99,7 @@ def _measure(
     """Return the parts of the page and its numbers."""
     try:
         logits, maps = _logits_and_maps(model, data)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"the network cannot take images {tuple(images_of(data[0]).shape)}: {error}") from error
     try:
         layout, missing = network_layout(model), "No"
