@@ -232,7 +232,7 @@ def fingerprint(*parts: Any) -> str:
         network = isinstance(part, nn.Module)
         digest.update(b"" if network else part.encode() if isinstance(part, str) else part.model_dump_json().encode())
         for name, x in part.state_dict().items() if network else ():
-            if not isinstance(x, Tensor) or x.is_quantized:  # of torch.ao: types and packed weights
+            if type(x) is not Tensor or x.is_quantized:  # of torch.ao: types and packed weights
                 digest.update(f"{name}{x}".encode())
                 continue
             digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

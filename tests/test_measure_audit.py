@@ -179,6 +179,7 @@ def test_joined_and_cut_values_stay_on_their_grid():
     assert (frame.input_quantized != "").to_dict() == {"stem": False, "left": True, "right": True, "last": True}
 
 
+@pytest.mark.filterwarnings("ignore:only weights are quantized")
 def test_a_layer_counts_as_quantized_if_every_call_of_it_is():
     images = torch.randn(2, 3, 8, 8)
     frame = audit(quantize_model(Twice(), "granq", 3, 3), images).set_index("layer")
