@@ -35,7 +35,7 @@ NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # weight and temperature of the soft labels
 REFINED_LABELS = 0.1  # weight of the labels in refine
-KEEP_RANGES = {*"maxpool2d flatten dropout identity".split()}
+KEEP_RANGES = {*"maxpool2d flatten dropout identity".split()}  # what leaves the range of a channel as it is
 AVERAGES = {*"adaptiveavgpool2d avgpool2d mean".split()}
 SHAPES = 40  # at most, in an image of random_shapes
 
@@ -211,7 +211,7 @@ def widen_ranges(student: fx.GraphModule) -> None:
 
 
 def _name(student: fx.GraphModule, node: fx.Node) -> str:
-    """Return what a node of one input calls, as a module and a function of torch are both called."""
+    """Return the name of what a node of one input calls: the same for a module and for its function."""
     module = module_of(student, node)
     name = str(type(module).__name__ if module else getattr(node.target, "__name__", node.target))
     return name.lower().replace("_", "") if len(node.all_input_nodes) == 1 else ""
