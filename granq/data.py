@@ -50,7 +50,9 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
         return self.name.startswith("folder:") and {*class_names(split_folder(self.root, "test"))} <= {*IMAGENET_IDS}
 
     def label_names(self) -> list[str]:
-        """Return the names of the class folders by label: of a part of ImageNet those of all 1,000."""
+        """Return the names of class folders by label, of a part of ImageNet those of all 1,000; else the numbers."""
+        if not self.name.startswith(("folder:", "imagenet")):
+            return [str(label) for label in range(self.classes)]
         whole = self.name == "imagenet" or (self.classes == len(IMAGENET_IDS) and self.has_imagenet_ids())
         return IMAGENET_IDS if whole else class_names(split_folder(self.root, "test"))
 

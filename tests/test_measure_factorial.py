@@ -1,6 +1,5 @@
 """The factorial: the cells that exist, what a cell quantizes, and resumption."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 
 from granq.errors import UserError
 from granq.generator import build_generator
-from granq.measure import factorial
+from granq.measure import factorial, running
 from granq.measure.factorial import Cell, factorial_cells, measure_granularity_factorial
 from granq.measure.images import generated_batches
 from granq.quantizer import fake_quantize
@@ -65,8 +64,7 @@ def test_static_ranges_come_from_the_calibration(tiny: nn.Module) -> None:
 
 def test_interval_is_the_binomial_one() -> None:
     """The bootstrap of a share is binomial: standard deviation sqrt(p (1 - p) / n)."""
-    values = np.repeat([0.0, 100.0], [300, 700])
-    found = factorial._interval("top1", values)
+    found = running.mean_and_interval("top1", (0, 100), (300, 700))
     half = 1.96 * 100 * (0.3 * 0.7 / 1000) ** 0.5
     assert found["top1"] == 70
     assert found["top1_low"] == pytest.approx(70 - half, abs=0.35)

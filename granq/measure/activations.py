@@ -99,10 +99,7 @@ def measure_activation_samples(
     return pd.concat(frames, ignore_index=True)
 
 
-def measure_scale_maps(
-    model: nn.Module, images: Tensor, layers: str | Sequence[str], bits: int,
-    granularities: Sequence[str] = ACTIVATION_GRANULARITIES,
-) -> pd.DataFrame:  # fmt: skip
+def measure_scale_maps(model: nn.Module, images: Tensor, layers: str | Sequence[str], bits: int) -> pd.DataFrame:
     """Measure the quantization step of every image and channel in front of each layer, under each granularity.
 
     The batch ``images`` (N, 3, H, W) is also the group of ``per_tensor`` and ``per_channel``. Columns: layer, bits,
@@ -111,19 +108,17 @@ def measure_scale_maps(
     names = running.checked(model, [layers] if isinstance(layers, str) else layers)
     found = running.calls(model, images, names)
     seen = [(name, running.by_channel(x, model.get_submodule(name))) for name, x, _ in found]
-    return _scale_maps(seen, bits, granularities, "image")
+    return _scale_maps(seen, bits, ACTIVATION_GRANULARITIES, "image")
 
 
-def measure_weight_scales(
-    model: nn.Module, layers: Sequence[str], bits: int, granularities: Sequence[str] = ("per_out_channel", "per_kernel")
-) -> pd.DataFrame:
+def measure_weight_scales(model: nn.Module, layers: Sequence[str], bits: int) -> pd.DataFrame:
     """Measure the quantization step of every kernel of the weights of ``layers``, under each granularity.
 
     Columns: layer, bits, granularity, filter (output channel), channel (input channel), scale (the step).
     """
     names = running.checked(model, layers)
     weights = [(name, original_weight(model.get_submodule(name))) for name in names]
-    return _scale_maps(weights, bits, granularities, "filter")
+    return _scale_maps(weights, bits, ("per_out_channel", "per_kernel"), "filter")
 
 
 def measure_data_flow(

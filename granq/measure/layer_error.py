@@ -74,8 +74,7 @@ class _Errors:
     def __init__(
         self, model: nn.Module, students: Mapping[str, nn.Module], layers: Sequence[str], modes: Sequence[str]
     ) -> None:
-        self.rows = {name for name in layers if isinstance(model.get_submodule(name), nn.Linear)}
-        self.students, self.layers, self.modes = students, layers, modes
+        self.model, self.students, self.layers, self.modes = model, students, layers, modes
         self.sums: dict[tuple[str, str, str], Tensor] = {}
         self.clean: dict[str, list[Tensor]] = {}  # full-precision outputs in this batch, for each call of a layer
         found = {scheme: layer_quantizers(student) for scheme, student in students.items()}
@@ -101,7 +100,8 @@ class _Errors:
         self.clean.clear()
 
     def _add(self, scheme: str, mode: str, name: str, reference: Tensor, value: Tensor) -> None:
-        energies = [_energy(x, name in self.rows) for x in (reference, value, value - reference)]
+        layer = self.model.get_submodule(name)
+        energies = [_energy(x, layer) for x in (reference, value, value - reference)]
         count = torch.full_like(energies[0], reference.numel() / len(energies[0]))
         running.merge(self.sums, (scheme, mode, name), torch.stack([count, *energies]))
 
@@ -118,10 +118,8 @@ class _Errors:
         return frame.assign(mse=frame.error / frame["count"], sqnr_db=sqnr_db, cosine_similarity=cosine)
 
 
-def _energy(x: Tensor, is_rows: bool) -> Tensor:
-    """Sum the squares of every channel, (N, C, H, W) or (..., F) -> (C,): float32 in an image, then float64."""
-    if is_rows or x.dim() != 4:
-        return running.where_float64_is(x.flatten(0, -2)).double().square().sum(0)
-    rows = at_least_float32(x).flatten(2)
-    squares = torch.linalg.vecdot(rows, rows)  # dot products: no temporary, and faster than a norm
-    return running.where_float64_is(squares).double().sum(0)
+def _energy(x: Tensor, layer: nn.Module) -> Tensor:
+    """Sum the squares of every channel of what ``layer`` gives, (C,): float32 in an image, then float64."""
+    x = at_least_float32(running.by_channel(x, layer))
+    values = x.reshape(*x.shape[:2], -1)
+    return torch.linalg.vecdot(values, values).double().sum(0)  # no temporary, and faster than a norm

@@ -113,6 +113,15 @@ def by_channel(x: Tensor, layer: nn.Module) -> Tensor:
     return where_float64_is(x.flatten(0, -2) if isinstance(layer, nn.Linear) or x.dim() != 4 else x)
 
 
+def mean_and_interval(name: str, values: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """Return the mean of ``values``, of which there are ``counts``, and the ends of its 95 % bootstrap interval."""
+    x, n = np.asarray(values, float), np.asarray(counts)
+    # how often each value is drawn again is multinomial; the percentiles of 2,000 means
+    means = np.random.default_rng(0).multinomial(int(n.sum()), n / n.sum(), 2000) @ x / n.sum()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {name: x @ n / n.sum(), f"{name}_low": low, f"{name}_high": high}
+
+
 def decibel(signal: Any, noise: Any) -> Any:
     """Return the ratio of two energies in decibels; without noise it is infinity, and of two zeros NaN."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -247,9 +247,7 @@ def _metrics(sums: Tensor, images: int, labelled: bool) -> dict[str, float]:
     kl, same, signal, noise, right, worse, better = sums.tolist()
     found = dict(kl=kl / images, agreement=100 * same / images, sqnr_db=float(running.decibel(signal, noise)))
     if labelled:  # of images that are drawn again, so many flip as a multinomial distribution says
-        shares = np.array([worse, better, images - worse - better]) / images
-        drawn = np.random.default_rng(0).multinomial(images, shares, 2000)
-        low, high = 100 * np.quantile((drawn[:, 0] - drawn[:, 1]) / images, (0.025, 0.975))
-        found |= dict(top1=100 * right / images, lost=100 * (worse - better) / images, lost_low=low, lost_high=high)
+        lost = running.mean_and_interval("lost", (100, 0, -100), (worse, images - worse - better, better))
+        found |= dict(top1=100 * right / images) | lost
         found |= dict(right_to_wrong=int(worse), wrong_to_right=int(better))
     return found

@@ -101,13 +101,6 @@ class Workbench:
         return load_split(self.spec, "test")
 
     @property
-    def class_names(self) -> list[str]:
-        """Names of the labels, where the data have them, else their numbers."""
-        if self.spec.name.startswith(("folder:", "imagenet")):  # small images are kept without their class names
-            return self.spec.label_names()
-        return [str(name) for name in getattr(self.test, "classes", range(self.spec.classes))]
-
-    @property
     def images(self) -> int:
         """How many images ``real`` and ``synthetic`` give: at most half of the test split."""
         return min(self.budget.images, len(self.test) // 2)
