@@ -3,14 +3,12 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from inspect import signature
 
-from torch import fx, jit, nn
-from torch.nn import functional as F
+from torch import fx, nn
 
 from granq.errors import UserError
-from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, same_pad, trace_plain
+from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, trace_plain
 
 SHAPE = {"shape", "ndim", "size", "dim"}
 
@@ -27,17 +25,13 @@ def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
         warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
     if not any(names):  # "" is a network that is one layer itself
         raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
-    for one in skip:  # a layer may have another name, too
-        modules = model.named_modules(remove_duplicate=False)
-        below = {module for name, module in modules if isinstance(module, LAYERS) and f"{name}.".startswith(f"{one}.")}
-        if not below:
+    for one in skip:
+        if not any(f"{name}.".startswith(f"{one}.") for name in names):
             raise UserError(f"scheme.skip names what holds no layer of the model: {one}")
-        names = [name for name in names if model.get_submodule(name) not in below]
+    names = [name for name in names if not f"{name}.".startswith(tuple(f"{one}." for one in skip))]
     for name in names:
         if "weight" not in model.get_submodule(name)._parameters:
             raise UserError(f"the weight of {name} is parametrized already: remove that first")
-    if hasattr(model, "act_quant"):
-        raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
     return names
 
 
@@ -59,7 +53,8 @@ def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
 
 def is_image(root: nn.Module, node: fx.Node) -> bool:
     """Say whether ``node`` is the image, or the image with a border around it."""
-    padding = node.target in (F.pad, same_pad) or isinstance(module_of(root, node), nn.ZeroPad2d)
+    name = getattr(node.target, "__name__", "")  # of a function of torch or timm
+    padding = name in ("pad", "pad_same") or isinstance(module_of(root, node), nn.ZeroPad2d)
     return node.op == "placeholder" or (padding and is_image(root, node.all_input_nodes[0]))
 
 
@@ -84,25 +79,17 @@ def trace(model: nn.Module) -> fx.Graph:
 
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized: ReLUs, or what ``layers`` (names) read, each once."""
-    if where == "relu":
-        values = set[fx.Node]()  # what depends on the image; a ReLU of a parameter is no activation
-        for node in graph.nodes:
-            if node.op == "placeholder" or values.intersection(node.all_input_nodes):
-                values.add(node)
-        return [node for node in graph.nodes if node in values and relu_ceiling(root, node) is not None]
+    if where == "relu":  # one of a parameter is no activation
+        relus = [node for node in graph.nodes if node.users and relu_ceiling(root, node) is not None]
+        return [node for node in relus if node.all_input_nodes[0].op != "get_attr"]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     return list(dict.fromkeys(node.all_input_nodes[0] for node in calls))
 
 
 def insert_call(graph: fx.Graph, node: fx.Node, name: str, where: str, layers: set[str]) -> None:
     """Call module ``name`` on the value of ``node``; who reads that value for quantization reads the result instead."""
-    if where == "relu":
-        with graph.inserting_after(node):
-            call = graph.call_module(name, (node,))
-        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        return
-    # only the layers read the quantized value; a residual sum reads the original
-    readers = [user for user in node.users if user.op == "call_module" and user.target in layers]
+    # a residual sum reads the original of what layers read quantized
+    readers = [user for user in node.users if where == "relu" or (user.op == "call_module" and user.target in layers)]
     with graph.inserting_before(min(readers)):  # by then a view of the value has changed it, if one does
         call = graph.call_module(name, (node,))
     for user in readers:
@@ -112,17 +99,11 @@ def insert_call(graph: fx.Graph, node: fx.Node, name: str, where: str, layers: s
 def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Return a module that runs ``graph`` on the modules of ``root``, with all state-dict keys of ``root``."""
     module = fx.GraphModule(root, graph, class_name=type(root).__name__)
-    kept = dict(module.named_modules(remove_duplicate=False))
-    for name, own in root.named_modules(remove_duplicate=False):
-        # fx drops what the forward does not reach, and of a layer it only reads all but the weight
-        if name not in kept or (isinstance(own, (*LAYERS, nn.BatchNorm2d)) and kept[name] is not own):
-            module.add_submodule(name, own)
-        if isinstance(own, jit.ScriptModule):  # comes whole
-            continue
-        new = module.get_submodule(name)  # the same of what the forward does not read; what fx made a buffer is no key
-        new._parameters.update(own._parameters | new._parameters)
-        new._buffers.update(own._buffers | new._buffers)
-        new._non_persistent_buffers_set |= own._non_persistent_buffers_set | (new._buffers.keys() - own._buffers.keys())
+    extra = module._buffers.keys() - root._buffers.keys()  # fx makes buffers of plain tensors; they are no keys
+    module._modules = root._modules  # all of them: fx takes only what the forward reaches
+    module._parameters = root._parameters | module._parameters
+    module._buffers = root._buffers | module._buffers
+    module._non_persistent_buffers_set = root._non_persistent_buffers_set | extra
     return module
 
 
@@ -149,11 +130,8 @@ def _read_changed_values(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_module":
-        return getattr(module_of(root, node), "inplace", False) is True
-    name = str(getattr(node.target, "__name__", node.target))
-    if node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
-        return True
-    with suppress(TypeError, ValueError):  # torch's built-in functions have no signature, and no such argument
-        return signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace") is True  # type: ignore
-    return False
+    module, name = module_of(root, node), str(getattr(node.target, "__name__", node.target))
+    if module is not None:
+        return getattr(module, "inplace", False) is True
+    told = relu_ceiling(root, node) is not None and any(x is True for x in (*node.args, *node.kwargs.values()))
+    return told or (name.endswith("_") and not name.endswith("__"))

@@ -31,6 +31,7 @@ from granq.schemes import get_scheme
 
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
 CONSTANT = 1e-10  # variance of a channel over its squared mean, up to which it is but rounding errors
+STEP_RATE = 20  # times student_lr for learned steps, whose logarithms move by shares, weights by absolute amounts
 NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # weight and temperature of the soft labels
@@ -43,6 +44,8 @@ SHAPES = 40  # at most, in an image of random_shapes
 class Match(GDFQ):
     """Recipe match: in the warm-up as gdfq; then only the student learns, and layers are compared."""
 
+    rates = {LearnedSteps: STEP_RATE, nn.BatchNorm2d: NORM_RATE}
+
     def __init__(self, config: QATConfig) -> None:
         super().__init__(config)
         self.refined: tuple[Tensor, Tensor] | None = None
@@ -53,9 +56,6 @@ class Match(GDFQ):
 
     def decay(self, done: float) -> float:
         return (1 + math.cos(math.pi * done)) / 2  # SGDR, 2017
-
-    def rate(self, module: nn.Module) -> int:
-        return NORM_RATE if isinstance(module, nn.BatchNorm2d) else super().rate(module)
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, lr)

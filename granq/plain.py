@@ -6,6 +6,7 @@ activation. Where that can be shown it becomes a *plain* layer, and the rest nod
 
 import copy
 import math
+import sys
 from collections.abc import Collection
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 LAYERS = (nn.Conv2d, nn.Linear)
 _PAIRS = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
@@ -26,7 +26,6 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], str, dict[str, Any]]] = {
     F.linear: (nn.Linear, "input weight bias", {}),
     F.batch_norm: (nn.BatchNorm2d, "input running_mean running_var weight bias training momentum eps", {"eps": 1e-5}),
 }
-_UNPADDED: dict[str, Any] = {"padding": (0, 0), "padding_mode": "zeros"}
 _OWN = ("weight", "bias", "running_mean", "running_var")
 #: values that tell a ReLU from other functions
 _PROBE = torch.tensor([-1e6, -99, -8, -6, -4, -3, -2, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 2, 3, 4, 5.9, 6.1, 8, 99, 1e6])
@@ -48,22 +47,17 @@ def changed_layers(model: nn.Module) -> list[nn.Module]:
 def trace_plain(model: nn.Module, fixed: dict[str, Any]) -> fx.Graph:
     """Trace ``model`` and make its layers plain where possible; arguments of its forward in ``fixed`` are constants.
 
-    A layer whose forward leads fx to torch's own function on the unchanged parameters becomes the nodes of this
-    forward. Any other convolution is compared on random inputs with a plain one after ``same_pad``.
+    A layer whose forward leads fx to torch's own function on its own parameters becomes the nodes of its forward.
     """
-    opened = [m for m in changed_layers(model) if _opens(m)]
-    padded = [m for m in changed_layers(model) if m not in opened and isinstance(m, nn.Conv2d) and _pads_same(m)]
-    tracer = _Tracer(opened)
+    tracer = _Tracer([m for m in changed_layers(model) if _opens(m)])
     graph = tracer.trace(model, fixed or None)
-    settings = dict.fromkeys(opened, dict[str, Any]()) | tracer.settings | dict.fromkeys(padded, _UNPADDED)
-    for layer, own in settings.items():
-        _make_plain(layer, own)
+    for layer in tracer.opened:
+        layer.__class__ = _base(layer)  # type: ignore[assignment]
+        vars(layer).pop("forward", None)
+        vars(layer).update(tracer.settings.get(layer, {}))
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-        elif (conv := module_of(model, node)) in padded:
-            with graph.inserting_before(node):
-                node.args = (graph.call_function(same_pad, (node.args[0], *_sizes(conv))),)
     return graph
 
 
@@ -71,7 +65,8 @@ class _Tracer(fx.Tracer):
     """Follows the forward of layers that are ``opened``; all others are leaves, subclasses too."""
 
     def __init__(self, opened: Collection[nn.Module]) -> None:
-        super().__init__()
+        same = sys.modules.get("timm.layers.padding")  # fx would not follow its padding, which needs the size
+        super().__init__(autowrap_functions=(same.pad_same,) if same else (), param_shapes_constant=True)
         self.opened, self.settings = opened, dict[nn.Module, dict[str, Any]]()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -113,49 +108,11 @@ def _opens(layer: nn.Module) -> bool:
     return bool(tracer.settings) and not (read or layer._forward_hooks or layer._forward_pre_hooks)
 
 
-@torch.no_grad()
-def _pads_same(conv: nn.Conv2d) -> bool:
-    """Say whether ``conv`` gives the numbers of a plain one after ``same_pad``, on images of several sizes."""
-    plain, generator = copy.copy(conv), torch.Generator().manual_seed(0)  # the global random state stays
-    _make_plain(plain, _UNPADDED)
-    reach = max(d * (k - 1) + 1 for k, _, d in zip(*_sizes(conv), strict=True))
-    shapes = [(2, conv.in_channels, reach + i, reach + 6 - i) for i in range(4)]
-    images = [torch.randn(shape, generator=generator) * 10 ** (i - 1) for i, shape in enumerate(shapes)]
-    try:
-        old = copy.deepcopy(conv)
-        pairs = [(old(x), plain(same_pad(x, *_sizes(conv)))) for x in (x.to(conv.weight) for x in images)]
-        return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs)
-    except Exception:  # likewise
-        return False
-
-
 def _base(module: nn.Module | None) -> type[nn.Module] | None:
     return next((base for base, *_ in _FUNCTIONS.values() if isinstance(module, base)), None)
 
 
-def _make_plain(layer: nn.Module, settings: dict[str, Any]) -> None:
-    layer.__class__ = _base(layer)  # type: ignore[assignment]
-    vars(layer).pop("forward", None)
-    vars(layer).update(settings)
-
-
 _CHANNELS = nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm
-_MOVES, _SHAPES = {"transpose", "permute", "movedim", "swapaxes"}, {"view", "reshape", "unflatten"}
-
-
-def _sizes(conv: Any) -> tuple[tuple[int, ...], ...]:
-    return conv.kernel_size, conv.stride, conv.dilation
-
-
-def same_pad(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """Pad (N, C, H, W) with zeros as TensorFlow's "same": a convolution then has ceil(size / stride) outputs."""
-    if has_torch_function_unary(x):  # fx sees one function, which needs the size
-        return handle_torch_function(same_pad, (x,), x, kernel, stride, dilation)
-    ends: list[int] = []
-    for n, k, s, d in zip(x.shape[:1:-1], kernel[::-1], stride[::-1], dilation[::-1], strict=True):
-        missing = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-        ends += [missing // 2, missing - missing // 2]
-    return F.pad(x, ends)
 
 
 def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -165,18 +122,9 @@ def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
 
 def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
-    made, passed = node, set[str]()
-    while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
-        passed.add(str(getattr(made.target, "__name__", made.target)))
-        made = made.all_input_nodes[0]
-    last = node
-    while last.users and not isinstance(module_of(root, last), _CHANNELS):
-        last = next(iter(last.users))
-    for maker in (*node.users, made, last):  # whose layout is another one, is passed over
-        if isinstance(layer := module_of(root, maker), _CHANNELS):
-            rows = isinstance(layer, nn.Linear | nn.LayerNorm)
-            if maker is not made or not passed & (_MOVES | _SHAPES if rows else _MOVES):
-                return rows
+    for near in (*node.users, *node.all_input_nodes):
+        if isinstance(layer := module_of(root, near), _CHANNELS):
+            return isinstance(layer, nn.Linear | nn.LayerNorm)
     return None
 
 

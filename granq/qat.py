@@ -24,10 +24,8 @@ from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_gene
 from granq.graph import plain_copy
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.quantizer import at_least_float32
-from granq.ranges import LearnedSteps
 
 CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
-STEP_RATE = 20  # times student_lr for learned steps, whose logarithms move by shares, weights by absolute amounts
 Evaluate = Callable[[nn.Module], float]
 
 
@@ -35,6 +33,7 @@ class AdaDFQ:
     """Recipe adadfq: images on which the two disagree, but not too much; the student asks for equal logits."""
 
     adversarial = True  # the generator's loss looks at the student
+    rates: dict[type[nn.Module], int] = {}  # times student_lr, for the parameters of such modules
 
     def __init__(self, config: QATConfig) -> None:
         self.config = config
@@ -65,10 +64,6 @@ class AdaDFQ:
     def decay(self, done: float) -> float:
         """Return the factor of the learning rates after this share of the student's training."""
         return 1.0
-
-    def rate(self, module: nn.Module) -> int:
-        """Return how many times ``student_lr`` the parameters of ``module`` learn at."""
-        return STEP_RATE if isinstance(module, LearnedSteps) else 1
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """Return the student's optimizer."""
@@ -156,7 +151,8 @@ class Game:
     def optimize_student(self) -> None:
         """Build the student's optimizer anew, for the parameters that it has now."""
         owned = [(p, m) for m in self.student.modules() for p in m.parameters(recurse=False) if p.requires_grad]
-        rates = {p: self.recipe.rate(m) for p, m in owned}
+        faster = self.recipe.rates.items()
+        rates = {p: next((rate for kind, rate in faster if isinstance(m, kind)), 1) for p, m in owned}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in rates if rates[p] == r], "rate": r} for r in sorted({*rates.values()})
         ]

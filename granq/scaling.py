@@ -79,12 +79,9 @@ def accumulate(values: Tensor, weight: Tensor, conv: Conv, carrier: torch.dtype 
 
 
 def convolve(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-    """Return ``F.conv2d``. PyTorch dilates no integer kernels: such a kernel is written out with its zeros."""
-    (dy, dx), (*io, h, w) = conv.dilation, weight.shape
-    if not x.is_floating_point() and (dy, dx) != (1, 1):
-        wide = weight.new_zeros((*io, dy * (h - 1) + 1, dx * (w - 1) + 1))
-        wide[..., ::dy, ::dx] = weight
-        weight, conv = wide, conv._replace(dilation=(1, 1))
+    """Return ``F.conv2d``. PyTorch dilates no integers: float64 holds their sums exactly."""
+    if not x.is_floating_point() and conv.dilation != (1, 1):
+        return convolve(x.double(), weight.double(), conv).to(x.dtype)
     return nn.functional.conv2d(x, weight, None, *conv)
 
 

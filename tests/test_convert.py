@@ -464,12 +464,6 @@ def test_what_no_scheme_can_have_is_told(tiny):
         Scheme(weights="per_out_channel", activations="per_channel", tracked=True, fold=True, clamp=False)
 
 
-def test_a_module_called_act_quant_is_not_overwritten(tiny):
-    tiny.act_quant = nn.Linear(3, 3)
-    with pytest.raises(UserError, match="TinyNet has an act_quant of its own"):
-        quantize_model(tiny, "strict", 3, 3)
-
-
 class Normalizing(TinyNet):
     """What fx does not follow: it traces the other branch, as its proxies are no tensors."""
 
@@ -619,13 +613,6 @@ def test_an_image_without_a_static_range_has_none_to_set(tiny):
             set_image_range(student, low, high)
 
 
-def test_skip_knows_every_name_of_a_layer(tiny):
-    tiny.stem = nn.Sequential(tiny.conv1, tiny.conv2)
-    scheme = SCHEMES["strict"].model_copy(update={"skip": ("stem",)})
-    weights = {name: q.weight for name, q in layer_quantizers(quantize_model(tiny, scheme, 3, 3)).items()}
-    assert weights["conv1"] is None is weights["conv2"] and weights["point"] and weights["fc"]
-
-
 def test_layers_whose_input_fx_does_not_see_are_named():
     class Encoder(nn.Module):
         def __init__(self):
@@ -638,24 +625,6 @@ def test_layers_whose_input_fx_does_not_see_are_named():
 
     with pytest.warns(UserWarning, match="only weights are quantized, .*: inner.self_attn.out_proj, inner.linear1"):
         quantize_model(Encoder(), "strict", 3, 3)
-
-
-class Heads(nn.Module):
-    """Rows of a Linear in heads, (N, tokens, heads, features), which the next Linear reads joined."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.q, self.fc = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(8, 10)
-
-    def forward(self, x):
-        x = self.q(self.conv(x).flatten(2).transpose(1, 2))
-        return self.fc(F.relu(x.reshape(x.shape[0], -1, 2, 4)).flatten(2).mean(1))
-
-
-def test_ranges_of_heads_do_not_depend_on_the_number_of_tokens():
-    student = quantize_model(Heads(), "per_channel", 3, 3)
-    calibrate(student, [torch.randn(2, 3, 8, 8)])
-    assert student(torch.randn(2, 3, 16, 16)).shape == (2, 10)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")

@@ -28,8 +28,7 @@ from granq import (
 from granq.convert import activation_places, original_weight, weight_quantizer
 from granq.generator import batchnorm_inputs, batchnorm_loss
 from granq.losses import layer_loss
-from granq.match import NORM_RATE, batchnorm_outputs, refined_images, relu_ceilings, widen_ranges
-from granq.qat import STEP_RATE
+from granq.match import NORM_RATE, STEP_RATE, batchnorm_outputs, refined_images, relu_ceilings, widen_ranges
 from granq.ranges import LearnedSteps, best_quantile
 from granq.runs import begin
 

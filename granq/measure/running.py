@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -113,7 +114,7 @@ def by_channel(x: Tensor, layer: nn.Module) -> Tensor:
     return where_float64_is(x.flatten(0, -2) if isinstance(layer, nn.Linear) or x.dim() != 4 else x)
 
 
-def mean_and_interval(name: str, values: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+def mean_and_interval(name: str, values: ArrayLike, counts: ArrayLike) -> dict[str, float]:
     """Return the mean of ``values``, of which there are ``counts``, and the ends of its 95 % bootstrap interval."""
     x, n = np.asarray(values, float), np.asarray(counts)
     # how often each value is drawn again is multinomial; the percentiles of 2,000 means
