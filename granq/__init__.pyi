@@ -76,8 +76,8 @@ from .schemes import Scheme as Scheme
 from .show.explorers.execution import integer_walk as integer_walk
 from .show.explorers.execution import speed_lab as speed_lab
 from .show.explorers.layers import layer_explorer as layer_explorer
-from .show.explorers.network import network_layout as network_layout
-from .show.explorers.ranges import range_explorer as range_explorer
+from .show.explorers.layers import network_layout as network_layout
+from .show.explorers.layers import range_explorer as range_explorer
 from .show.explorers.rounding import distortion_microscope as distortion_microscope
 from .show.explorers.rounding import method_figure as method_figure
 from .show.explorers.rounding import quantizer_playground as quantizer_playground

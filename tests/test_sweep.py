@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 import granq
 from granq.app import jobs, sweep
@@ -63,17 +62,6 @@ def test_sweep_runs_fails_and_continues(folder, teacher, tmp_path):
     assert (tmp_path / good / "checkpoint.pt").stat().st_mtime_ns == before  # a finished run is left alone
     table = pd.read_csv(tmp_path / "results.csv")
     assert len(table) == 1 and table.scheme[0] == "layerwise" and table.test_images[0] == 6
-
-
-def test_a_notebook_keeps_its_threads(folder, teacher, tmp_path):
-    planned(tmp_path, folder, teacher)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        sweep.run_sweep(tmp_path)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_stopped_run_is_continued_from_its_checkpoint(folder, teacher, tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from functools import partial
@@ -158,7 +158,8 @@ def from_arguments(argv: Sequence[str]) -> Job:
     asked = {part.partition("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
     asked |= {name.removeprefix("no_") for name in asked}
     groups = vars(tyro.cli(options("from_row" in asked), args=argv, config=MARKERS, prog="granq quantize")).values()
-    return Job(**complete({k: value for group in groups for k, value in vars(group).items() if k in asked}))
+    given = {name: value for group in groups for name, value in vars(group).items() if name in asked}
+    return Job.model_validate(complete(given), strict=False)  # a row is text
 
 
 def options(repeats: bool) -> type:
@@ -195,10 +196,9 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
             raise UserError("a row has the settings of its own preset; leave --preset or --from-row out")
         bits = {"layer_bits": {}} | bits if bits else {"auto_bits": 0.0} if "layer_bits" in asked else {}
         row = _settings(read_row(*asked["from_row"]))
-        row |= bits | ({} if "generator" in row else start) | asked
-        if not row.get("network"):
+        if ".py:" in row["network"] and "network" not in asked:
             raise UserError("the network of this row is code, which runs only if --network names it again")
-        return row
+        return row | bits | ({} if "generator" in row else start) | asked
     data, network, recipe = asked["data"], asked["network"], asked.get("recipe", "adadfq")
     settings: dict[str, Any] = {"weight_bits": 3, "act_bits": 3, "recipe": recipe} | bits | start
     settings["image_size"] = granq.describe_data(data, network, asked.get("image_size")).image_size
@@ -225,17 +225,13 @@ def read_row(table: str | Path, number: str | int) -> dict[str, str]:
 
 
 def _settings(row: dict[str, str]) -> dict[str, Any]:
-    """Return what a row says of its run."""
+    """Return what a row says of its run: text, which ``from_arguments`` reads as what it should be."""
     if "data_used" in row:
         raise UserError(f"this row was trained on {row['data_used']}, which only benchmarks/controls.py repeats")
-    settings: dict[str, Any] = {name: row[name] for name in QATConfig.model_fields.keys() - {"device"} if name in row}
-    for name in settings.keys() & {"milestones", "layer_bits"}:  # pandas writes tuples, (4,) and (4, 8)
-        settings[name] = json.loads(re.sub(r"^\((.*?),?\)$", r"[\1]", row[name]))
+    settings: dict[str, Any] = {name: row[name] for name in Job.model_fields.keys() & row.keys() - {"device"}}
+    for name in settings.keys() & {"milestones", "layer_bits"}:
+        settings[name] = literal_eval(row[name])
     settings["image_bits"] = int(float(row.get("image_bits", 0)))  # 0.0 where a column lacks some values
     widths = (int(float(number)) for number in re.findall(r"[\d.]+", row["bits"]))
     settings |= dict(zip(("weight_bits", "act_bits"), widths, strict=True))
-    start = dict(QATConfig.model_validate(settings, strict=False))
-    start |= {name: Path(row[name]) for name in ("teacher", "generator") if name in row}
-    start |= {name: row[name] for name in ("preset", "mean", "std") if name in row}
-    start |= {"network": row["network"]} if ".py:" not in row["network"] else {}  # code of a table runs if named again
-    return start | {"data": row.get("data", row["dataset"])}
+    return settings | {"data": row.get("data", row["dataset"])}

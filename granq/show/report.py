@@ -1,9 +1,10 @@
 """One page about any network: what quantization does to it, layer by layer, in a file that needs no network."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from html import escape
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -28,9 +29,7 @@ from granq.measure.audit import audit, summarize_audit
 from granq.measure.layer_error import measure_layer_error
 from granq.measure.sensitivity import measure_sensitivity, prepare
 from granq.schemes import Scheme, check_bits, get_scheme
-from granq.show.explorers.layers import layer_explorer
-from granq.show.explorers.network import network_layout
-from granq.show.explorers.ranges import range_explorer
+from granq.show.explorers.layers import layer_explorer, network_layout, range_explorer
 from granq.show.explorers.rounding import distortion_microscope
 
 BATCH, CHANNELS, MAGNIFIED = 16, 128, 6  # images at once; of each layer the worst channels; layers to look into
@@ -64,15 +63,15 @@ def report(
     name: Any = scheme if isinstance(scheme, str) else type(scheme).__name__
     if not isinstance(scheme, nn.Module):
         scheme, name = get_scheme(scheme), f"{name} W{check_bits(widths[0])}A{check_bits(widths[1])}"
-    data, source = list(_first(batches, images)), "given"
-    if not data:
+    drawn, source = list(islice((image for batch in batches for image in images_of(batch)), images)), "given"
+    if not drawn:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            shapes = random_shapes(images, image_size)
-        data, source = list(_first([shapes], images)), "random shapes, seed 0"
+            drawn, source = list(random_shapes(images, image_size)), "random shapes, seed 0"
+    data = list(torch.stack(drawn).split(BATCH))
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     parts, found = _measure(model, data, scheme, widths, told["quantized"])
-    told |= {"images": f"{sum(len(images_of(batch)) for batch in data)}, {source}", "granq": version("granq")}
+    told |= {"images": f"{len(drawn)}, {source}", "granq": version("granq")}
     if isinstance(scheme, Scheme) and scheme.tracked:
         told["static ranges"] = f"a moving average over these images in batches of {BATCH}"
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
@@ -84,23 +83,14 @@ def report(
     return found | {"bytes": out.stat().st_size}
 
 
-def _first(batches: Iterable[Batch], left: int) -> Iterator[Batch]:
-    """Yield the first ``left`` images, with their labels if they have some, in batches of BATCH."""
-    for batch in batches:
-        parts = [part[:left].split(BATCH) for part in ([batch] if isinstance(batch, Tensor) else batch)]
-        yield from parts[0] if isinstance(batch, Tensor) else zip(*parts, strict=True)
-        if (left := left - len(images_of(batch))) <= 0:
-            return
-
-
 def _measure(
-    model: nn.Module, data: list[Batch], scheme: Scheme | nn.Module, widths: tuple[int, int], name: str
+    model: nn.Module, data: list[Tensor], scheme: Scheme | nn.Module, widths: tuple[int, int], name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of the page and its numbers."""
     try:
-        logits, maps = _logits_and_maps(model, data)
+        logits = _logits(model, data)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the network cannot take images {tuple(images_of(data[0]).shape)}: {error}") from error
+        raise UserError(f"the network cannot take images {tuple(data[0].shape)}: {error}") from error
     try:
         layout, missing = network_layout(model), "No"
     except UserError as error:
@@ -108,25 +98,26 @@ def _measure(
     student: Any = scheme if isinstance(scheme, nn.Module) else None
     if isinstance(scheme, Scheme) and layout is not None:
         student = prepare(model, scheme, widths, data)
-        check_copy(student, model, images_of(data[0])[:2])
+        check_copy(student, model, data[0][:2])
     ours = student is not None and any(isinstance(module, Quantizer) for module in student.modules())
-    frame = audit(student if ours else model, images_of(data[0])[:2])
+    frame = audit(student if ours else model, data[0][:2])
     found: dict[str, Any] = summarize_audit(frame) if ours else {}
     parts = {"layers": missing, "microscope": "No layer does.", "verdict": "Nothing is quantized here"}
     parts["ranges"] = _chart(range_explorer(measure_ranges(model, data)))
     if student is not None:
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
-            same = logits.argmax(1) == _logits_and_maps(student, data)[0].argmax(1)
+            same = logits.argmax(1) == _logits(student, data).argmax(1)
             found["agreement"] = 100 * same.float().mean().item()
             parts["verdict"] += f". It predicts like the full-precision network on {found['agreement']:.1f} % of images"
         rows = _errors(model, data, student, name, layout is not None and logits is not None)
         parts["layers"] = _chart(layer_explorer(rows, layout))
-        rows = rows[rows.channel.isna() & (rows["mode"] == "local")].sort_values("sqnr_db")
-        frame, maps = frame.merge(rows, "left", "layer"), [layer for layer in rows.layer if layer in maps]
-    if maps:
-        sample = {"given": images_of(data[0])[:4]}
-        samples = measure_activation_samples(model, sample, maps[:MAGNIFIED], 4)
+        frame = frame.merge(rows[rows.channel.isna() & (rows["mode"] == "local")], "left", "layer")
+    convs = [name for name in layer_names(model) if isinstance(model.get_submodule(name), nn.Conv2d)]
+    maps = frame[frame.layer.isin(convs) & (frame.macs > frame.weights)]  # several values of each channel
+    if len(maps):
+        worst = maps.sort_values("sqnr_db") if "sqnr_db" in maps else maps
+        samples = measure_activation_samples(model, {"given": data[0][:4]}, [*worst.layer[:MAGNIFIED]], 4)
         parts["microscope"] = _chart(distortion_microscope(samples))
     size, true = frame.weights.sum() * 4e-6, (frame.weights * frame.bits_per_weight).sum() / 8e6
     parts["sizes"] = f"Weights: {size:.2f} MB in float32" + f", {true:.2f} MB as they are here" * ours
@@ -136,20 +127,15 @@ def _measure(
     return parts, found
 
 
-def _logits_and_maps(model: nn.Module, data: list[Batch]) -> tuple[Any, list[str]]:
-    """Return the output of a classifier (N, K), ``None`` of other networks, and the layers that read maps of values."""
-    outputs, maps = list[Any](), dict[str, int]()
-
-    def visit(name: str, x: Tensor, _: Any) -> None:
-        linear = isinstance(model.get_submodule(name), nn.Linear)
-        maps[name] = not linear and x.dim() == 4 and x[0, 0].numel() > 1
-
-    running.run(model, data, "outputs", layer_names(model), visit, lambda _, output: outputs.append(output))
+def _logits(model: nn.Module, data: list[Tensor]) -> Any:
+    """Return the output of a classifier (N, K), and ``None`` of other networks."""
+    outputs = list[Any]()
+    running.run(model, data, "outputs", after=lambda _, output: outputs.append(output))
     classifies = isinstance(outputs[0], Tensor) and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
-    return torch.cat(outputs) if classifies else None, [name for name, is_map in maps.items() if is_map]
+    return torch.cat(outputs) if classifies else None
 
 
-def _errors(model: nn.Module, data: list[Batch], student: nn.Module, name: str, with_kl: bool) -> DataFrame:
+def _errors(model: nn.Module, data: list[Tensor], student: nn.Module, name: str, with_kl: bool) -> DataFrame:
     """Return errors of layers and of their worst channels, and what each layer alone does to the output."""
     frame = measure_layer_error(model, data, {name: student}, per_channel=True)
     layers, channels = frame[frame.channel.isna()], frame[frame.channel.notna()]
@@ -160,7 +146,7 @@ def _errors(model: nn.Module, data: list[Batch], student: nn.Module, name: str, 
     return pd.concat([layers, channels], ignore_index=True)
 
 
-def _integers(model: nn.Module, data: list[Batch], student: Any, widths: tuple[int, int]) -> str:
+def _integers(model: nn.Module, data: list[Tensor], student: Any, widths: tuple[int, int]) -> str:
     """Say what becomes of the layers of a foldable student, or of the network under scheme foldable."""
     folds = any(place.fold for place in activation_places(student).values())
     start = "" if folds else "Nothing, as these scales do not fold. Under scheme foldable: "

@@ -83,11 +83,10 @@ def select(data: DataFrame, **values: Any) -> DataFrame:
 
     Of several datasets and networks, too, the first is taken unless one is named.
     """
+    data = data.astype({"layer": str}) if "layer" in data else data  # of a CSV "0" comes back as 0
     named = {key: None for key in ("dataset", "network") if key in data and data[key].notna().all()}
     for column, value in (named | values).items():
-        known = data[column].astype(str) if column == "layer" else data[column]  # of a CSV "0" comes back as 0
-        value = str(value) if column == "layer" and value is not None else value
-        rows = data[known == (known.iloc[0] if value is None else value)]
+        rows = data[data[column] == (data[column].iloc[0] if value is None else value)]
         if rows.empty:
             raise UserError(f"the data hold no row with {column} = {value!r}")
         data = rows

@@ -1,19 +1,27 @@
-"""Which layer is guilty: the error of every layer under every scheme, and of the channels inside one."""
+"""The layers of a network: which one is guilty, the graph that they form, and how far apart their ranges are."""
 
+import copy
 from typing import Any
 
 import altair as alt
+import numpy as np
+import pandas as pd
 from pandas import DataFrame
+from torch import fx, nn
 
-from granq.show.explorers.base import TEXT, WIDTH, color, finish, layer_axis, menu, pack, pick_layer, short
-from granq.show.explorers.network import network_panel
+from granq.graph import SHAPE, trace
+from granq.measure.running import DEAD
+from granq.plain import LAYERS, module_of
+from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, layer_axis, menu, pack, pick_layer, short, slider
 from granq.show.layers import METRIC_LABELS, SENSITIVITY_LABELS, SQNR_CEILING
-from granq.show.style import select
+from granq.show.style import GREY, select
 
 KEYS, METRICS, LOOSE = ["layer", "scheme", "mode"], [*METRIC_LABELS], alt.Scale(nice=False, zero=False, padding=8)
 LABELS = METRIC_LABELS | {"kl": SENSITIVITY_LABELS["kl"] + ", this layer alone"}
 ABOVE = f"{LABELS}[metric] + (metric == 'kl' ? '' : ', ' + mode)"  # titles; KL has no mode, and no channels
 INSIDE = f"{LABELS}[metric == 'kl' ? 'sqnr_db' : metric] + ', ' + mode"
+ROW = 32  # layers next to each other; what is deeper goes on in the next row
+ENDS = ["low", "high", "usual_low", "usual_high", "narrowest", "median", "widest", "whole"]
 
 
 def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VConcatChart:
@@ -22,7 +30,7 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     A click chooses a layer, so does the list. One scheme is compared with another or with all. A column ``kl`` of
     ``measure_sensitivity`` is one metric more, of layers only; with a ``network_layout`` the network is drawn too.
     """
-    data = select(data.astype({"layer": str}), weight_bits=None, act_bits=None)
+    data = select(data, weight_bits=None, act_bits=None)
     data["sqnr_db"] = data.sqnr_db.clip(upper=SQNR_CEILING)
     schemes = data.scheme.unique().tolist()
     metrics = [*METRICS, *data.columns.intersection(["kl"])]
@@ -91,3 +99,107 @@ def _placed(rows: DataFrame) -> alt.Chart:
     every = every.transform_joinaggregate(key="max(own)", groupby=["layer"])
     every = every.transform_window(rank="dense_rank()", sort=[alt.SortField("key"), alt.SortField("depth")])
     return every.transform_calculate(place="order == 'depth' ? datum.depth : datum.rank")
+
+
+def network_layout(model: nn.Module) -> DataFrame:
+    """Place every call of a layer, and every sum or join of several outputs, at its depth: the longest path to it.
+
+    What lies on the longest path of all is in one line; of the rest, one is below the other.
+
+    Returns:
+        One row per point: kind ("layer", "join", "image", or "edge" for a point of a curve), layer (the name of the
+        layer or of the graph's node; of an edge both ends), x (place in its row), y. Raises UserError if the forward
+        cannot be traced.
+    """
+    root = copy.deepcopy(model).eval()
+    reads, depth, height = dict[fx.Node, list[fx.Node]](), dict[fx.Node, int](), dict[fx.Node, int]()
+    edges: list[tuple[fx.Node, fx.Node]] = []
+    for node in trace(root).nodes:
+        reads[node] = list(dict.fromkeys(shown for value in node.all_input_nodes for shown in reads[value]))
+        if (node.args[1] if node.target is getattr else node.target) in SHAPE:  # a size is no path of values
+            reads[node] = []
+        layer = isinstance(module_of(root, node), LAYERS)
+        if node.op != "output" and (layer or not depth or len(reads[node]) > 1):  # of the arguments the first
+            depth[node] = 1 + max((depth[source] for source in reads[node]), default=-1)
+            edges += [(source, node) for source in reads[node]]
+            reads[node] = [node]
+    for source, target in reversed(edges):
+        height[source] = max(height.get(source, 0), 1 + height.get(target, 0))
+    frame = DataFrame(
+        {
+            "kind": "layer" if isinstance(module_of(root, n), LAYERS) else "join" if d else "image",
+            "layer": str(n.target) if n.op == "call_module" else n.name, "x": d, "length": d + height.get(n, 0),
+        } for n, d in depth.items()
+    )  # fmt: skip
+    lane = frame.sort_values("length", ascending=False, kind="stable").groupby("x").cumcount()
+    frame["y"] = -lane.astype(float)
+    place = {node: (x, y, name) for node, x, y, name in zip(depth, frame.x, frame.y, frame.layer, strict=True)}
+    frames = [frame.drop(columns="length"), *(_curve(*place[source], *place[target]) for source, target in edges)]
+    frame = pd.concat(frames, ignore_index=True)
+    row, apart = (frame.x + 0.5) // ROW, frame.y.max() - frame.y.min() + 1
+    return frame.assign(x=frame.x - row * ROW, y=frame.y - row * apart, row=row)
+
+
+def _curve(x: float, y: float, name: str, x2: float, y2: float, name2: str) -> DataFrame:
+    """Return points of an edge; it goes around what lies between its ends."""
+    t = np.linspace(0, 1, 4 * int(x2 - x) + 1)
+    arc = np.sqrt(x2 - x - 1) * 4 * t * (1 - t) * (1 if y == 0 else -1) if y == y2 else 0
+    points = {"x": x + (x2 - x) * t, "y": y + (y2 - y) * t + arc}
+    return DataFrame({"kind": "edge", "layer": f"{name} to {name2}"} | points)
+
+
+def network_panel(every: Any, layout: DataFrame, tooltip: list[Any]) -> Any:
+    """Return the graph with its layers in red, the worse the stronger.
+
+    ``every`` is a chart with a row for each layer and place: columns layer, x, y and ``bad``, lowest for the worst.
+    """
+    plain: dict[str, Any] = {"axis": None, "scale": alt.Scale(nice=False, zero=False, padding=12)}
+    x, y = alt.X("x:Q", **plain), alt.Y("y:Q", **plain)
+    edges = alt.Chart(layout[layout.kind == "edge"].round(2)).mark_line(color=GREY, strokeWidth=1.5)
+    edges = edges.encode(x, y, detail=["layer:N", "row:O"])
+    joins = alt.Chart(layout[layout.kind.isin(["join", "image"])])
+    joins = joins.mark_point(filled=True, color=TEXT, size=25, opacity=1)
+    shapes = alt.Scale(domain=["join", "image"], range=["cross", "square"])
+    joins = joins.encode(x, y, alt.Shape("kind:N", legend=None, scale=shapes), tooltip=["kind:N", "layer:N"])
+    strength = alt.FillOpacity("bad:Q", legend=None, scale=alt.Scale(range=[1, 0.05], zero=False, nice=False))
+    layers = every.mark_circle(fill=RED, stroke=TEXT, strokeWidth=1, size=90, cursor="pointer")
+    layers = layers.encode(x, y, strength, tooltip=tooltip)
+    height = 24 * float(np.ptp(layout.y)) + 30
+    return alt.layer(edges, joins, layers).resolve_scale(shape="independent").properties(width=WIDTH, height=height)
+
+
+def range_explorer(data: DataFrame) -> alt.VConcatChart:
+    """Explore ``measure_ranges``: the range of every layer, and the steps of its channels at any number of bits."""
+    width = data.high - data.low
+    groups = data.assign(width=width.where(width > DEAD)).groupby(["part", "layer"], sort=False)  # dead: no step
+    rows = groups.agg(
+        low=("low", "min"), high=("high", "max"), usual_low=("low", "median"), usual_high=("high", "median"),
+        narrowest=("width", "min"), median=("width", "median"), widest=("width", "max"),
+    ).reset_index()  # fmt: skip
+    rows["place"] = rows.layer.map({name: i for i, name in enumerate(data.layer.unique(), 1)})
+    shown: Any = alt.Chart(short(rows.assign(whole=rows.high - rows.low), ENDS)).transform_filter("datum.part == part")
+    for name in ENDS[4:]:
+        shown = shown.transform_calculate(**{name: f"datum.{name} > 0 ? datum.{name} / (pow(2, bits) - 1) : null"})
+    loose = alt.Scale(nice=False, zero=False, padding=8)
+    x = alt.X("place:Q", title=None, axis=layer_axis(data.layer), scale=loose)
+
+    def panel(ends: tuple[str, str], inner: Any, title: str, y: alt.Y, **look: Any) -> Any:
+        hover = ["layer:N", *(f"{name}:Q" for name in ENDS)]
+        outer = shown.mark_rule(**look).encode(x, y, y2=f"{ends[1]}:Q", tooltip=hover)
+        layers = [outer, *(mark.encode(x, alt.Y(f"{name}:Q"), tooltip=hover, **more) for mark, name, more in inner)]
+        return alt.layer(*layers).properties(width=WIDTH, height=150, title=alt.Title(title, fontWeight="normal"))
+
+    usual = (shown.mark_rule(color=RED, strokeWidth=5), "usual_low", {"y2": "usual_high:Q"})
+    point: dict[str, Any] = dict(filled=True, size=35, opacity=1)
+    steps: list[Any] = [(shown.mark_point(shape="circle", color=RED, **point), "median", {}),
+             (shown.mark_point(shape="diamond", color=TEXT, **point), "whole", {})]  # fmt: skip
+    log = alt.Y("narrowest:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g"))
+    chart = alt.vconcat(
+        panel(("low", "high"), [usual], "range of the layer, and in red of its median channel",
+              alt.Y("low:Q", title=None, scale=loose), strokeWidth=2),
+        panel(("narrowest", "widest"), steps, "steps, from the narrowest to the widest channel; red: the median; "
+              "diamond: one for all", log, color=GREY, strokeWidth=3),
+    )  # fmt: skip
+    told = "The range of every layer with that of its median channel, and below it the steps that its channels need."
+    parts = menu("part", sorted(data.part.unique()), "ranges of")
+    return finish(chart, "How far apart are the ranges?", told, parts, slider("bits", 3, 2, 8))

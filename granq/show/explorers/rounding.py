@@ -173,7 +173,6 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
     It opens where the steps differ most: the layer, and the row of its finest map.
     """
     data = select(data, bits=None)
-    data = data.assign(layer=data.layer.astype(str))  # "0" of a Sequential comes back from a CSV as a number
     one, finest = "filter" if "filter" in data else "image", data.granularity.iloc[-1]
     names = {name: role(name).label.replace("_", " ") for name in data.granularity.unique()}
     live = data[data.scale > DEAD].assign(shown=data.granularity.map(names))  # constant channels stay empty
