@@ -52,7 +52,7 @@ class Quantization(BaseModel):
         return f"W{weights:g}A{activations:g}"
 
 
-class Game(BaseModel):
+class Losses(BaseModel):
     """What generator and student minimize, and how fast. Weights as in docs/method.md, section 5."""
 
     recipe: Literal["adadfq", "gdfq", "match"] = Field("adadfq", description="whose losses; match is our own")
@@ -68,13 +68,13 @@ class Game(BaseModel):
     gamma: Weight = Field(1.0, description="weight of the BatchNorm loss")
 
 
-class Match(BaseModel):
+class Refining(BaseModel):
     """What recipe match adds."""
 
     refined_images: int = Field(0, ge=0, description="train on so many refined images, made once; 0: on new ones")
 
 
-class QATConfig(Match, Game, Quantization, Run):
+class QATConfig(Refining, Losses, Quantization, Run):
     """Everything that decides a run besides the teacher. Defaults: CIFAR, a short budget.
 
     Raises pydantic's ValidationError, a ValueError, for a wrong type, range or name, and for what contradicts itself.

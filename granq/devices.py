@@ -12,7 +12,8 @@ from granq.errors import UserError
 
 def resolve_device(device: str) -> str:
     """Return ``device``; ``auto`` becomes cuda, mps or cpu, whichever is there first. Raises UserError if it is not."""
-    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [name for name, is_there in there.items() if is_there]
     if device not in ("auto", *here):
         raise UserError(f"there is no device {device!r} here, but auto, {', '.join(here)}")
     return here[0] if device == "auto" else device

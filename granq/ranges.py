@@ -11,8 +11,8 @@ from granq.quantizer import QParams, at_least_float32, float_codes
 def best_quantile(bits: int) -> float:
     """Return the share of its values that a static range holds, for the least squared error: 0.99 at 3 bits.
 
-    Each further bit leaves 3.5 times fewer beyond it. So it is, within half as much, for normal and for exponential
-    values behind a ReLU, from 2 to 8 bits (the optima of ACIQ, Banner et al., NeurIPS 2019, computed).
+    Every further bit divides the share outside by 3.5. For normal and exponential values after a ReLU, at 2 to 8 bits,
+    this is within half of the best share (the optima of ACIQ, Banner et al., NeurIPS 2019, computed).
     """
     return 1 - 0.01 * 3.5 ** (3 - bits)
 

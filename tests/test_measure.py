@@ -296,9 +296,9 @@ def test_sums_in_float64_leave_a_device_that_has_none() -> None:
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, 4, device="mps")
         for sums in (
-            layer_error._energy(x, False),
-            layer_error._energy(x, True),
-            granq.sqnr_db(x, x, (0,)),
+            layer_error._energy(x, nn.Conv2d(3, 3, 1)),
+            layer_error._energy(x, nn.Linear(4, 4)),
+            running.where_float64_is(x),
             running.by_channel(x, nn.Conv2d(3, 3, 1)),
         ):
             assert sums.device.type == "cpu"

@@ -194,7 +194,10 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
     if "from_row" in asked:
         if "preset" in asked:
             raise UserError("a row has the settings of its own preset; leave --preset or --from-row out")
-        bits = {"layer_bits": {}} | bits if bits else {"auto_bits": 0.0} if "layer_bits" in asked else {}
+        if bits:  # other widths: those of the row's single layers do not hold
+            bits |= {"layer_bits": {}}
+        elif "layer_bits" in asked:  # chosen by hand now
+            bits = {"auto_bits": 0.0}
         row = _settings(read_row(*asked["from_row"]))
         if ".py:" in row["network"] and "network" not in asked:
             raise UserError("the network of this row is code, which runs only if --network names it again")
@@ -211,14 +214,14 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
     return dict(QATConfig.paper(data, name, settings.pop("weight_bits"), **settings)) | asked
 
 
-def read_row(table: str | Path, number: str | int) -> dict[str, str]:
+def read_row(table: str | Path, number: int) -> dict[str, str]:
     """Return the fields of a row of a results table that hold something."""
     import pandas as pd
 
     rows = pd.read_csv(table, dtype=str, keep_default_na=False).to_dict("records") if Path(table).is_file() else []
-    if str(number) not in map(str, range(1, len(rows) + 1)):
+    if not 1 <= number <= len(rows):
         raise UserError(f"{table} has no row {number}")
-    row = {str(name): text for name, text in rows[int(number) - 1].items() if text}
+    row = {str(name): text for name, text in rows[number - 1].items() if text}
     if missing := {"dataset", "network", "scheme", "bits", "recipe", "seed", "last_top1"} - row.keys():
         raise UserError(f"row {number} of {table} lacks {', '.join(sorted(missing))}; granq sweep writes them")
     return row

@@ -120,10 +120,10 @@ def _measure(quantizer: Quantizer, x: Tensor, value: Tensor) -> Measured:
     if levels <= 2**quantizer.bits + 1 < count:  # on a grid, even if a dead channel left nothing to round
         really = True
     elif spread.any():
-        really = bool(running.sqnr_db(spread, spread + after - before, (0, 1)) < QUANTIZED_DB)
+        really = running.sqnr_db(spread, spread + after - before) < QUANTIZED_DB
     else:  # a single value under its own scale is not rounded; a tracked range also serves other images
         really = count > 1 or getattr(quantizer, "tracked", False)
-    return count, levels, running.sqnr_db(before, after, (0, 1)).item(), really
+    return count, levels, running.sqnr_db(before, after), really
 
 
 def _forward(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[ActQuantizer, Measured] | None]:
@@ -242,7 +242,7 @@ def _of_weight(layer: Any) -> dict[str, Any]:
     if quantizer is None:
         return {}
     row = dict(weight_granularity=quantizer.granularity, weight_bits=quantizer.bits)
-    row["weight_sqnr_db"] = running.sqnr_db(original.flatten(), weight.flatten(), (0,)).item()
+    row["weight_sqnr_db"] = running.sqnr_db(original, weight)
     step = quantizer.input_step(original)
     values, row["levels"], _, row["weight_quantized"] = _measure(quantizer, original * step, weight * step)
     if isinstance(quantizer, PackedWeight):  # what was quantized is gone: the file says how well

@@ -129,9 +129,9 @@ def decibel(signal: Any, noise: Any) -> Any:
         return 10 * np.log10(np.divide(signal, noise))
 
 
-def sqnr_db(reference: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the signal to quantization noise ratio in decibels over ``dims``, in float64; infinity where exact."""
+def sqnr_db(reference: Tensor, value: Tensor) -> float:
+    """Return the signal to quantization noise ratio in decibels over all values, in float64; infinity where exact."""
     if reference.shape != value.shape:  # else they would be broadcast
         raise UserError(f"reference and value must have one shape, got {reference.shape} and {value.shape}")
-    signal, noise = (where_float64_is(x).double().square().sum(dims) for x in (reference, reference - value))
-    return 10 * torch.log10(signal / noise)
+    signal, noise = (where_float64_is(x).double().square().sum().item() for x in (reference, reference - value))
+    return float(decibel(signal, noise))
