@@ -4,7 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,15 @@ from granq.quantizer import min_max
 QUANTIZED_DB = 60.0  #: above this SQNR nothing is quantized: 8 bits give about 50 dB, untouched values 150
 _SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
 _KINDS = (*LAYERS, nn.modules.conv._ConvNd)
-Measured = tuple[int, int, float, bool]  # of a quantizer: values per scale, levels, SQNR in dB, whether it rounds
+
+
+class Measured(NamedTuple):
+    """What a quantizer did to values."""
+
+    values_per_scale: int
+    levels: int
+    sqnr_db: float
+    rounds: bool
 
 
 @torch.no_grad()
@@ -39,15 +47,22 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         example: images (N, 3, H, W), on which activations are measured and multiply-accumulates counted.
 
     Returns:
-        Columns layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_granularity ("" if
-        full precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if
-        untouched), input_quantized (place, "" if full precision), scales (of the weight), bits_per_weight and
-        bits_per_activation (**true** bits: codes, and a 32-bit scale and zero point per group, unless it is a static
-        one of activations; 32 if not quantized), weight_bits and act_bits (nominal, 0 if full precision),
-        values_per_scale, act_levels and act_sqnr_db (of the place), weight_quantized and act_quantized (as measured: a
-        scale for one value rounds nothing), low_bit (both), status ("", or: grouped, depthwise, transposed: not
-        quantized, shared with <name>, not reached (not called, though its weight may be read), not a layer: not
-        quantized, for weights and for the products of attention), weight_share, macs_share (of all, 0 to 1).
+        A row for each. A *place* is a point of the graph at which activations are quantized.
+
+        Of the layer: layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_share and
+        macs_share (of all, 0 to 1), low_bit (weight and input are quantized), status ("", or: grouped, depthwise,
+        transposed: not quantized, shared with <name>, not reached (not called, though its weight may be read), not a
+        layer: not quantized, for weights and for the products of attention).
+
+        Of its weight: weight_granularity ("" if full precision), scales (how many), weight_bits (nominal, 0 if full
+        precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if
+        untouched), weight_quantized (as measured: a scale for one value rounds nothing), bits_per_weight.
+
+        Of its input: input_quantized (place, "" if full precision), values_per_scale, act_bits, act_levels,
+        act_sqnr_db, act_quantized (likewise), bits_per_activation.
+
+        Bits per weight and activation are **true** ones: codes, and a 32-bit scale and zero point per group, unless it
+        is a static one of activations; 32 if not quantized.
     """
     if not any(isinstance(module, _KINDS) for module in model.modules()):
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to audit")
@@ -123,7 +138,7 @@ def _measure(quantizer: Quantizer, x: Tensor, value: Tensor) -> Measured:
         really = running.sqnr_db(spread, spread + after - before) < QUANTIZED_DB
     else:  # a single value under its own scale is not rounded; a tracked range also serves other images
         really = count > 1 or getattr(quantizer, "tracked", False)
-    return count, levels, running.sqnr_db(before, after), really
+    return Measured(count, levels, running.sqnr_db(before, after), really)
 
 
 def _forward(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[ActQuantizer, Measured] | None]:
@@ -145,7 +160,7 @@ def _forward(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[ActQuant
 
     def widest(calls: list[list[ActQuantizer]]) -> tuple[ActQuantizer, Measured] | None:
         found = [(place, places[place]) for call in calls for place in call]
-        return max(found, key=lambda one: (not one[1][-1], one[0].bits)) if all(calls) else None
+        return max(found, key=lambda one: (not one[1].rounds, one[0].bits)) if all(calls) else None
 
     names = [n for n, m in model.named_modules() if isinstance(m, (*_KINDS, ActQuantizer))]  # of two names the first
     running.run(model, [images], "audit", names, visit)
