@@ -25,13 +25,17 @@ def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
         warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
     if not any(names):  # "" is a network that is one layer itself
         raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
-    for one in skip:
-        if not any(f"{name}.".startswith(f"{one}.") for name in names):
+    for one in skip:  # a layer may have another name, too
+        modules = model.named_modules(remove_duplicate=False)
+        below = {module for name, module in modules if isinstance(module, LAYERS) and f"{name}.".startswith(f"{one}.")}
+        if not below:
             raise UserError(f"scheme.skip names what holds no layer of the model: {one}")
-    names = [name for name in names if not f"{name}.".startswith(tuple(f"{one}." for one in skip))]
+        names = [name for name in names if model.get_submodule(name) not in below]
     for name in names:
         if "weight" not in model.get_submodule(name)._parameters:
             raise UserError(f"the weight of {name} is parametrized already: remove that first")
+    if hasattr(model, "act_quant"):
+        raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
     return names
 
 
@@ -79,9 +83,12 @@ def trace(model: nn.Module) -> fx.Graph:
 
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized: ReLUs, or what ``layers`` (names) read, each once."""
-    if where == "relu":  # one of a parameter is no activation
-        relus = [node for node in graph.nodes if node.users and relu_ceiling(root, node) is not None]
-        return [node for node in relus if node.all_input_nodes[0].op != "get_attr"]
+    if where == "relu":
+        values = set[fx.Node]()  # what depends on the image; a ReLU of a parameter is no activation
+        for node in graph.nodes:
+            if node.op == "placeholder" or values.intersection(node.all_input_nodes):
+                values.add(node)
+        return [node for node in graph.nodes if node.users and node in values and relu_ceiling(root, node) is not None]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     return list(dict.fromkeys(node.all_input_nodes[0] for node in calls))
 
@@ -133,5 +140,5 @@ def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     module, name = module_of(root, node), str(getattr(node.target, "__name__", node.target))
     if module is not None:
         return getattr(module, "inplace", False) is True
-    told = relu_ceiling(root, node) is not None and any(x is True for x in (*node.args, *node.kwargs.values()))
-    return told or (name.endswith("_") and not name.endswith("__"))
+    told = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+    return told or (relu_ceiling(root, node) is not None and any(x is True for x in node.args))

@@ -113,6 +113,7 @@ def _base(module: nn.Module | None) -> type[nn.Module] | None:
 
 
 _CHANNELS = nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm
+_MOVES, _SHAPES = {"transpose", "permute", "movedim", "swapaxes"}, {"view", "reshape", "unflatten"}
 
 
 def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -122,9 +123,18 @@ def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
 
 def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
-    for near in (*node.users, *node.all_input_nodes):
-        if isinstance(layer := module_of(root, near), _CHANNELS):
-            return isinstance(layer, nn.Linear | nn.LayerNorm)
+    made, passed = node, set[str]()
+    while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
+        passed.add(str(getattr(made.target, "__name__", made.target)))
+        made = made.all_input_nodes[0]
+    last = node
+    while last.users and not isinstance(module_of(root, last), _CHANNELS):
+        last = next(iter(last.users))
+    for maker in (*node.users, made, last):  # whose layout is another one, is passed over
+        if isinstance(layer := module_of(root, maker), _CHANNELS):
+            rows = isinstance(layer, nn.Linear | nn.LayerNorm)
+            if maker is not made or not passed & (_MOVES | _SHAPES if rows else _MOVES):
+                return rows
     return None
 
 

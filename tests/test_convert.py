@@ -27,7 +27,7 @@ from granq import (
     quantize_model,
     set_image_range,
 )
-from granq.convert import bypassed, tracking
+from granq.convert import bypassed, check_copy, tracking
 
 
 def resnet20(num_classes):
@@ -532,7 +532,7 @@ def test_a_relu_of_a_parameter_is_no_activation():
             self.share = nn.Parameter(torch.tensor([0.3, 0.7]))
 
         def forward(self, x):
-            a, b = torch.relu(self.share)
+            a, b = torch.relu(2 * self.share)
             return self.fc((a * self.conv1(x) + b * self.conv1(x)).relu().mean((2, 3)))
 
     assert len(activation_places(quantize_model(Fused(), "granq", 2, 2))) == 1
@@ -631,3 +631,47 @@ def test_layers_whose_input_fx_does_not_see_are_named():
 def test_a_scripted_module_comes_whole(tiny):
     tiny.relu = torch.jit.script(nn.ReLU())
     assert quantize_model(tiny, "strict", 3, 3)(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_a_module_called_act_quant_is_not_overwritten(tiny):
+    tiny.act_quant = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="TinyNet has an act_quant of its own"):
+        quantize_model(tiny, "strict", 3, 3)
+
+
+def test_skip_knows_every_name_of_a_layer(tiny):
+    tiny.stem = nn.Sequential(tiny.conv1, tiny.conv2)
+    scheme = SCHEMES["strict"].model_copy(update={"skip": ("stem",)})
+    weights = {name: q.weight for name, q in layer_quantizers(quantize_model(tiny, scheme, 3, 3)).items()}
+    assert weights["conv1"] is None is weights["conv2"] and weights["point"] and weights["fc"]
+
+
+class Heads(nn.Module):
+    """Rows of a Linear in heads, (N, tokens, heads, features), which the next Linear reads joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.q, self.fc = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.q(self.conv(x).flatten(2).transpose(1, 2))
+        return self.fc(F.relu(x.reshape(x.shape[0], -1, 2, 4)).flatten(2).mean(1))
+
+
+def test_ranges_of_heads_do_not_depend_on_the_number_of_tokens():
+    student = quantize_model(Heads(), "per_channel", 3, 3)
+    calibrate(student, [torch.randn(2, 3, 8, 8)])
+    assert student(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_a_statement_in_place_is_followed_whatever_it_computes():
+    class Swish(TinyNet):
+        def forward(self, x):
+            x = self.conv1(x)
+            F.hardswish(x, inplace=True)
+            return self.fc(self.conv2(x).mean((2, 3)))
+
+    images = torch.randn(2, 3, 8, 8)
+    student = quantize_model(model := Swish().eval(), "strict", 8, 8)
+    check_copy(student, model, images)
+    assert "hardswish" in student.act_quant

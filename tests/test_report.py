@@ -214,3 +214,9 @@ def test_a_packed_student_is_compared_with_its_teacher(tmp_path, monkeypatch) ->
     assert max(len(f.unique()) for f in saved.student.output.weight) <= 8 < len(model.output.weight[0].unique())
     granq.save_packed(tmp_path / "s", saved._replace(facts=saved.facts | {"teacher": "x"}))
     assert main(["report", str(tmp_path / "s"), "--out", str(page)]) == 2
+
+
+@pytest.mark.parametrize("images", [0, 4])
+def test_a_report_needs_images_of_one_size(tiny, tmp_path, images):
+    with pytest.raises(UserError, match="all of one size"):
+        granq.report(tiny, [torch.randn(2, 3, 8, size) for size in (8, 12)], out=tmp_path / "r.html", images=images)

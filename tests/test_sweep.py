@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import granq
 from granq.app import jobs, sweep
@@ -186,3 +187,14 @@ def test_code_in_a_plan_runs_if_it_is_named_again(own, folder, tmp_path, monkeyp
     assert "net.py:make: give the command that planned it again" in capsys.readouterr().err
     status = sweep.run_sweep(tmp_path / "sweep", networks=["net.py:make"])
     assert set(status.state) == {"done"}
+
+
+def test_a_notebook_keeps_its_threads(folder, teacher, tmp_path):
+    planned(tmp_path, folder, teacher)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sweep.run_sweep(tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -94,6 +94,7 @@ def status(out: Path) -> pd.DataFrame:
 
 def execute(job: Job) -> None:
     """Start or continue one run in this process. What keeps it from its end goes to ``NAME.error``."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # runs share the cores; and with another number of threads the last bits may differ
     error = Path(f"{job.out}.error")
     error.unlink(missing_ok=True)
@@ -101,6 +102,8 @@ def execute(job: Job) -> None:
         job.model_copy(update={"resume": job.out.exists()}).run()
     except Exception:
         error.write_text(traceback.format_exc(), encoding="utf-8")
+    finally:
+        torch.set_num_threads(threads)  # a notebook goes on with its own
 
 
 def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[str] = ()) -> pd.DataFrame:

@@ -44,7 +44,7 @@ def training_monitor(run: str | Path) -> widgets.VBox:
         last = history[::-1].head(5).rename(columns=TRAINING_LABELS)
         last = last.reindex(columns=["epoch", *TRAINING_LABELS.values()])
         below.value = last.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)
-        if epoch < (newest := int(history.epoch.iloc[-1])):
+        if epoch != (newest := int(history.epoch.iloc[-1])):
             epoch = newest
             with suppress(UserError):  # a generator of one's own is in the checkpoint only
                 images.value = _thumbnails(RunFolder(run))

@@ -68,6 +68,8 @@ def report(
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             drawn, source = list(random_shapes(images, image_size)), "random shapes, seed 0"
+    if len({image.shape for image in drawn}) != 1:
+        raise UserError("a report needs images, and all of one size")
     data = list(torch.stack(drawn).split(BATCH))
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     parts, found = _measure(model, data, scheme, widths, told["quantized"])

@@ -151,7 +151,7 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
         ax.errorbar(row["drop"], lines[kind], xerr=spread, capsize=2, fillstyle="full" if own else "none", **look)
     ends = (rows["drop"] + rows.half_width.where(rows.n == 1, rows["std"]).fillna(0)).groupby(kinds).max()
     for kind, lost in rows["drop"].groupby(kinds):
-        text = " to ".join(dict.fromkeys(f"{value:.1f}" for value in (lost.min(), lost.max())))
+        text = " to ".join(dict.fromkeys(f"{round(value, 1) + 0:.1f}" for value in (lost.min(), lost.max())))
         ax.annotate(text, (ends[kind], lines[kind]), (5, 0), textcoords="offset points", va="center", fontsize=6)
     ax.set_yticks([*lines.values()], [*lines], fontsize=7)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)

@@ -86,7 +86,8 @@ def select(data: DataFrame, **values: Any) -> DataFrame:
     data = data.astype({"layer": str}) if "layer" in data else data  # of a CSV "0" comes back as 0
     named = {key: None for key in ("dataset", "network") if key in data and data[key].notna().all()}
     for column, value in (named | values).items():
-        rows = data[data[column] == (data[column].iloc[0] if value is None else value)]
+        value = data[column].iloc[0] if value is None else str(value) if column == "layer" else value
+        rows = data[data[column] == value]
         if rows.empty:
             raise UserError(f"the data hold no row with {column} = {value!r}")
         data = rows
