@@ -141,4 +141,4 @@ def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
     if module is not None:
         return getattr(module, "inplace", False) is True
     told = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
-    return told or (relu_ceiling(root, node) is not None and any(x is True for x in node.args))
+    return told or (relu_ceiling(root, node) is not None and any(x is True for x in node.args))  # relu(x, True)

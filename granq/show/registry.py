@@ -181,7 +181,7 @@ FIGURES: dict[str, Figure] = {
         {"quantity": ("test_top1", "diversity", "student_loss", "codes_changed")}),
     "synthetic_images": Figure(
         "What does the generator draw?",
-        lambda w: w.zero_shot[2].query("label < 10").assign(name=lambda d: [w.spec.label_names()[i] for i in d.label]),
+        lambda w: w.zero_shot[2].query("label < 10").assign(name=lambda d: np.take(w.spec.label_names(), d.label)),
         results.plot_synthetic_images, (6.8, 3.2)),
     "synthetic_gap": Figure(
         "How far are synthetic images from real ones, seen from inside the network?",
