@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from granq.errors import UserError, one_of
+from granq.errors import UserError, one_of, require
 
 _IMAGENET: dict[str, Any] = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _CIFAR: dict[str, Any] = {"image_size": 32, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -36,6 +36,8 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     image_size: int = Field(ge=4, multiple_of=4)
     mean: tuple[Share, Share, Share]
     std: tuple[Deviation, Deviation, Deviation]
+    crop_pct: float = Field(0.875, gt=0, le=1)  #: share of the short side that the square from the middle has
+    interpolation: str = "bilinear"
     root: str = ""
     given: bool = False  #: mean and std are the user's own: no teacher file changes them
 
@@ -69,10 +71,10 @@ def describe_data(
     """Describe a dataset. Raises UserError for an unknown name, or a folder without a test split.
 
     ``mean`` and ``std`` of the three channels, from 0 to 1, are those that the teacher was trained with. Without them a
-    teacher file or timm's ``pretrained_cfg`` brings its own (``models.load_teacher``); else those of the data are
-    taken. A folder has none: for a ``network`` named like CIFAR's or SVHN's they are CIFAR's at 32 pixels, else
-    ImageNet's at 224. For a network ``FILE.py:FUNCTION`` the size is that of the first image and the last, if they are
-    squares of at most 64 pixels.
+    teacher file brings its own (``models.load_teacher``); else those of the data are taken. ImageNet and folders have
+    what was published with the ``network`` (``published_images``), but a folder whose network is named like CIFAR's or
+    SVHN's is as CIFAR. For a network ``FILE.py:FUNCTION`` the size is that of the first image and the last, if they are
+    squares of at most 64 pixels, else 224.
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both or none of them")
@@ -88,9 +90,41 @@ def describe_data(
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))
         classes, facts = _KNOWN[name]
+    if facts is _IMAGENET:
+        facts = facts | published_images(network)
     facts = facts | {"name": name, "classes": classes, "root": root, "given": mean is not None}
     own = {"image_size": image_size, "mean": mean, "std": std}
     return DataSpec(**facts | {key: value for key, value in own.items() if value is not None})
+
+
+def published_images(network: str) -> dict[str, Any]:
+    """Return how the images of a network's published weights are prepared; nothing of a network in a file.
+
+    Source: ``in_size`` in pytorchcv, transforms of the default weights in torchvision, ``pretrained_cfg`` in timm.
+    Sizes are rounded down to a multiple of 4, as the generators need it: InceptionV3 has 296 pixels, not 299.
+    """
+    source, _, own = network.rpartition(":")
+    found: dict[str, Any] = {}
+    if source == "timm":
+        require("timm", "timm")
+        import timm
+
+        if known := timm.get_pretrained_cfg(own, allow_unregistered=True):
+            cfg = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+            found = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+            found["image_size"] = cfg["input_size"][-1]
+    elif network and source in ("", "torchvision"):
+        from pytorchcv.model_provider import _models, get_model
+        from torchvision import models as torchvision  # takes a second
+
+        if network in _models:
+            with torch.device("meta"):
+                found = {"image_size": get_model(network).in_size[0]}
+        elif own in torchvision.list_models(torchvision):
+            to_image: Any = torchvision.get_model_weights(own).DEFAULT.transforms()
+            found = {"mean": to_image.mean, "std": to_image.std, "interpolation": to_image.interpolation.value}
+            found |= {"image_size": to_image.crop_size[0], "crop_pct": to_image.crop_size[0] / to_image.resize_size[0]}
+    return found | ({"image_size": found["image_size"] // 4 * 4} if found else {})
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -133,7 +167,8 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
     from torchvision.transforms import v2
 
     small = spec.image_size <= 64
-    resize = v2.Resize((spec.image_size,) * 2) if small else v2.Resize(round(spec.image_size * 256 / 224))
+    size = (spec.image_size,) * 2 if small else int(spec.image_size / spec.crop_pct + 1e-6)
+    resize = v2.Resize(size, v2.InterpolationMode(spec.interpolation))
 
     def shrink(image: Image.Image) -> Image.Image:  # what somebody shrank already is not enlarged again
         return image if not small and spec.image_size <= min(image.size) <= resize.size[0] else resize(image)

@@ -88,9 +88,8 @@ def load_teacher(
     """Return a teacher in eval mode, and ``spec`` with the image size, normalization and classes that belong to it.
 
     ``path`` is a safetensors file or ``torch.save`` of a state dict, alone or under one of ``WRAPPERS``; ``None``
-    downloads pretrained weights. Mean and deviation are the user's own, if given; else those in the file; else, for
-    folders, ImageNet and downloaded weights, those of timm's ``pretrained_cfg``, whose image size and crop are not
-    taken. Raises UserError if the file does not fit.
+    downloads pretrained weights. Mean and deviation are the user's own, if given; else those in
+    the file; else those in ``spec``. Raises UserError if the file does not fit.
     """
     if path is None and ".py:" in network:
         raise UserError(f"{network} names no pretrained weights: pass a teacher file")
@@ -104,8 +103,6 @@ def load_teacher(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:250]
         raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
-    if path is None or spec.name.startswith(("folder:", "imagenet")):  # of the others mean and deviation are known
-        known = known or getattr(model, "pretrained_cfg", {})
     if ".py:" in network and spec.name.startswith("folder:") and not (known or spec.given):
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
     facts = ("image_size",) if spec.given else ("image_size", "mean", "std")

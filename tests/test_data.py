@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from PIL import Image
 from pydantic import ValidationError
 
@@ -36,7 +38,7 @@ def test_descriptions(folder, monkeypatch):
     assert describe_data("digits").root == ""
     assert describe_data("cifar100").model_dump() | {"mean": 0, "std": 0} == {
         "name": "cifar100", "classes": 100, "image_size": 32, "mean": 0, "std": 0, "root": "/somewhere",
-        "given": False,
+        "crop_pct": 0.875, "interpolation": "bilinear", "given": False,
     }  # fmt: skip
     assert describe_data("imagenet").root == "/somewhere/imagenet"
     small, large = describe_data(folder, "resnet20_cifar10"), describe_data(folder, "resnet18", 64)
@@ -53,6 +55,28 @@ def test_descriptions(folder, monkeypatch):
 def test_what_cannot_be_described(name, size, message):
     with pytest.raises(UserError if size is None else ValidationError, match=message):
         describe_data(name, image_size=size)
+
+
+@pytest.mark.parametrize(("network", "size"), [
+    ("torchvision:resnet50", 224), ("torchvision:efficientnet_b1", 240), ("timm:tf_efficientnet_lite4", 380),
+    ("timm:resnet50", 224), ("inceptionv3", 296), ("resnet50", 224),
+])  # fmt: skip
+def test_images_are_prepared_as_the_published_weights_want_them(folder, network, size):
+    """By its publisher's own transform; InceptionV3's 299 pixels are no multiple of 4."""
+    path = images(folder)[0]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), "uint8")).resize((650, 450)).save(path)
+    spec, own = describe_data(folder, network), network.rpartition(":")[2]
+    assert spec.image_size == size
+    mine = normalize(load_split(spec, "test")[0][0], spec)[0]
+    if network.startswith("timm:"):
+        theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model(own)))
+    elif network.startswith("torchvision:"):
+        theirs = torchvision.models.get_model_weights(own).DEFAULT.transforms()
+    else:  # those of pytorchcv are ImageNet's
+        theirs = torchvision.transforms._presets.ImageClassification(crop_size=size, resize_size=round(size / 0.875))
+    assert (mine - theirs(Image.open(path))).abs().max() < 0.02  # 8 bits
+    assert describe_data(folder, network, 64).image_size == 64
+    assert describe_data(folder, network, mean=(0.1,) * 3, std=(0.2,) * 3).mean == (0.1,) * 3
 
 
 def test_folders_of_splits(tmp_path):

@@ -88,7 +88,8 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
 
     saved = granq.load_student(run, device, network)
     c, mean, std = saved.config, saved.spec.mean, saved.spec.std
-    spec = granq.describe_data(data, network, c.image_size, mean=mean, std=std).fit_classes(saved.spec.classes)
+    name = network or saved.facts["network"]
+    spec = granq.describe_data(data, name, c.image_size, mean=mean, std=std).fit_classes(saved.spec.classes)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     if dataset_name(data) != dataset_name(saved.facts.get("data", "")):
