@@ -200,7 +200,7 @@ def quantize_model(
         warnings.warn(f"the scheme quantizes no activation of {type(model).__name__}: it has no ReLU", stacklevel=2)
     quantized = to_module(student, graph)
     if image_bits:
-        image_place(quantized)  # refuses a model that does not quantize its image
+        image_places(quantized)  # refuses a model that does not quantize its image
     if scheme.weights:
         _quantize_weights(quantized, {layer: given.get(name, widths)[0] for name, layer in layers.items()}, scheme)
     return quantized.eval()
@@ -283,12 +283,12 @@ def activation_places(model: nn.Module) -> dict[str, ActQuantizer]:
     return {n.removeprefix("act_quant."): m for n, m in model.named_modules() if isinstance(m, ActQuantizer)}
 
 
-def image_place(model: nn.Module) -> ActQuantizer:
-    """Return the place where a quantized model quantizes the image. Raises UserError if it does not."""
-    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else []:
-        place = module_of(model, node)
-        if isinstance(place, ActQuantizer) and is_image(model, node.all_input_nodes[0]):
-            return place
+def image_places(model: nn.Module) -> list[ActQuantizer]:
+    """Return the places where a quantized model quantizes the image. Raises UserError if there are none."""
+    calls = [(module_of(model, n), n) for n in (model.graph.nodes if isinstance(model, fx.GraphModule) else ())]
+    places = [m for m, n in calls if isinstance(m, ActQuantizer) and is_image(model, n.all_input_nodes[0])]
+    if places:
+        return places
     raise UserError("the image is not quantized: needs a scheme with places 'inputs' and a layer that reads the image")
 
 
@@ -342,9 +342,9 @@ def calibrate(
 
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:
     """Set the static range of the image (1, C, 1, 1), known without any: pixels end at black and white."""
-    place = image_place(model)
-    if not place.tracked or place.learned is not None:
-        raise UserError("the image has no static range to set: its range is dynamic, or its steps are learned")
-    if place.granularity == "per_tensor":
-        low, high = low.amin().expand(1, 1, 1, 1), high.amax().expand(1, 1, 1, 1)
-    place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)
+    for place in image_places(model):
+        if not place.tracked or place.learned is not None:
+            raise UserError("the image has no static range to set: its range is dynamic, or its steps are learned")
+        if place.granularity == "per_tensor":
+            low, high = low.amin().expand(1, 1, 1, 1), high.amax().expand(1, 1, 1, 1)
+        place.running_min, place.running_max = low.to(place.running_min), high.to(place.running_max)

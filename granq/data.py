@@ -5,6 +5,7 @@ A class is a folder; what is hidden (``.ipynb_checkpoints``) is none. A train sp
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,10 +40,17 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     crop_pct: float = Field(0.875, gt=0, le=1)  #: share of the short side that the square from the middle has
     interpolation: str = "bilinear"
     root: str = ""
+    labels: tuple[str, ...] = ()  #: names of the class folders, unless ImageNet's ids
     given: bool = False  #: mean and std are the user's own: no teacher file changes them
 
-    def fit_classes(self, classes: int) -> "DataSpec":
-        """Return what a network of so many classes sees: 1,000 in a folder with a part of ImageNet, else its own."""
+    def fit_classes(self, classes: int, labels: Sequence[str] = ()) -> "DataSpec":
+        """Return what a network of so many classes sees: 1,000 in a folder with a part of ImageNet, else its own.
+
+        ``labels`` are those that it learned: a warning says if class folders of today are called otherwise.
+        """
+        if labels and self.labels and [*labels] != [*self.labels]:
+            said = f"{', '.join(labels[:10])}; here they are {', '.join(self.labels[:10])}"
+            warnings.warn(f"the network learned other classes, or in another order: {said}", stacklevel=3)
         if classes != self.classes and not (classes == len(IMAGENET_IDS) and self.has_imagenet_ids()):
             raise UserError(f"the network's weights tell {classes} classes apart, but {self.name} has {self.classes}")
         return self.model_copy(update={"classes": classes})
@@ -74,25 +82,27 @@ def describe_data(
     teacher file brings its own (``models.load_teacher``); else those of the data are taken. ImageNet and folders have
     what was published with the ``network`` (``published_images``), but a folder whose network is named like CIFAR's or
     SVHN's is as CIFAR. For a network ``FILE.py:FUNCTION`` the size is that of the first image and the last, if they are
-    squares of at most 64 pixels, else 224.
+    squares of at most 224 pixels, else 224.
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both or none of them")
+    labels: tuple[str, ...] = ()
     if name.startswith("folder:"):
         root = str(Path(name.removeprefix("folder:")).expanduser())
         names = class_names(test := split_folder(root, "test"))
+        labels = () if {*names} <= {*IMAGENET_IDS} else tuple(names)
         function = network.rpartition(":")[2]  # a file's path says nothing of images
         classes, facts = len(names), _CIFAR if "cifar" in function or "svhn" in function else _IMAGENET
         if ".py:" in network and image_size is None:
             (w, h), last = (_open_image(_read_folder(test, names).samples[i][0]).size for i in (0, -1))
-            image_size = w - w % 4 if (w, h) == last and 4 <= w == h <= 64 else 224
+            image_size = w - w % 4 if (w, h) == last and 4 <= w == h <= 224 else 224
     else:
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))
         classes, facts = _KNOWN[name]
     if facts is _IMAGENET:
         facts = facts | published_images(network)
-    facts = facts | {"name": name, "classes": classes, "root": root, "given": mean is not None}
+    facts = facts | {"name": name, "classes": classes, "root": root, "given": mean is not None, "labels": labels}
     own = {"image_size": image_size, "mean": mean, "std": std}
     return DataSpec(**facts | {key: value for key, value in own.items() if value is not None})
 

@@ -100,7 +100,8 @@ def integer_model(student: fx.GraphModule) -> fx.GraphModule:
         if isinstance(module, ActQuantizer):
             twin.set_submodule(name, IntegerInput(module))
         elif isinstance(module, LAYERS):
-            after = norm_after(student, node) if len(layers[name].inputs) == 1 else None  # each call may have its own
+            one = isinstance(module, nn.Conv2d) and len(layers[name].inputs) == 1  # each call may have its own
+            after = norm_after(student, node) if one else None
             norm: Any = after and module_of(student, after)
             twin.set_submodule(name, IntegerLayer(module, norm))
             if after is not None:

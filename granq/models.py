@@ -103,7 +103,7 @@ def load_teacher(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:250]
         raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
-    if ".py:" in network and spec.name.startswith("folder:") and not (known or spec.given):
+    if ".py:" in network and spec.name != "digits" and not (known or spec.given):
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
     facts = ("image_size",) if spec.given else ("image_size", "mean", "std")
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
@@ -115,7 +115,7 @@ def load_teacher(
         raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise UserError(f"{network} gives no tensor (N, classes)")
-    return model.to(device), spec.fit_classes(logits.shape[1])
+    return model.to(device), spec.fit_classes(logits.shape[1], known["labels"] if "labels" in known else ())
 
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
@@ -169,7 +169,7 @@ def augment(images: Tensor, flip: bool = True) -> Tensor:
 @torch.random.fork_rng()  # the first use of a teacher that is kept must not differ from later ones
 def train_teacher(
     network: str, spec: DataSpec, *, epochs: int, lr: float = 0.2, batch_size: int = 128, seed: int = 0,
-    device: str = "cpu", bf16: bool = False, checkpoint: Path | None = None,
+    flip: bool = True, device: str = "cpu", bf16: bool = False, checkpoint: Path | None = None,
 ) -> tuple[nn.Module, float]:  # fmt: skip
     """Train a teacher: SGD with Nesterov, OneCycle up to ``lr``, label smoothing, shifts and flips, averaged weights.
 
@@ -178,7 +178,8 @@ def train_teacher(
     UserError if it is of other settings, FloatingPointError if a weight becomes NaN or infinite.
     """
     settings = dict(network=network, data=spec.name, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, bf16=bf16)
-    settings |= spec.model_dump(include={"image_size", "mean", "std"})
+    flip &= spec.name != "digits"  # a mirrored 2 is no 2
+    settings |= {"flip": flip} | spec.model_dump(include={"image_size", "mean", "std"})
     torch.manual_seed(seed)
     model = build_network(network, spec.classes).to(device)
     train: Any = load_split(spec, "train")
@@ -195,7 +196,7 @@ def train_teacher(
     said = f"teacher {network}" + f", continued from {checkpoint}" * (begun > 0)
     for epoch in tqdm(range(begun, epochs), said, epochs, False, unit="epoch", initial=begun):
         for images, labels in loader:
-            images = normalize(augment(images.to(device), flip=spec.name != "digits"), spec)  # a flipped 2 is no 2
+            images = normalize(augment(images.to(device), flip), spec)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
                 logits = model(images.to(memory_format=torch.channels_last))
             logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained

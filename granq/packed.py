@@ -41,14 +41,13 @@ class PackedWeight(WeightQuantizer):
         self.sqnr_db = sqnr_db  #: of the weight before it was quantized, which is gone
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.grid is None or self.grid.dtype != torch.float32:  # half precision leaves the grid
-            return weight
-        # the grid is in units of the input's step: of a range that was set anew it says nothing
-        same = torch.allclose(self.input_step(weight), self.step, 1e-4, 0)
-        return super().forward(weight) if same else weight
+        # half precision leaves the grid
+        return weight if self.grid is None or self.grid.dtype != torch.float32 else super().forward(weight)
 
     def qparams(self, weight: Tensor) -> QParams:
-        return super().qparams(weight) if self.grid is None else QParams(*self.grid)
+        # the grid is in units of the input's step: of a range that was set anew it says nothing
+        same = self.grid is not None and torch.allclose(self.input_step(weight), self.step, 1e-4, 0)
+        return QParams(*cast(Tensor, self.grid)) if same else super().qparams(weight)
 
 
 def pack(codes: Tensor, width: int) -> Tensor:

@@ -6,6 +6,7 @@ activation. Where that can be shown it becomes a *plain* layer, and the rest nod
 
 import copy
 import math
+import operator
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -14,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
@@ -112,8 +113,8 @@ def _base(module: nn.Module | None) -> type[nn.Module] | None:
     return next((base for base, *_ in _FUNCTIONS.values() if isinstance(module, base)), None)
 
 
-_CHANNELS = nn.Linear | nn.LayerNorm | _ConvNd | _BatchNorm
-_MOVES, _SHAPES = {"transpose", "permute", "movedim", "swapaxes"}, {"view", "reshape", "unflatten"}
+_CHANNELS = nn.Linear | nn.LayerNorm | nn.GroupNorm | _ConvNd | _NormBase
+_MOVES, _SHAPES = {"transpose", "permute", "movedim", "swapaxes"}, {"view", "reshape", "unflatten", "unsqueeze"}
 
 
 def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -125,17 +126,32 @@ def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
     made, passed = node, set[str]()
     while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
-        passed.add(str(getattr(made.target, "__name__", made.target)))
+        widens = made.target is operator.getitem and isinstance(made.args[1], tuple) and None in made.args[1]
+        passed.add("unsqueeze" if widens else str(getattr(made.target, "__name__", made.target)))
         made = made.all_input_nodes[0]
-    last = node
+    last, joined = node, False
     while last.users and not isinstance(module_of(root, last), _CHANNELS):
         last = next(iter(last.users))
-    for maker in (*node.users, made, last):  # whose layout is another one, is passed over
+        joined |= _joins_maps(root, last)
+    users = sorted(node.users, key=lambda user: not isinstance(module_of(root, user), LAYERS))
+    for maker in (*users, made, last):  # whose layout is another one, is passed over
         if isinstance(layer := module_of(root, maker), _CHANNELS):
             rows = isinstance(layer, nn.Linear | nn.LayerNorm)
+            if len(getattr(layer, "normalized_shape", "1")) > 1 or (rows and maker is last and joined):
+                continue  # it normalizes whole maps, or is a classifier of pooled ones
             if maker is not made or not passed & (_MOVES | _SHAPES if rows else _MOVES):
                 return rows
     return None
+
+
+def _joins_maps(root: nn.Module, node: fx.Node) -> bool:
+    """Say whether ``node`` pools or flattens maps: a Linear after it says nothing of what was before."""
+    made = type(module) if (module := module_of(root, node)) else node.target
+    name = str(getattr(made, "__name__", made))
+    given = [x if isinstance(x, list | tuple) else [x] for x in (*node.args[1:], *node.kwargs.values())]
+    dims = {x for some in given for x in some if isinstance(x, int)}
+    over = {"mean": {3, -1}, "flatten": {1}}.get(name, set[int]())
+    return "pool" in name.lower() or name == "Flatten" or bool(over & dims)
 
 
 def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:

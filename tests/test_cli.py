@@ -494,6 +494,27 @@ def test_the_folder_of_a_network_decides_nothing(tmp_path):
     assert jobs.from_arguments([*given.split(), "--bits", "4,4"]).alpha_ds == 0.3  # MobileNetV2's
 
 
+def test_an_own_network_is_not_audited_without_its_data(own, capsys):
+    """Nobody knows its classes: a head for 1,000 would be invented."""
+    assert main(["audit", "--network", own]) == 2
+    assert "--data says how many classes and pixels" in capsys.readouterr().err
+
+
+def test_sensitivity_at_the_size_of_the_network(own, folder, tmp_path, monkeypatch, capsys):
+    sizes = []
+    monkeypatch.setattr(granq, "measure_sensitivity", lambda model, images, *_, **__: sizes.append(images[0][0].shape))
+    given = f"sensitivity --data {folder} --network {own} --teacher {tmp_path / 't.pth'} --out {tmp_path / 's.csv'}"
+    with pytest.raises(AttributeError):  # of the table, which was not measured
+        main([*given.split(), "--image-size", "16", "--mean=.5,.5,.5", "--std=.5,.5,.5", "--images", "2"])
+    assert sizes == [(2, 3, 16, 16)]
+
+
+def test_images_that_no_generator_draws_are_told(own, folder, tmp_path, capsys):
+    given = f"quantize --data {folder} --network {own} --teacher {tmp_path / 't.pth'} --out {tmp_path / 'run'} {SHORT}"
+    with pytest.warns(UserWarning, match=r"sees pixels from 0.0 \(black\) to 1.0; generators draw mean 0"):
+        main([*given.split(), "--mean=0,0,0", "--std=1,1,1"])
+
+
 def test_a_teacher_is_audited_at_the_size_of_its_images(own, folder, tmp_path, capsys):
     """MACs of a convolution grow with the pixels; the file knows them better than the data set's name."""
     spec = describe_data(folder, own, 16)

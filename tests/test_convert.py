@@ -158,6 +158,46 @@ class Turned(nn.Module):
         return x.transpose(1, 2)
 
 
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.gate(x.mean((2, 3)))[:, :, None, None] * x
+
+
+class Normed(nn.Module):
+    """The norm of whole maps reads the place first, a convolution next."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm([6, 8, 8]), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        return self.a(self.norm(x)) + self.b(x)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True), nn.PReLU(), nn.LayerNorm([6, 8, 8]), Gated()],
+    ids=lambda module: type(module).__name__,
+)
+def test_maps_stay_maps_in_front_of_a_classifier(made):
+    """Its Linear, behind the pooling, says nothing of the maps."""
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), made, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    student = quantize_model(nn.Sequential(*net, nn.Linear(6, 5)), "per_channel", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    assert student.get_submodule("act_quant._2").running_max.shape == (1, 6, 1, 1)  # not of 8 columns
+
+
+def test_the_layer_that_reads_a_place_says_what_it_is():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Normed(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    student = quantize_model(net, "foldable", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    assert student.get_submodule("act_quant._0").running_max.shape == (1, 6, 1, 1)
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()

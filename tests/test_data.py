@@ -38,7 +38,7 @@ def test_descriptions(folder, monkeypatch):
     assert describe_data("digits").root == ""
     assert describe_data("cifar100").model_dump() | {"mean": 0, "std": 0} == {
         "name": "cifar100", "classes": 100, "image_size": 32, "mean": 0, "std": 0, "root": "/somewhere",
-        "crop_pct": 0.875, "interpolation": "bilinear", "given": False,
+        "crop_pct": 0.875, "interpolation": "bilinear", "labels": (), "given": False,
     }  # fmt: skip
     assert describe_data("imagenet").root == "/somewhere/imagenet"
     small, large = describe_data(folder, "resnet20_cifar10"), describe_data(folder, "resnet18", 64)
@@ -223,7 +223,9 @@ def test_a_train_split_without_some_classes_is_labelled_like_the_test(tmp_path):
     assert labels_by_level(spec, "train") == {ord("a"): 0, ord("c"): 2}
 
 
-@pytest.mark.parametrize(("size", "wanted"), [((32, 32), 32), ((30, 30), 28), ((65, 65), 224), ((32, 40), 224)])
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((32, 32), 32), ((30, 30), 28), ((65, 65), 64), ((232, 232), 224), ((32, 40), 224)]
+)
 def test_images_of_a_network_of_ones_own_say_their_size(tmp_path, size, wanted):
     folder, network = f"folder:{tmp_path}", "somewhere/cifar/net.py:make"
     for name in "ab":

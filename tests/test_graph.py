@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from granq import Scheme, UserError, activation_places, fake_quantize, layer_names, layer_quantizers, quantize_model
-from granq.convert import image_place, original_weight, weight_quantizer
+from granq.convert import image_places, original_weight, weight_quantizer
 from granq.graph import norm_after, trace
 from granq.hooks import eval_mode, images_of, watch
 from granq.plain import module_of
@@ -26,7 +26,7 @@ def test_what_quantizes_each_layer(tiny):
         assert weight.source is inputs[0] and len(inputs) == 1 and inputs[0] in places.values()
         assert torch.equal(original, tiny.get_submodule(name).weight) and not original.requires_grad
     assert layers["conv2"].inputs == layers["point"].inputs  # they read one tensor
-    assert layers["conv1"].inputs == (image_place(student),) == (places["x"],)
+    assert layers["conv1"].inputs == (*image_places(student),) == (places["x"],)
     assert [q.bits for q in places.values()] == [6, 4, 4]
 
 
@@ -39,7 +39,7 @@ def test_what_is_not_quantized_has_no_quantizer(tiny):
     skipped = quantize_model(tiny, Scheme(weights="per_tensor", activations=None, skip=("fc",)), 3, 3)
     assert [layer.weight is None for layer in layer_quantizers(skipped).values()] == [False, False, False, True]
     with pytest.raises(UserError, match="image is not quantized"):
-        image_place(skipped)
+        image_places(skipped)
 
 
 class Twice(nn.Module):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from granq import integer
-from granq.convert import activation_places, calibrate, quantize_model
+from granq.convert import activation_places, calibrate, image_places, quantize_model, set_image_range
 from granq.errors import UserError
 from granq.files import write_tensors
 from granq.integer import export_onnx, integer_model, measure_integer_agreement
@@ -326,6 +326,31 @@ def test_a_norm_that_others_call_stays(tiny):
     student, images = quantize_model(Shared().eval(), "foldable", 8, 8), torch.randn(4, 3, 8, 8)
     calibrate(student, [images])
     assert torch.allclose(integer_model(student)(images), student(images), atol=1e-4)
+
+
+def test_a_norm_after_a_linear_layer_on_maps_stays(tiny):
+    """It normalizes dimension 1; the features of a Linear are the last."""
+    linear = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 4))
+    nn.init.normal_(linear[2].running_mean)
+    student, images = quantize_model(linear.eval(), "foldable", 8, 8), torch.randn(4, 3, 8, 8)
+    calibrate(student, [images])
+    assert torch.allclose(integer_model(student)(images), student(images), atol=1e-4)
+
+
+def test_every_place_of_the_image_gets_its_range():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 5), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc((self.a(x) + self.b(nn.functional.pad(x, (1, 1, 1, 1)))).mean((2, 3)))
+
+    student = quantize_model(Twice(), "foldable", 3, 3, image_bits=6)
+    calibrate(student, [torch.rand(2, 3, 8, 8)])
+    set_image_range(student, *(torch.full((1, 3, 1, 1), end) for end in (-9.0, 9.0)))
+    places = image_places(student)
+    assert len(places) == 2 and all(place.running_max.eq(9).all() for place in places)
 
 
 def test_a_norm_of_batch_statistics_stays_in_floating_point(tiny):

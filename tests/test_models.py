@@ -226,7 +226,19 @@ def test_nothing_says_how_images_of_an_own_network_are_normalized(own, folder, t
     assert spec.image_size == 32
     with pytest.warns(UserWarning, match="give mean and std"):
         load_teacher(own[0], spec, tmp_path / "t.pt")
+    with pytest.warns(UserWarning, match="give mean and std"):
+        load_teacher(own[0], describe_data("cifar10").model_copy(update={"classes": 2}), tmp_path / "t.pt")
     load_teacher(own[0], describe_data(folder, own[0], mean=(0.5,) * 3, std=(0.5,) * 3), tmp_path / "t.pt")
+
+
+def test_classes_of_other_names_are_told(folder, teacher):
+    """In another order they are other labels, and nothing else would say so."""
+    test = Path(folder.removeprefix("folder:"), "test")
+    spec = load_teacher("resnet20_cifar10", describe_data(folder, "resnet20_cifar10"), teacher)[1]
+    assert spec.labels == ("cat", "dog")
+    (test / "cat").rename(test / "zebra")
+    with pytest.warns(UserWarning, match="other classes, or in another order: cat, dog; here they are dog, zebra"):
+        load_teacher("resnet20_cifar10", describe_data(folder, "resnet20_cifar10"), teacher)
 
 
 def build_small(name: str, classes: int, size: int) -> nn.Module:
@@ -390,6 +402,16 @@ def test_a_teacher_goes_on_with_its_own_normalization_only(tmp_path, monkeypatch
     train(spec)
     with pytest.raises(UserError, match="is of another training"):
         train(spec.model_copy(update={"mean": (0.1, 0.1, 0.1)}))
+
+
+@pytest.mark.parametrize(("name", "flip", "mirrored"), [("digits", True, 0), ("other", True, 1), ("other", False, 0)])
+def test_what_is_mirrored(tmp_path, monkeypatch, name, flip, mirrored) -> None:
+    asked = []
+    monkeypatch.setattr(models, "load_split", lambda *_: [(torch.zeros(3, 32, 32, dtype=torch.uint8), 0)] * 2)
+    monkeypatch.setattr(models, "augment", lambda images, flip: asked.append(flip) or images)
+    spec = describe_data("digits").model_copy(update={"name": name})
+    train_teacher("resnet20_cifar10", spec, epochs=1, batch_size=2, flip=flip)
+    assert asked == [bool(mirrored)]
 
 
 def test_a_network_that_asserts_its_size_is_told_in_a_sentence(tmp_path):

@@ -55,20 +55,21 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 def teacher(
     *, data: Data, network: Network, out: Path, epochs: Count = 30,
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, image_size: int | None = None,
-    mean: Mean = "", std: Std = "", device: Device = "auto", bf16: bool = False,
+    flip: bool = True, mean: Mean = "", std: Std = "", device: Device = "auto", bf16: bool = False,
 ) -> Result:  # fmt: skip
     """Train a full-precision teacher. The same command again goes on where it was stopped.
 
     Args:
         out: file to write, FILE.safetensors; FILE.checkpoint has the last epoch until then
         lr: peak learning rate
+        flip: mirror half of the images, but no digits; --no-flip where left and right mean something
         bf16: train under bfloat16 autocast
     """
     _check_new(out, ".safetensors")
     checkpoint = out.with_suffix(".checkpoint")
     spec = granq.describe_data(data, network, image_size, **channels(mean, std))
     device = granq.devices.resolve_device(device)
-    how: Result = dict(epochs=epochs, lr=lr, seed=seed, device=device, bf16=bf16, checkpoint=checkpoint)
+    how: Result = dict(epochs=epochs, lr=lr, seed=seed, flip=flip, device=device, bf16=bf16, checkpoint=checkpoint)
     model, top1 = granq.train_teacher(network, spec, **how)
     granq.save_teacher(out, model, network, spec, top1)
     checkpoint.unlink(missing_ok=True)
@@ -87,9 +88,9 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
     from granq.measure.workbench import dataset_name
 
     saved = granq.load_student(run, device, network)
-    c, mean, std = saved.config, saved.spec.mean, saved.spec.std
-    name = network or saved.facts["network"]
-    spec = granq.describe_data(data, name, c.image_size, mean=mean, std=std).fit_classes(saved.spec.classes)
+    c, old, name = saved.config, saved.spec, network or saved.facts["network"]
+    spec = granq.describe_data(data, name, c.image_size, mean=old.mean, std=old.std)
+    spec = spec.fit_classes(old.classes, old.labels)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     if dataset_name(data) != dataset_name(saved.facts.get("data", "")):
@@ -138,7 +139,7 @@ def audit(
 def factorial(
     *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
     bits: str = "2,3,4,5,8", images: Annotated[int, Field(ge=2)] | None = None, seeds: Count = 1,
-    resume: bool = False, mean: Mean = "", std: Std = "", device: Device = "auto",
+    resume: bool = False, image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure the accuracy of every weight granularity with every activation granularity.
 
@@ -151,8 +152,8 @@ def factorial(
     """
     from granq.measure import factorial as cells
 
-    source: Result = dict(data=data, network=network, teacher=teacher, device=device, **channels(mean, std))
-    widths, shared, facts = _grown_table(out, resume, bits, run, source)
+    source: Result = dict(data=data, network=network, teacher=teacher, image_size=image_size, device=device)
+    widths, shared, facts = _grown_table(out, resume, bits, run, source | channels(mean, std))
     count = min(images or len(shared.test), len(shared.test))
     generator = shared.zero_shot[0]
     facts["generator"] = run.name if run else "of a short run"
@@ -166,8 +167,8 @@ def factorial(
 def sensitivity(
     *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
     scheme: str = "strict", bits: str = "3", images: Count = 256, kinds: Words = ("alone",),
-    parts: Words = ("weights", "activations", "both"), resume: bool = False, mean: Mean = "", std: Std = "",
-    device: Device = "auto",
+    parts: Words = ("weights", "activations", "both"), resume: bool = False, image_size: int | None = None,
+    mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure what the quantization of every layer costs.
 
@@ -179,8 +180,8 @@ def sensitivity(
         images: how many
         resume: measure what --out lacks
     """
-    source: Result = dict(data=data, network=network, teacher=teacher, device=device, **channels(mean, std))
-    widths, shared, facts = _grown_table(out, resume, bits, run, source)
+    source: Result = dict(data=data, network=network, teacher=teacher, image_size=image_size, device=device)
+    widths, shared, facts = _grown_table(out, resume, bits, run, source | channels(mean, std))
     facts["source"] = f"generated, {run.name}" if run else "test"
     drawn = granq.generated_batches(shared.zero_shot[0], 0, images, 32) if run else shared.sample(0, images, 32)
     how: Result = dict(kinds=kinds, parts=parts, facts=facts, out=out)
@@ -243,8 +244,8 @@ def export(
 def figures(
     names: Positional[Words] = (), *, from_csv: bool = False, budget: Literal["quick", "full"] = "quick",
     data: str | None = None, network: Network = "resnet20_cifar10", teacher: Path | None = None,
-    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: int = 0, mean: Mean = "",
-    std: Std = "", device: Device = "auto",
+    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: int = 0,
+    image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure figures, write their CSV, and draw them from it; all of them without names.
 
@@ -261,7 +262,7 @@ def figures(
         return {"out": str(folder), "figures": ", ".join(granq.redraw_figures(names, folder))}
     shared = granq.Workbench(
         budget, data=data, network=network, teacher=teacher, runs=run, out=folder, device=device, seed=seed,
-        **channels(mean, std),
+        image_size=image_size, **channels(mean, std),
     )  # fmt: skip
     return {"out": str(folder), "figures": ", ".join(granq.make_figures(names, shared))}
 

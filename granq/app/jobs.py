@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
@@ -69,8 +70,13 @@ class Job(QATConfig, Files):
         spec = granq.describe_data(self.data, self.network, self.image_size, **channels(self.mean, self.std))
         teacher, spec = granq.load_teacher(self.network, spec, self.teacher, device)
         if spec.image_size != self.image_size:
-            raise UserError(f"{self.teacher} was trained at {spec.image_size} pixels, not at {self.image_size}")
+            said = f"{spec.image_size} pixels, not at {self.image_size}: pass --image-size {spec.image_size}"
+            raise UserError(f"{self.teacher} was trained at {said}")
         test = granq.load_split(spec, "test")  # the training split is never touched
+        black, white = granq.pixel_bounds(spec)
+        if ((white - black < 1.5) | ((black + white).abs() > 2.1)).any():
+            seen = f"from {black.min():.1f} (black) to {white.max():.1f}"
+            warnings.warn(f"{self.network} sees pixels {seen}; generators draw mean 0, deviation 1", stacklevel=2)
 
         def evaluate(model: Any) -> float:
             return granq.top1_on(model, test, spec, device)
@@ -122,8 +128,8 @@ class Job(QATConfig, Files):
             widths = sorted({*BIT_CHOICES, c.image_bits} - {0})
             table = granq.measure_sensitivity(teacher, images, c.scheme, widths, **how)
             if c.image_bits:  # of the image nothing is to be chosen
-                image = convert.image_place(student := granq.quantize_model(teacher, c.scheme, 8, 8))
-                others = [name for name, place in convert.activation_places(student).items() if place is not image]
+                image = convert.image_places(student := granq.quantize_model(teacher, c.scheme, 8, 8))
+                others = [name for name, place in convert.activation_places(student).items() if place not in image]
                 table = table[(table.part == "weights") | (table.bits == c.image_bits) | table.place.isin(others)]
         return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
 
@@ -140,7 +146,9 @@ def parse_bits(text: str, auto: bool = False) -> dict[str, Any]:
 
 
 def likely_data(network: str) -> str:
-    """Return the data that a network's name speaks of; the path of a file says nothing."""
+    """Return the data that a network's name speaks of. Raises UserError for one in a file, which says nothing."""
+    if ".py:" in network:
+        raise UserError(f"--data says how many classes and pixels {network} is for; give it")
     name = network.rpartition(":")[2]
     return "cifar100" if "cifar100" in name else "cifar10" if "cifar" in name else "imagenet"
 

@@ -21,9 +21,10 @@ MODES = ("local", "accumulated")
 
 
 def measure_layer_error(
-    model: nn.Module, batches: Iterable[Batch], schemes: Sequence[str | Scheme] | Mapping[str, nn.Module],
-    bits: int | tuple[int, int] = 0, *, per_channel: bool = False, layers: Sequence[str] | None = None,
-    modes: Sequence[str] = MODES, calibration: Iterable[Batch] | None = None,
+    model: nn.Module, batches: Iterable[Batch],
+    schemes: str | Scheme | Sequence[str | Scheme] | Mapping[str, nn.Module], bits: int | tuple[int, int] = 0, *,
+    per_channel: bool = False, layers: Sequence[str] | None = None, modes: Sequence[str] = MODES,
+    calibration: Iterable[Batch] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure the error of every layer's output under quantization, against the full-precision output.
 
@@ -33,8 +34,8 @@ def measure_layer_error(
 
     Args:
         model: the full-precision network.
-        schemes: names, or schemes of one's own; or networks that are quantized already, by whomever, under a name:
-            their layers have the names of ``model``'s, and quantize their inputs themselves.
+        schemes: one or more names, or schemes of one's own; or networks that are quantized already, by whomever, under
+            a name: their layers have the names of ``model``'s, and quantize their inputs themselves.
         bits: bit width, or (weights, activations); of networks that are quantized already it is only repeated.
         per_channel: rows of single output channels, too.
         layers: names; all Conv2d and Linear layers by default.
@@ -54,7 +55,8 @@ def measure_layer_error(
     first = list(islice(images, 1))
     warm = first if calibration is None else [images_of(batch).to(device) for batch in calibration]
     students: dict[str, nn.Module] = {**schemes} if isinstance(schemes, Mapping) else {}
-    for scheme in schemes if not students else ():
+    named = [schemes] if isinstance(schemes, str | Scheme) else schemes
+    for scheme in named if not students else ():
         students[str(scheme)] = student = quantize_model(model, scheme, *widths)
         calibrate(student, warm)
         for image in (x for x in first if x.dim() == 4):  # of others the walk says that they are none

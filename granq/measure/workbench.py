@@ -58,18 +58,19 @@ class Workbench:
             the first gives the generator, all give training curves.
         out: folder of the figures, where ``full`` finds the results of long runs.
         seed: of everything that draws.
-        mean, std: of the three channels, as in ``describe_data``.
+        image_size, mean, std: as in ``describe_data``.
     """
 
     def __init__(
         self, budget: str = "quick", *, data: str | None = None, network: str = "resnet20_cifar10",
         teacher: str | Path | nn.Module | None = None, runs: Sequence[str | Path] = (), out: str | Path = "figures",
-        device: str = "auto", seed: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        device: str = "auto", seed: int = 0, image_size: int | None = None, mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         one_of("budget", budget, BUDGETS)
         self.name, self.budget, self.network, self.seed = budget, BUDGETS[budget], network, seed
         self.data, self.out, self.device = data or self.budget.data, Path(out), resolve_device(device)
-        self._teacher, self.runs, size = teacher, [RunFolder(run) for run in runs], None
+        self._teacher, self.runs, size = teacher, [RunFolder(run) for run in runs], image_size
         for run in self.runs:
             if not same_network(other := str((facts := run.read_config()).get("network")), network):
                 raise UserError(f"{run.path} is a run of {other}, not of {network}")

@@ -22,6 +22,8 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
 
     A click chooses a layer, so does the list; below are the means of its channels, real and synthetic.
     """
+    gap = DataFrame({"pair": "synthetic against real"}, gap.index).assign(**gap)
+    images = DataFrame({"source": "synthetic"}, images.index).assign(**images)
     rows, pairs = gap[gap.variance_real > 0], gap.pair.unique().tolist()
     shift = (rows.mean_synthetic - rows.mean_real).abs() / rows.variance_real**0.5
     place = rows.layer.factorize()[0] + 0.82 + 0.36 * rows.pair.factorize()[0]
