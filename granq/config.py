@@ -38,7 +38,7 @@ class Quantization(BaseModel):
     weight_bits: Bits = Field(3, description="width of weights")
     act_bits: Bits = Field(3, description="width of activations")
     image_bits: Bits | Literal[0] = Field(
-        0, description="width of the image whatever layer_bits say, such as 6, two passes of 3 bits; 0: as activations"
+        0, description="the image's own width, such as 6, whatever the other widths are; 0: as activations"
     )
     layer_bits: dict[str, tuple[Bits | Literal[0], Bits | Literal[0]]] = Field(
         {}, description="widths of single layers, such as conv1 8 8 fc 4 3: weights, activations; 0: full precision"
@@ -125,3 +125,7 @@ class QATConfig(Refining, Losses, Quantization, Run):
         else:
             chosen |= dict(warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3)
         return cls(**(chosen | changes))
+
+
+_FIELDS = "".join(f"        {name}: {field.description}\n" for name, field in QATConfig.model_fields.items())
+QATConfig.__doc__ = f"{QATConfig.__doc__}\n    Args:\n{_FIELDS}    "  # for help(): pydantic shows no descriptions

@@ -501,12 +501,13 @@ def test_an_own_network_is_not_audited_without_its_data(own, capsys):
 
 
 def test_sensitivity_at_the_size_of_the_network(own, folder, tmp_path, monkeypatch, capsys):
-    sizes = []
+    sizes, counts = [], []
+    monkeypatch.setattr(models, "top1_on", lambda model, test, *_: counts.append(len(test)) or 50.0)
     monkeypatch.setattr(granq, "measure_sensitivity", lambda model, images, *_, **__: sizes.append(images[0][0].shape))
     given = f"sensitivity --data {folder} --network {own} --teacher {tmp_path / 't.pth'} --out {tmp_path / 's.csv'}"
     with pytest.raises(AttributeError):  # of the table, which was not measured
         main([*given.split(), "--image-size", "16", "--mean=.5,.5,.5", "--std=.5,.5,.5", "--images", "2"])
-    assert sizes == [(2, 3, 16, 16)]
+    assert sizes == [(2, 3, 16, 16)] and counts == [2]  # of the teacher, too, no more images than asked for
 
 
 def test_images_that_no_generator_draws_are_told(own, folder, tmp_path, capsys):

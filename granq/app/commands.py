@@ -153,9 +153,8 @@ def factorial(
     from granq.measure import factorial as cells
 
     source: Result = dict(data=data, network=network, teacher=teacher, image_size=image_size, device=device)
-    widths, shared, facts = _grown_table(out, resume, bits, run, source | channels(mean, std))
-    count = min(images or len(shared.test), len(shared.test))
-    generator = shared.zero_shot[0]
+    widths, shared, facts = _grown_table(out, resume, bits, run, source | channels(mean, std), images)
+    generator, count = shared.zero_shot[0], len(shared.test)
     facts["generator"] = run.name if run else "of a short run"
     frame = granq.measure_granularity_factorial(
         shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
@@ -181,7 +180,7 @@ def sensitivity(
         resume: measure what --out lacks
     """
     source: Result = dict(data=data, network=network, teacher=teacher, image_size=image_size, device=device)
-    widths, shared, facts = _grown_table(out, resume, bits, run, source | channels(mean, std))
+    widths, shared, facts = _grown_table(out, resume, bits, run, source | channels(mean, std), images)
     facts["source"] = f"generated, {run.name}" if run else "test"
     drawn = granq.generated_batches(shared.zero_shot[0], 0, images, 32) if run else shared.sample(0, images, 32)
     how: Result = dict(kinds=kinds, parts=parts, facts=facts, out=out)
@@ -192,17 +191,24 @@ def sensitivity(
 
 
 def _grown_table(
-    out: Path, resume: bool, bits: str, run: Path | None, source: Result
+    out: Path, resume: bool, bits: str, run: Path | None, source: Result, images: int | None
 ) -> tuple[list[int], granq.Workbench, Result]:
-    """Return widths, workbench and provenance of a measurement that writes row after row into ``out``."""
+    """Return widths, workbench and provenance of a measurement that writes row after row into ``out``.
+
+    Of the test split it keeps so many ``images``: those of the others would only be read for the teacher's accuracy.
+    """
+    import torch
+
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
     widths = [check_bits(int(b) if b.isdecimal() else 0) for b in bits.split(",")]
     if len(set(widths)) < len(widths):
         raise UserError(f"--bits names a width twice: {bits}")
     shared = granq.Workbench("full", runs=[run] if run else [], **source)
+    order = torch.randperm(len(shared.test), generator=torch.Generator().manual_seed(0)).tolist()
+    shared.test = torch.utils.data.Subset(shared.test, order[:images])
     facts = {name: fact for name, fact in shared.facts().items() if name not in ("budget", "seed")}
-    return widths, shared, facts
+    return widths, shared, facts | {"test_images": len(shared.test)}
 
 
 def export(

@@ -33,10 +33,8 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     """
     if "channel" not in data:
         raise UserError("this explorer needs measure_layer_error(..., per_channel=True)")
-    data = select(data, weight_bits=None, act_bits=None)
-    data["sqnr_db"] = data.sqnr_db.clip(upper=SQNR_CEILING)
-    schemes = data.scheme.unique().tolist()
-    metrics = [*METRICS, *data.columns.intersection(["kl"])]
+    data = select(data, weight_bits=None, act_bits=None).assign(sqnr_db=lambda d: d.sqnr_db.clip(upper=SQNR_CEILING))
+    schemes, metrics = data.scheme.unique().tolist(), [*METRICS, *data.columns.intersection(["kl"])]
     controls = [
         menu("metric", metrics, value="sqnr_db", labels=[LABELS[name] for name in metrics]),
         menu("mode", data["mode"].unique().tolist(), "errors"),
@@ -72,8 +70,8 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     own = own.transform_window(rank="row_number()", sort=[alt.SortField("bad")], groupby=["scheme"])
     ranks = alt.X("rank:Q", title="output channels of the chosen layer, worst first", scale=LOOSE,
                   axis=alt.Axis(tickMinStep=1, format="d"))  # fmt: skip
-    above = panel(every, x, 190, "worst:Q", ABOVE, here.add_params(pick))
-    panels = [above, panel(own, ranks, 140, "channel:Q", INSIDE)]
+    below = panel(own, ranks, 140, "channel:Q", INSIDE)
+    panels = [panel(every, x, 190, "worst:Q", ABOVE, here.add_params(pick)), below]
     chart = alt.vconcat(*panels) if layout is None else _under_graph(panels, rows, layout, pick)
     told = "The error of every layer under several schemes, and below it that of the channels of one layer."
     return finish(chart, "Which layer is guilty?", told, *controls)
