@@ -7,6 +7,7 @@ A class is a folder; what is hidden (``.ipynb_checkpoints``) is none. A train sp
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,20 +38,25 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     image_size: int = Field(ge=4, multiple_of=4)
     mean: tuple[Share, Share, Share]
     std: tuple[Deviation, Deviation, Deviation]
-    crop_pct: float = Field(0.875, gt=0, le=1)  #: share of the short side that the square from the middle has
+    crop_pct: float = Field(0.875, gt=0)  #: share of the short side that the square from the middle has
     interpolation: str = "bilinear"
     root: str = ""
     labels: tuple[str, ...] = ()  #: names of the class folders, unless ImageNet's ids
     given: bool = False  #: mean and std are the user's own: no teacher file changes them
 
-    def fit_classes(self, classes: int, labels: Sequence[str] = ()) -> "DataSpec":
-        """Return what a network of so many classes sees: 1,000 in a folder with a part of ImageNet, else its own.
+    def prepared_as(self, old: "DataSpec") -> "DataSpec":
+        """Return these data with the classes, crop and interpolation of a run's; a warning tells of other folders."""
+        self.check_labels(old.labels)
+        return self.fit_classes(old.classes).model_copy(update=old.model_dump(include={"crop_pct", "interpolation"}))
 
-        ``labels`` are those that it learned: a warning says if class folders of today are called otherwise.
-        """
-        if labels and self.labels and [*labels] != [*self.labels]:
-            said = f"{', '.join(labels[:10])}; here they are {', '.join(self.labels[:10])}"
+    def check_labels(self, learned: Sequence[str]) -> None:
+        """Warn if the class folders are called otherwise than those that a network learned."""
+        if learned and self.labels and [*learned] != [*self.labels]:
+            said = f"{', '.join(learned[:10])}; here they are {', '.join(self.labels[:10])}"
             warnings.warn(f"the network learned other classes, or in another order: {said}", stacklevel=3)
+
+    def fit_classes(self, classes: int) -> "DataSpec":
+        """Return what a network of so many classes sees: 1,000 in a folder with a part of ImageNet, else its own."""
         if classes != self.classes and not (classes == len(IMAGENET_IDS) and self.has_imagenet_ids()):
             raise UserError(f"the network's weights tell {classes} classes apart, but {self.name} has {self.classes}")
         return self.model_copy(update={"classes": classes})
@@ -107,6 +113,7 @@ def describe_data(
     return DataSpec(**facts | {key: value for key, value in own.items() if value is not None})
 
 
+@cache
 def published_images(network: str) -> dict[str, Any]:
     """Return how the images of a network's published weights are prepared; nothing of a network in a file.
 

@@ -105,7 +105,7 @@ def load_teacher(
         raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
     if ".py:" in network and spec.name != "digits" and not (known or spec.given):
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
-    facts = ("image_size",) if spec.given else ("image_size", "mean", "std")
+    facts = ("image_size", "crop_pct", "interpolation", *(() if spec.given else ("mean", "std")))
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
     try:
         with torch.no_grad():
@@ -115,7 +115,8 @@ def load_teacher(
         raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise UserError(f"{network} gives no tensor (N, classes)")
-    return model.to(device), spec.fit_classes(logits.shape[1], known["labels"] if "labels" in known else ())
+    spec.check_labels(known["labels"] if "labels" in known else ())  # headers of other programs may be lists
+    return model.to(device), spec.fit_classes(logits.shape[1])
 
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:

@@ -129,16 +129,18 @@ def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
         widens = made.target is operator.getitem and isinstance(made.args[1], tuple) and None in made.args[1]
         passed.add("unsqueeze" if widens else str(getattr(made.target, "__name__", made.target)))
         made = made.all_input_nodes[0]
-    last, joined = node, False
+    last, joined, moved = node, False, False
     while last.users and not isinstance(module_of(root, last), _CHANNELS):
         last = next(iter(last.users))
-        joined |= _joins_maps(root, last)
+        joined |= not moved and _joins_maps(root, last)
+        moved |= str(last.target) in _MOVES or getattr(last.target, "__name__", "") in _MOVES
     users = sorted(node.users, key=lambda user: not isinstance(module_of(root, user), LAYERS))
     for maker in (*users, made, last):  # whose layout is another one, is passed over
         if isinstance(layer := module_of(root, maker), _CHANNELS):
             rows = isinstance(layer, nn.Linear | nn.LayerNorm)
-            if len(getattr(layer, "normalized_shape", "1")) > 1 or (rows and maker is last and joined):
-                continue  # it normalizes whole maps, or is a classifier of pooled ones
+            whole = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1  # it normalizes maps
+            if whole or (rows and maker is last and joined):  # the second is a classifier of pooled maps
+                continue
             if maker is not made or not passed & (_MOVES | _SHAPES if rows else _MOVES):
                 return rows
     return None
@@ -146,12 +148,15 @@ def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
 
 def _joins_maps(root: nn.Module, node: fx.Node) -> bool:
     """Say whether ``node`` pools or flattens maps: a Linear after it says nothing of what was before."""
-    made = type(module) if (module := module_of(root, node)) else node.target
-    name = str(getattr(made, "__name__", made))
-    given = [x if isinstance(x, list | tuple) else [x] for x in (*node.args[1:], *node.kwargs.values())]
-    dims = {x for some in given for x in some if isinstance(x, int)}
-    over = {"mean": {3, -1}, "flatten": {1}}.get(name, set[int]())
-    return "pool" in name.lower() or name == "Flatten" or bool(over & dims)
+    module = module_of(root, node)
+    name = type(module).__name__ if module else str(getattr(node.target, "__name__", node.target))
+    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+    if name == "mean":
+        dims = given.get("dim", given.get("start_dim"))
+        return not {3, -1}.isdisjoint(dims if isinstance(dims, list | tuple) else [dims])
+    if name == "flatten":
+        return (given.get("start_dim"), given.get("end_dim", -1)) == (1, -1)
+    return "pool" in name.lower() or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
 
 
 def relu_ceiling(root: nn.Module, node: fx.Node) -> float | None:

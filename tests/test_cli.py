@@ -402,7 +402,7 @@ def test_tuples_as_pandas_writes_them_are_read(tmp_path):
 def test_a_wrong_twin_is_refused_before_anything_is_written(folder, teacher, tmp_path, capsys, monkeypatch):
     assert main([*quantize_args(folder, teacher, tmp_path / "run", "foldable")]) == 0
 
-    integer_model = granq.integer.integer_model
+    integer_model = granq.integer_model  # loaded now: at its first use below the wrong one would stay for other tests
 
     def wrong(student):
         twin = integer_model(student)
@@ -502,12 +502,12 @@ def test_an_own_network_is_not_audited_without_its_data(own, capsys):
 
 def test_sensitivity_at_the_size_of_the_network(own, folder, tmp_path, monkeypatch, capsys):
     sizes, counts = [], []
-    monkeypatch.setattr(models, "top1_on", lambda model, test, *_: counts.append(len(test)) or 50.0)
+    monkeypatch.setattr(granq, "top1_on", lambda model, test, *_: counts.append(len(test)) or 50.0)
     monkeypatch.setattr(granq, "measure_sensitivity", lambda model, images, *_, **__: sizes.append(images[0][0].shape))
     given = f"sensitivity --data {folder} --network {own} --teacher {tmp_path / 't.pth'} --out {tmp_path / 's.csv'}"
     with pytest.raises(AttributeError):  # of the table, which was not measured
         main([*given.split(), "--image-size", "16", "--mean=.5,.5,.5", "--std=.5,.5,.5", "--images", "2"])
-    assert sizes == [(2, 3, 16, 16)] and counts == [2]  # of the teacher, too, no more images than asked for
+    assert sizes == [(2, 3, 16, 16)] and counts == [2]  # the teacher, too, sees no more images than asked for
 
 
 def test_images_that_no_generator_draws_are_told(own, folder, tmp_path, capsys):

@@ -191,6 +191,25 @@ def test_maps_stay_maps_in_front_of_a_classifier(made):
     assert student.get_submodule("act_quant._2").running_max.shape == (1, 6, 1, 1)  # not of 8 columns
 
 
+class Turning(nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(self.order)
+
+
+@pytest.mark.parametrize("tail", [
+    [nn.Flatten(1, 2), nn.Linear(6, 5)], [Turning(0, 3, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)],
+])  # fmt: skip
+def test_features_in_the_last_dimension_stay_rows(tail):
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Turning(0, 2, 3, 1), nn.ReLU(), *tail)
+    student = quantize_model(net, "per_channel", 3, 3)
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    assert student.get_submodule("act_quant._2").running_max.shape == (1, 6)
+
+
 def test_the_layer_that_reads_a_place_says_what_it_is():
     net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Normed(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
     student = quantize_model(net, "foldable", 3, 3)

@@ -79,6 +79,13 @@ def test_images_are_prepared_as_the_published_weights_want_them(folder, network,
     assert describe_data(folder, network, mean=(0.1,) * 3, std=(0.2,) * 3).mean == (0.1,) * 3
 
 
+def test_a_run_keeps_the_crop_of_its_images(folder):
+    """Of the day on which it was made; what a network's publisher says today may be something else."""
+    old = describe_data(folder, "resnet18").model_copy(update={"crop_pct": 0.5, "interpolation": "bicubic"})
+    new = describe_data(folder, "timm:resnet18").prepared_as(old)
+    assert (new.crop_pct, new.interpolation, new.classes) == (0.5, "bicubic", 2)
+
+
 def test_folders_of_splits(tmp_path):
     for name in ("train/b", "train/a", "val/a"):
         (tmp_path / name).mkdir(parents=True)

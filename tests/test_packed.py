@@ -267,6 +267,15 @@ def test_a_file_of_other_layers_is_one_sentence(tmp_path):
         granq.load_student(tmp_path / "s")
 
 
+def test_half_precision_and_back_keeps_the_grid(tmp_path):
+    student, config = student_of("foldable", 3)
+    path = save(tmp_path / "s.safetensors", student, config)
+    before, after = (granq.load_student(path).student for _ in range(2))
+    pairs = zip(before.modules(), after.half().float().modules(), strict=True)
+    layers = [pair for pair in pairs if isinstance(pair[0], nn.Conv2d)]
+    assert layers and all(torch.allclose(a.weight, b.weight, rtol=2e-3, atol=1e-5) for a, b in layers)
+
+
 @pytest.mark.parametrize("scheme", ["strict", "foldable"])
 def test_other_weights_in_a_loaded_student_are_rounded_too(tmp_path, scheme):
     """Weights that were loaded or trained afterwards do not lie on the grid."""

@@ -88,9 +88,8 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
     from granq.measure.workbench import dataset_name
 
     saved = granq.load_student(run, device, network)
-    c, old, name = saved.config, saved.spec, network or saved.facts["network"]
-    spec = granq.describe_data(data, name, c.image_size, mean=old.mean, std=old.std)
-    spec = spec.fit_classes(old.classes, old.labels)
+    c, old = saved.config, saved.spec
+    spec = granq.describe_data(data, network, c.image_size, mean=old.mean, std=old.std).prepared_as(old)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
     if dataset_name(data) != dataset_name(saved.facts.get("data", "")):
@@ -115,6 +114,8 @@ def audit(
 
     if out:
         _check_new(out)
+    if ".py:" in network and not data:
+        raise UserError(f"--data says how many classes and pixels {network} is for; give it")
     widths, spec = parse_bits(bits), granq.describe_data(data or likely_data(network), network, image_size)
     torch.manual_seed(0)
     model = granq.build_network(network, spec.classes)
@@ -154,7 +155,7 @@ def factorial(
 
     source: Result = dict(data=data, network=network, teacher=teacher, image_size=image_size, device=device)
     widths, shared, facts = _grown_table(out, resume, bits, run, source | channels(mean, std), images)
-    generator, count = shared.zero_shot[0], len(shared.test)
+    generator, count = shared.zero_shot[0], facts["teacher_images"]
     facts["generator"] = run.name if run else "of a short run"
     frame = granq.measure_granularity_factorial(
         shared.teacher, list(shared.sample(0, count)), cells.factorial_cells(widths, seeds),
@@ -195,7 +196,7 @@ def _grown_table(
 ) -> tuple[list[int], granq.Workbench, Result]:
     """Return widths, workbench and provenance of a measurement that writes row after row into ``out``.
 
-    Of the test split it keeps so many ``images``: those of the others would only be read for the teacher's accuracy.
+    The teacher's accuracy is that of the first ``images`` in the order of seed 0, which are measured, too.
     """
     import torch
 
@@ -205,10 +206,11 @@ def _grown_table(
     if len(set(widths)) < len(widths):
         raise UserError(f"--bits names a width twice: {bits}")
     shared = granq.Workbench("full", runs=[run] if run else [], **source)
-    order = torch.randperm(len(shared.test), generator=torch.Generator().manual_seed(0)).tolist()
-    shared.test = torch.utils.data.Subset(shared.test, order[:images])
+    order = torch.randperm(len(shared.test), generator=torch.Generator().manual_seed(0)).tolist()[:images]
+    part = torch.utils.data.Subset(shared.test, order)
+    shared.top1 = granq.top1_on(shared.teacher, part, shared.spec, shared.device)
     facts = {name: fact for name, fact in shared.facts().items() if name not in ("budget", "seed")}
-    return widths, shared, facts | {"test_images": len(shared.test)}
+    return widths, shared, facts | {"teacher_images": len(order)}
 
 
 def export(

@@ -46,7 +46,7 @@ def report(
         facts |= {"quantized": f"{c.scheme} {c.bits}", "student": run.name}
         if data:
             given = given or {"mean": spec.mean, "std": spec.std}
-            spec = granq.describe_data(data, network, c.image_size, **given).fit_classes(spec.classes, spec.labels)
+            spec = granq.describe_data(data, network, c.image_size, **given).prepared_as(spec)
         model = granq.build_network(network, spec.classes).to(device)
         model.load_state_dict(saved.student.state_dict(), strict=False)  # which also holds what quantizes
     else:

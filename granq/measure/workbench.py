@@ -79,14 +79,21 @@ class Workbench:
             spec = facts.get("spec", {})  # real images are prepared as they were there
             size = size or spec.get("image_size")
             mean, std = (spec.get("mean"), spec.get("std")) if mean is None and std is None else (mean, std)
-        self._described = describe_data(self.data, network, size, mean=mean, std=std)
+        self._described, self._size = describe_data(self.data, network, size, mean=mean, std=std), image_size
+        if self.runs:
+            old = {"crop_pct": 0.875, "interpolation": "bilinear"} | spec
+            crop = {key: old[key] for key in ("crop_pct", "interpolation")}
+            self._described = self._described.model_copy(update=crop)
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec]:
         if isinstance(given := self._teacher, nn.Module):
             return copy.deepcopy(given).eval().to(self.device), self._described
         file = models.digits_teacher() if self.data == "digits" and not given else given
-        return models.load_teacher(self.network, self._described, file, self.device)
+        teacher, spec = models.load_teacher(self.network, self._described, file, self.device)
+        if self._size not in (None, spec.image_size):
+            raise UserError(f"{file} was trained at {spec.image_size} pixels, not at {self._size}")
+        return teacher, spec
 
     teacher = property(lambda self: self._loaded[0], doc="The full-precision network in eval mode.")
     spec = property(lambda self: self._loaded[1], doc="The data, with the normalization that belongs to the teacher.")
