@@ -150,11 +150,11 @@ def _joins_maps(root: nn.Module, node: fx.Node) -> bool:
     """Say whether ``node`` pools or flattens maps: a Linear after it says nothing of what was before."""
     module = module_of(root, node)
     name = type(module).__name__ if module else str(getattr(node.target, "__name__", node.target))
-    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
     if name == "mean":
-        dims = given.get("dim", given.get("start_dim"))
+        dims = node.kwargs.get("dim", (*node.args, None, None)[1])
         return not {3, -1}.isdisjoint(dims if isinstance(dims, list | tuple) else [dims])
     if name == "flatten":
+        given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
         return (given.get("start_dim"), given.get("end_dim", -1)) == (1, -1)
     return "pool" in name.lower() or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
 
