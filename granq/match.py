@@ -224,7 +224,7 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
     In one forward, layer after layer, a BatchNorm gets the teacher's running mean plus the difference, and its running
     variance times the ratio (1/4 to 4), of what student and teacher see on the same images (N, 3, H, W): what sets
     these apart from real images cancels. The ratio is 1 where a channel is constant in student or teacher: there is no
-    contrast to compare. The mean is the empirical bias correction of Nagel et al. (ICCV 2019, section 4.2). A BatchNorm
+    contrast to compare. The mean is the empirical bias correction of Nagel et al. (ICCV 2019). A BatchNorm
     that is called several times stays as it is: it would need statistics for each call.
     """
     norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}

@@ -76,6 +76,12 @@ def make_student(bench: granq.Workbench, scheme: str, bits: int, batches: int | 
     return student
 
 
+def convolutions(bench: granq.Workbench) -> list[str]:
+    """Return the layers that read maps. In front of a Linear an image has one range for all of its features."""
+    modules = bench.teacher.get_submodule
+    return [name for name in granq.layer_names(bench.teacher) if isinstance(modules(name), nn.Conv2d)]
+
+
 def train_once(
     bench: granq.Workbench, scheme: str, bits: int, generator: nn.Module | None = None, **changes: Any
 ) -> granq.Result:

@@ -90,7 +90,9 @@ def _layer_lines(ax: Ax, data: DataFrame, by: str, metric: str, title: str) -> A
             ax.plot(x, y, **look)
     layer_ticks(ax, layers)
     labels = METRIC_LABELS | SENSITIVITY_LABELS
-    ax.set(title=title, ylabel=labels[metric], yscale="log" if metric in ("mse", "kl") else "linear")
+    ax.set(title=title, ylabel=labels[metric], yscale="log" if metric == "mse" else "linear")
+    if metric == "kl":
+        plain_log(ax)
     return ax
 
 

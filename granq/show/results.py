@@ -14,7 +14,7 @@ from granq.show.style import DASHES, GREY, Ax, Role, finish, plain_log, role, se
 
 TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
                    "teacher_top1": "teacher on synthetic\nimages (%)", "diversity": "diversity of images",
-                   "codes_changed": "weights with another\ncode than before (%)",
+                   "codes_changed": "codes that differ from\nan epoch before (%)",
                    "codes_back": "of these, back at the\none before that (%)",
                    "test_top1": "student on test\nimages (%)"}  # fmt: skip
 CURVES = ("generator_loss", "bn_loss", "teacher_top1", "student_loss", "test_top1")  # of a short run
@@ -135,8 +135,8 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
     """Draw ``results_table``: points lost against each method's own teacher, measured filled, published open.
 
     Methods that differ only in steps or in the bits of the image share a line; a number says the least and the most
-    that they lose. Bars are standard deviations over seeds; with one seed, the 95 % interval over test images.
-    Rows whose teacher no source states cannot be placed; the title counts them.
+    that they lose. Bars are 95 % intervals over the test images. Rows whose teacher no source states cannot be placed;
+    the title counts them.
     """
     ax = ax or plt.gca()
     every = select(data.drop(columns=["dataset", "network"], errors="ignore"), bits=bits)
@@ -147,9 +147,9 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
     for kind, row in zip(kinds, rows.to_dict("records"), strict=True):
         own = row["kind"] == "measured"
         look = (role(row["method"]) if own else _PUBLISHED._replace(marker="o"))._replace(dash="none", label="_").line
-        spread = row["half_width"] if row["n"] == 1 else row["std"]
-        ax.errorbar(row["drop"], lines[kind], xerr=spread, capsize=2, fillstyle="full" if own else "none", **look)
-    ends = (rows["drop"] + rows.half_width.where(rows.n == 1, rows["std"]).fillna(0)).groupby(kinds).max()
+        fill = "full" if own else "none"
+        ax.errorbar(row["drop"], lines[kind], xerr=row["half_width"], capsize=2, fillstyle=fill, **look)
+    ends = (rows["drop"] + rows.half_width.fillna(0)).groupby(kinds).max()
     for kind, lost in rows["drop"].groupby(kinds):
         text = " to ".join(dict.fromkeys(f"{round(value, 1) + 0:.1f}" for value in (lost.min(), lost.max())))
         ax.annotate(text, (ends[kind], lines[kind]), (5, 0), textcoords="offset points", va="center", fontsize=6)

@@ -15,14 +15,15 @@ PANELS = {
     "peak_mb": "measured: peak memory (MB)", "bytes": "predicted: bytes moved",
 }  # fmt: skip
 LINES = [
-    "'sum of all products: ' + format(datum.sum, ',') + ' (int32), of which'",
-    "format(datum.zeros, ',') + ' comes from the zero points of the input'",
+    "'sum of all products: ' + format(datum.sum, ',') + ' (int32): ' + format(datum.sum - datum.zeros, ',')",
+    "'from the codes, and ' + format(datum.zeros, ',') + ' from the zero points of the input'",
     "'times rescale ' + format(datum.rescale, '.6~g') + ', plus offset ' + format(datum.offset, '.4~g')",
     "'is ' + format(datum.value, '.6f') + '; the student computes ' + format(datum.student, '.6f')",
     "'without floating point: times ' + format(datum.multiplier, ',') + ','",
     "'shifted right by ' + datum.shift + ' bits'",
     "datum.code === null ? '' : 'after what follows (BatchNorm, sum, ReLU) ' + format(datum.read, '.4~f')",
-    "datum.code === null ? '' : 'the next layer reads code ' + datum.free + ', clamped to ' + datum.code",
+    "datum.code === null ? '' : 'the next layer reads code ' + datum.code"
+    " + (datum.free === datum.code ? '' : ', clamped from ' + datum.free)",
 ]
 
 

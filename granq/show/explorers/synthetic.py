@@ -40,7 +40,8 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
     said = alt.Title(alt.expr(f"{QUANTITIES}[quantity] + ', channels and their median'"), fontWeight="normal")
     distances = alt.layer(dots.add_params(pick), middle).properties(width=WIDTH, height=150, title=said)
     own, real = every.transform_filter(pick), alt.X("mean_real:Q", title="mean of a channel of the chosen layer, real")
-    equal = own.mark_line(color=TEXT, strokeDash=[3, 3]).encode(real, alt.Y("mean_real:Q", title="mean, compared"))
+    compared = alt.Y("mean_real:Q", title="mean, compared", scale=alt.Scale(zero=False))
+    equal = own.mark_line(color=TEXT, strokeDash=[3, 3]).encode(real, compared)
     means = own.mark_circle(size=40, opacity=0.8).encode(real, alt.Y("mean_synthetic:Q"), colors, tooltip=hover)
     inside = alt.layer(equal, means).properties(width=WIDTH, height=140)
     told = "Generated and real images of each label, and how far apart their activations are in every layer."
