@@ -66,15 +66,10 @@ class Losses(BaseModel):
     lambda_l: Weight = Field(0.1, description="lower margin of the entropy")
     lambda_u: Weight = Field(0.8, description="upper margin of the entropy")
     gamma: Weight = Field(1.0, description="weight of the BatchNorm loss")
+    refined_images: int = Field(0, ge=0, description="match: so many refined images, made once; 0: on new ones")
 
 
-class Refining(BaseModel):
-    """What recipe match adds."""
-
-    refined_images: int = Field(0, ge=0, description="train on so many refined images, made once; 0: on new ones")
-
-
-class QATConfig(Refining, Losses, Quantization, Run):
+class QATConfig(Losses, Quantization, Run):
     """Everything that decides a run besides the teacher. Defaults: CIFAR, a short budget.
 
     Raises pydantic's ValidationError, a ValueError, for a wrong type, range or name, and for what contradicts itself.

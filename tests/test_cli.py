@@ -221,7 +221,7 @@ def test_help_shows_settings_in_groups(capsys):
         main(["quantize", "--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    for group in ("files options", "run options", "quantization options", "losses options", "refining options"):
+    for group in ("files options", "run options", "quantization options", "losses options"):
         assert group in shown
     assert "How long a run is" in shown and "--bits" in shown and "--weight-bits" not in shown
     for name, command in commands.COMMANDS.items():
