@@ -97,9 +97,12 @@ def load_teacher(
     if spec.has_imagenet_ids() and any(isinstance(v, Tensor) and v.shape[:1] == (1000,) for v in state.values()):
         spec = spec.fit_classes(1000)
     model = build_network(network, spec.classes, pretrained=path is None)
-    if path is not None:
-        own = model.state_dict()
-        load_weights(model, {_own_name(name, own): value for name, value in state.items()}, path, network)
+    own = model.state_dict()
+    try:
+        model.load_state_dict(own if path is None else {_own_name(name, own): value for name, value in state.items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:250]
+        raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
     if ".py:" in network and spec.name != "digits" and not (known or spec.given):
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
     facts = ("image_size", "crop_pct", "interpolation", *(() if spec.given else ("mean", "std")))
@@ -114,14 +117,6 @@ def load_teacher(
         raise UserError(f"{network} gives no tensor (N, classes)")
     spec.check_labels(known["labels"] if "labels" in known else ())  # headers of other programs may be lists
     return model.to(device), spec.fit_classes(logits.shape[1])
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, network: str) -> None:
-    """Load the state of a network. Raises UserError if it is of one with other layers or classes."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path} holds no weights of {network}: {' '.join(str(error).split())[:250]}") from error
 
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:

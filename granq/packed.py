@@ -19,9 +19,8 @@ from granq.convert import WeightQuantizer, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
 from granq.files import read_tensors, write_tensors
-from granq.models import load_weights
 from granq.quantizer import QParams, dequantize
-from granq.runs import SavedRun, load_run, student_of
+from granq.runs import SavedRun, load_run, load_weights, student_of
 from granq.schemes import get_scheme
 
 STUDENTS = Path(__file__).with_name("students")
@@ -120,7 +119,7 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
     student = student_of(name, facts["network"], network, config, spec)
     parts = {n: [tensors.pop(f"{n}.weight{kind}", None) for kind in ("", ".codes", ".qparams")] for n in records}
     own = {f"{n}.weight": original_weight(m) for n, m in _layers(student).items()}
-    load_weights(student, own | tensors, name, facts["network"])
+    load_weights(student, own | tensors, name)
     for n, (value, codes, grid) in parts.items():
         layer: Any = student.get_submodule(n)
         weight, quantizer = layer.parametrizations.weight, cast(WeightQuantizer, weight_quantizer(layer))

@@ -27,7 +27,7 @@ from granq.errors import UserError
 from granq.files import read_checkpoint, save_atomically, to_json, write_csv
 from granq.generator import Generator, build_generator
 from granq.match import Match
-from granq.models import build_network, load_weights
+from granq.models import build_network
 from granq.qat import GDFQ, AdaDFQ, Evaluate, Game, quantized
 
 RECIPES: dict[str, type[AdaDFQ]] = {"adadfq": AdaDFQ, "gdfq": GDFQ, "match": Match}
@@ -260,7 +260,7 @@ def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRu
         raise UserError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
     spec = DataSpec.model_validate(facts["spec"])
     student = student_of(run, facts["network"], network, facts["config"], spec)
-    load_weights(student, state["student"], run, facts["network"])
+    load_weights(student, state["student"], run)
     return SavedRun(student.to(device), facts["config"], spec, facts, state["epoch"])
 
 
@@ -269,6 +269,14 @@ def student_of(source: str | Path, own: str, named: str, config: QATConfig, spec
     if not same_network(own, named or own) or (".py:" in own and not named):
         raise UserError(f"{source} is of network {own}; name it with --network (in Python: network=)")
     return quantized(build_network(named or own, spec.classes), config)
+
+
+def load_weights(student: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load a student's state. Raises UserError if it is of a network of other layers."""
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{source} is of another network: {' '.join(str(error).split())[:250]}") from error
 
 
 def same_network(one: str, other: str) -> bool:
