@@ -22,8 +22,8 @@ LINES = [
     "'without floating point: times ' + format(datum.multiplier, ',') + ','",
     "'shifted right by ' + datum.shift + ' bits'",
     "datum.code === null ? '' : 'after what follows (BatchNorm, sum, ReLU) ' + format(datum.read, '.4~f')",
-    "datum.code === null ? '' : 'the next layer reads code ' + datum.code"
-    " + (datum.free === datum.code ? '' : ', clamped from ' + datum.free)",
+    "datum.code === null ? '' : 'the next layer reads code ' + datum.free"
+    " + (datum.free === datum.code ? '' : ', clamped to ' + datum.code)",
 ]
 
 
