@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from conftest import same_bits
 
 from granq import QATConfig, calibrate, fake_quantize, quantize_model, train
 from granq.quantizer import choose_qparams, quantize
@@ -29,10 +29,6 @@ def deterministic():
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.allow_tf32 = before
-
-
-def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import Bomb, TinyNet, same_bits
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,11 +23,6 @@ from granq.data import describe_data, load_split
 from granq.errors import UserError
 from granq.files import save_atomically
 from granq.models import augment, build_network, load_teacher, save_teacher, top1_on, train_teacher
-
-
-def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
 
 # ---- by name
 
@@ -259,14 +254,6 @@ def test_a_network_of_1000_classes_on_some_of_imagenet(own, tmp_path):
     assert (spec.image_size, spec.classes) == (8, 2)
 
 
-class Bomb:
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self):
-        return Path.touch, (self.proof,)
-
-
 def test_a_pickled_program_is_not_run(tmp_path):
     bomb = {"weight": Bomb(tmp_path / "proof")}
     torch.save(bomb, tmp_path / "a.pt")
@@ -353,7 +340,7 @@ def test_training_that_was_stopped_ends_with_the_same_bits(learn, tmp_path, monk
         learn(checkpoint=tmp_path / "c")
     again, _ = learn(checkpoint=tmp_path / "c")
     assert len(saves) == 3
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    assert same_bits(whole, again)
     with pytest.raises(UserError, match="of another training"):
         learn(checkpoint=tmp_path / "c", lr=0.1)
 

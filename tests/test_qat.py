@@ -8,6 +8,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from conftest import same_bits
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,10 +36,6 @@ TINY = QATConfig(epochs=2, warmup_epochs=1, iterations=2, batch_size=4, image_si
 MATCH = TINY.change(
     scheme="foldable", recipe="match", refined_images=8,
 )  # fmt: skip
-
-
-def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def tiny_network() -> nn.Module:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import time
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import Bomb, same_bits, same_tensors
 from torch import nn
 
 from granq import QATConfig, Scheme, UserError, activation_places, describe_data, devices, load_run, train
@@ -34,10 +36,6 @@ def network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     ).eval()
-
-
-def same_bits(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def score(student: nn.Module) -> float:
@@ -83,7 +81,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     assert child.exitcode == 0 and killed >= 3
     ours, reference = RunFolder(out).load(), RunFolder(whole).load()
     for part in ("student", "generator"):
-        assert same_bits(ours[part], reference[part])
+        assert same_tensors(ours[part], reference[part])
     for name in ("student_optimizer", "generator_optimizer"):
         for i, values in reference[name]["state"].items():
             for key, value in values.items():
@@ -149,14 +147,6 @@ def foreign(folder, monkeypatch, held):
     torch.save(state | {"fingerprint": "another"}, folder.checkpoint)
 
 
-class Bomb:
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self):
-        return Path.touch, (self.proof,)
-
-
 def malicious(folder, monkeypatch, held):
     torch.save({"epoch": 1, "student": Bomb(folder.path.parent / "proof"), "rows": []}, folder.checkpoint)
 
@@ -193,11 +183,18 @@ def stop_after_three(game):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("harm", "expected", "message"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
-def test_fault(harm, expected, message, tmp_path, uninterrupted):
-    folder = RunFolder(tmp_path / "run")
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run with 3 of 6 epochs."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(KeyboardInterrupt):
-        train(network(), TINY, evaluate=lambda _: 0.0, out=folder.path, after_epoch=stop_after_three)
+        train(network(), TINY, evaluate=lambda _: 0.0, out=out, after_epoch=stop_after_three)
+    return out
+
+
+@pytest.mark.parametrize(("harm", "expected", "message"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
+def test_fault(harm, expected, message, tmp_path, stopped, uninterrupted):
+    folder = RunFolder(shutil.copytree(stopped, tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patches, ExitStack() as held:
         harm(folder, patches, held)
         before = {file: file.read_bytes() for file in folder.path.iterdir()}
@@ -210,7 +207,7 @@ def test_fault(harm, expected, message, tmp_path, uninterrupted):
         return
     assert folder.load()["epoch"] == 3
     result = train(network(), TINY, evaluate=lambda _: 0.0, out=folder.path, resume=True)
-    assert same_bits(result.student.state_dict(), uninterrupted.student.state_dict())
+    assert same_bits(result.student, uninterrupted.student)
     assert result.history.equals(uninterrupted.history)
 
 
@@ -268,8 +265,8 @@ def test_a_result_is_a_row_that_repeats_the_run():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {"a": 1}}', '{"config": {"epochs": 0}}'])
-def test_a_damaged_config_is_said(tmp_path, text):
-    train(network(), SHORT, out=tmp_path)
+def test_a_damaged_config_is_said(tmp_path, stopped, text):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json is missing or damaged"):
         load_run(tmp_path)
@@ -365,7 +362,7 @@ def test_going_on_elsewhere_is_said(tmp_path):
 
 def test_measuring_leaves_the_run_as_it_is():
     results = [train(network(), TINY.change(epochs=3), evaluate=f) for f in (None, score)]
-    assert same_bits(*(r.student.state_dict() for r in results))
+    assert same_bits(*(r.student for r in results))
     assert results[0].history.test_top1.isna().all()
 
 
@@ -468,7 +465,7 @@ def test_a_saved_run_is_read_again(own, tmp_path, config):
     assert not proof.exists()  # code that only a run folder names is not executed
     moved = source.rename(tmp_path / "moved.py")
     saved = load_run(tmp_path / "run", network=f"{moved}:make")
-    assert same_bits(saved.student.state_dict(), result.student.state_dict())
+    assert same_bits(saved.student, result.student)
     assert (saved.config, saved.spec, saved.epoch, saved.facts["teacher_top1"]) == (config, spec, 2, 50.0)
     assert score(saved.student) == score(result.student) == score(saved.student)  # the ranges do not move
     bits = [place.bits for place in activation_places(saved.student).values()]
