@@ -30,8 +30,9 @@ def bench(tiny: nn.Module, tmp_path: Path, monkeypatch) -> Workbench:
     return Workbench(device="cpu", out=tmp_path)
 
 
-def test_synthetic_images_are_the_same_every_time(bench: Workbench) -> None:
+def test_synthetic_images_are_the_same_every_time(bench: Workbench, tmp_path: Path, monkeypatch) -> None:
     """Where gradients are off, too, the run is trained; as many images come as real ones."""
+    monkeypatch.setenv("GRANQ_DATA", str(tmp_path / "cache"))  # where no other test has made the run
     with torch.no_grad():
         first = list(bench.synthetic(batch_size=12))
     assert [len(batch) for batch in first] == [12, 4]
