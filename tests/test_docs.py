@@ -94,19 +94,22 @@ def test_the_pages_use_todays_names() -> None:
         assert not re.findall(old, page(name)), name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/extending.md"])
-def test_the_examples_run(name: str) -> None:
-    """One after the other, as a reader would paste them."""
+def examples(name: str) -> list[str]:
+    """The blocks of Python of a page, each of which is short."""
     blocks = [code for language, code in BLOCK.findall(page(name)) if language == "python"]
-    assert blocks
+    assert blocks and all(len(code.splitlines()) < 20 for code in blocks)
+    return blocks
+
+
+def test_the_examples_run() -> None:
+    """One after the other, as a reader would paste them; those of docs/extending.md in the next test."""
     names: dict[str, object] = {}
-    for code in blocks:
-        assert len(code.splitlines()) < 20
-        exec(compile(code, name, "exec"), names)
+    for code in examples("README.md"):
+        exec(compile(code, "README.md", "exec"), names)
 
 
 def test_parts_of_ones_own_are_used() -> None:
-    start, *parts = (code for language, code in BLOCK.findall(page("docs/extending.md")) if language == "python")
+    start, *parts = examples("docs/extending.md")
     names: dict[str, Any] = {}
     exec(start, names)
     results = [granq.train(names["teacher"], names["config"])]
