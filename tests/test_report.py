@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import same_bits
 from torch import nn
 
 import granq
@@ -131,8 +132,6 @@ def test_without_images_it_draws_shapes_and_leaves_the_random_state(tiny: nn.Mod
     assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
     page = (tmp_path / "1.html").read_text(encoding="utf-8")
     assert "4, random shapes, seed 0" in page and "static ranges" not in page
-    granq.report(tiny, out=tmp_path / "3.html", images=4, image_size=8, scheme="foldable")
-    assert "static ranges" in (tmp_path / "3.html").read_text(encoding="utf-8")
     small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     with pytest.raises(granq.UserError, match=r"cannot take images \(16, 3, 224, 224\)"):
         granq.report(small, out=tmp_path / "4.html", images=16)
@@ -164,17 +163,16 @@ def test_a_network_that_somebody_else_quantized(tiny: nn.Module, tmp_path: Path)
 def test_what_folds(tiny: nn.Module, tmp_path: Path) -> None:
     granq.report(tiny, [images()], out=tmp_path / "page.html", scheme="foldable", bits=(4, 3))
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "foldable W4A3</h1>" in text and "do not fold" not in text
+    assert "foldable W4A3</h1>" in text and "static ranges" in text and "do not fold" not in text
     assert "4 layers compute in integers with sums in int32; 2 of 2 BatchNorms" in text
 
 
-def test_the_command(teacher: Path, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(teacher: Path, folder: str, tmp_path: Path, capsys, monkeypatch) -> None:
     """A network by name, and a packed student next to its teacher."""
-    config = granq.QATConfig(epochs=1, warmup_epochs=0, iterations=1, batch_size=4, image_size=32, scheme="strict")
     spec = granq.describe_data(folder, "resnet20_cifar10")
     model, spec = granq.load_teacher("resnet20_cifar10", spec, teacher)
-    result = granq.train(model, config)
-    saved = granq.SavedRun(result.student, config, spec, {"network": "resnet20_cifar10"}, 1)
+    student, config = granq.quantize_model(model, "strict", 3, 3), granq.QATConfig(image_size=32, scheme="strict")
+    saved = granq.SavedRun(student, config, spec, {"network": "resnet20_cifar10"}, 1)
     granq.save_packed(tmp_path / "s.safetensors", saved)
     page = tmp_path / "packed.html"
     given = f"--teacher {teacher} --data {folder} --images 4 --out {page}".split()
@@ -187,8 +185,12 @@ def test_the_command(teacher: Path, folder: str, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["report", "--network", "resnet20_cifar10", *given]) == 2
     assert "already exists" in capsys.readouterr().err
-    assert main(["report", "--network", "resnet20_cifar10", *given[:-1], str(tmp_path / "name.html")]) == 0
-    assert "resnet20_cifar10: granq W3A3" in (tmp_path / "name.html").read_text(encoding="utf-8")
+    seen: list[Any] = []
+    monkeypatch.setattr(granq, "report", lambda *args, **how: seen.extend((args, how)) or {})
+    assert main(["report", "--network", "resnet20_cifar10", *given]) == 0
+    (found, drawn), how = seen
+    assert same_bits(found, model) and sum(len(x) for x, _ in drawn) == 4 and how["out"] == page
+    assert (how["scheme"], how["bits"], how["facts"]["network"]) == ("granq", (3, 3), "resnet20_cifar10")
 
 
 def test_a_layer_on_two_inputs_is_no_reason_to_give_up(tmp_path) -> None:
