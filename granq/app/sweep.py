@@ -1,4 +1,4 @@
-"""Many runs: a list on disk that joblib executes, on this machine or on a cluster.
+"""Many runs: a list on disk, executed by joblib on this machine or by the workers of a Dask cluster.
 
 A sweep is a folder: ``runs.jsonl`` has a line for every run, with everything ``granq quantize`` needs, and every run
 has a folder next to it. A sweep that was stopped anywhere goes on when it is started again.
@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed
 
 from granq.app.jobs import Job, from_arguments
 from granq.errors import UserError, require
@@ -126,8 +126,7 @@ def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[st
         with Client(cluster) as client:
             if {*client.nthreads().values()} - {1}:  # threads would share torch's random numbers
                 raise UserError(f"workers of {cluster} have several threads: start them with --nthreads 1")
-            with parallel_config("dask", client=client):
-                Parallel(batch_size=1)(delayed(execute)(job) for job in left)
+            client.gather(client.map(execute, left, pure=False))
     else:
         Parallel(n_jobs=jobs, backend="loky", batch_size=1)(delayed(execute)(job) for job in left)
     return status(out)
