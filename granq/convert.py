@@ -20,7 +20,7 @@ from granq.graph import calls_of_layers, find_places, insert_call, is_image, lay
 from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.plain import LAYERS, is_plain, is_rows, module_of
 from granq.quantizer import QParams, at_least_float32, fake_quantize_with, float_codes, min_max, qparams_from_range
-from granq.ranges import Learned, best_quantile, fake_quantize_learned, learned_in, quantile_range
+from granq.ranges import LearnedSteps, best_quantile, fake_quantize_learned, quantile_range
 from granq.schemes import Scheme, check_bits, get_scheme
 
 MOMENTUM = 0.9  # of tracked ranges
@@ -33,7 +33,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits, self.granularity, self.fold = bits, cast(str, granularity), fold
         self.clamp, self.promote = scheme.clamp, scheme.promote
-        self.learned: Learned | None = None
+        self.learned: LearnedSteps | None = None
         self.bypassed = False  # nothing is quantized
 
     def from_range(self, low: Tensor, high: Tensor) -> QParams:
@@ -51,7 +51,9 @@ class Quantizer(nn.Module):
         return fake_quantize_with(x, qparams, self.bits, self.clamp)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        self.learned = learned_in(state_dict, f"{prefix}learned.") or self.learned
+        saved = state_dict.get(f"{prefix}learned.log_step")
+        if saved is not None:  # a student whose steps were learned
+            self.learned = LearnedSteps(saved.exp(), torch.empty_like(saved)).to(saved.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -119,11 +121,8 @@ class ActQuantizer(Quantizer):
             self._observe(grouped)
         if self.bypassed:
             return x.clone()  # as the quantized value: another tensor than the one that may be changed in place
-        if self.tracked:
-            return self.fake_quantize(grouped, self.qparams()).view_as(x)
-        ends = min_max(grouped, self.granularity)
-        ends = self.learned(*ends) if self.learned is not None else ends
-        return self.fake_quantize(grouped, self.from_range(*ends)).view_as(x)
+        qparams = self.qparams() if self.tracked else self.from_range(*min_max(grouped, self.granularity))
+        return self.fake_quantize(grouped, qparams).view_as(x)
 
     def groups(self, x: Tensor) -> Tensor:
         """Return ``x`` as it is grouped: (N, C, H, W), or (N, C, values, 1) of other maps, or rows (N, F)."""
@@ -230,8 +229,9 @@ def _quantize_weights(model: fx.GraphModule, widths: dict[nn.Module, int], schem
     sources: dict[nn.Module, ActQuantizer] = {}
     for name, source in calls_of_layers(model) if scheme.fold else ():
         layer = model.get_submodule(name)
-        if isinstance(source, ActQuantizer) and layer in widths and sources.setdefault(layer, source) is not source:
-            raise UserError(f"layer {name} is called on two inputs: the scales of both cannot fold into it")
+        if isinstance(source, ActQuantizer) and layer in widths:
+            if sources.setdefault(layer, source) is not source:
+                raise UserError(f"layer {name} is called on two inputs: the scales of both cannot fold into it")
     for layer in (layer for layer in widths if widths[layer]):
         quantizer = WeightQuantizer(widths[layer], scheme, getattr(layer, "groups", 1), sources.get(layer))
         parametrize.register_parametrization(layer, "weight", quantizer)

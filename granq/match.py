@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from granq.config import QATConfig
-from granq.convert import ActQuantizer, Quantizer, activation_places, calibrate, layer_quantizers, set_image_range
+from granq.convert import ActQuantizer, activation_places, calibrate, layer_quantizers, set_image_range
 from granq.errors import UserError
 from granq.fast import channel_var_mean
 from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
@@ -25,8 +25,8 @@ from granq.hooks import eval_mode, watch
 from granq.losses import layer_loss, soft_label_loss
 from granq.plain import is_plain, module_of, relu_ceiling
 from granq.qat import CALIBRATION, GDFQ, Game, describe_images
-from granq.quantizer import QParams, at_least_float32
-from granq.ranges import LearnedShare, LearnedSteps, best_quantile
+from granq.quantizer import at_least_float32
+from granq.ranges import LearnedSteps, best_quantile
 from granq.schemes import get_scheme
 
 REESTIMATION = 8  # batches from which reestimate_batchnorm takes its statistics
@@ -44,7 +44,7 @@ SHAPES = 40  # at most, in an image of random_shapes
 class Match(GDFQ):
     """Recipe match: in the warm-up as gdfq; then only the student learns, and layers are compared."""
 
-    rates = {LearnedSteps: STEP_RATE, LearnedShare: STEP_RATE, nn.BatchNorm2d: NORM_RATE}
+    rates = {LearnedSteps: STEP_RATE, nn.BatchNorm2d: NORM_RATE}
 
     def __init__(self, config: QATConfig) -> None:
         super().__init__(config)
@@ -248,20 +248,19 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
 
 
 def learn_steps(model: nn.Module) -> list[nn.Parameter]:
-    """Make the steps of weights and of activations parameters, from what they are now on (LSQ).
+    """Make the steps of weights and of static activation ranges parameters, from what they are now on (LSQ).
 
-    Where ranges are dynamic, an activation has other steps in every image: learned is then the share of these ranges
-    that is kept, one number for a place. Returns the logarithms of steps and shares. Raises UserError if the scheme
-    does not clamp its codes, so that its steps bound nothing, or if static ranges were not calibrated yet.
+    Returns the logarithms of the steps. Raises UserError if the scheme does not clamp its codes, so that its steps
+    bound nothing, or if ranges were not calibrated yet.
     """
     weights = {q.weight: q.weight.qparams(q.original) for q in layer_quantizers(model).values() if q.weight}
-    places = {place: place.qparams() if place.tracked else None for place in activation_places(model).values()}
-    quantizers: list[tuple[Quantizer, QParams | None]] = [*weights.items(), *places.items()]
+    places = {place: place.qparams() for place in activation_places(model).values() if place.tracked}
+    quantizers = [*weights.items(), *places.items()]
     if not all(quantizer.clamp for quantizer, _ in quantizers):
         raise UserError("steps are learned where codes are clamped to their range, which this scheme does not do")
     for quantizer, qparams in quantizers:
-        quantizer.learned = LearnedSteps(*qparams) if qparams else LearnedShare()
-    return [p for quantizer, _ in quantizers for p in cast(nn.Module, quantizer.learned).parameters()]
+        quantizer.learned = LearnedSteps(*qparams)
+    return [cast(LearnedSteps, quantizer.learned).log_step for quantizer, _ in quantizers]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ranges that are not those of one tensor: quantiles, and what is learned: steps (LSQ), or a share of ranges."""
+"""Ranges that are not those of one tensor: quantiles, and steps that are learned (LSQ)."""
 
 from typing import Any
 
@@ -41,34 +41,6 @@ class LearnedSteps(nn.Module):
 
     def forward(self) -> QParams:
         return QParams(torch.exp(-at_least_float32(self.log_step)), at_least_float32(self.zero_point))
-
-
-class LearnedShare(nn.Module):
-    """The share of dynamic ranges that is kept, one number for a place, learned as a logarithm; what is beyond clamps.
-
-    The maximum of a map is an outlier of it. OmniQuant (Shao et al., ICLR 2024) learns such shares for weights.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_share = nn.Parameter(torch.zeros(()))
-
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut ranges, both ends alike; zero, or else the end next to it, stays: a constant comes back as it is."""
-        low, high = at_least_float32(low), at_least_float32(high)
-        fixed, share = low.clamp_min(0) + high.clamp_max(0), self.log_share.exp().to(low.dtype)
-        return torch.lerp(fixed, low, share), torch.lerp(fixed, high, share)
-
-
-Learned = LearnedSteps | LearnedShare
-
-
-def learned_in(state_dict: dict[str, Tensor], prefix: str) -> Learned | None:
-    """Return a module for what a quantizer had learned whose state this is, or ``None``."""
-    if (steps := state_dict.get(f"{prefix}log_step")) is not None:
-        return LearnedSteps(steps.exp(), torch.empty_like(steps)).to(steps.device)
-    share = state_dict.get(f"{prefix}log_share")
-    return None if share is None else LearnedShare().to(share.device)
 
 
 def fake_quantize_learned(x: Tensor, qparams: QParams, bits: int) -> Tensor:
