@@ -6,6 +6,7 @@
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -56,10 +57,16 @@ def answers(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 bits = st.integers(0, 10) | junk
 
 
+def is_width(value: Any) -> bool:
+    return type(value) is int and 2 <= value <= 8
+
+
 @fuzz
 @given(tensors(), bits, st.sampled_from(granq.GRANULARITIES) | junk, st.booleans())
 def test_quantizer(x, bits, granularity, clamp):
     value = answers(granq.fake_quantize, x, bits, granularity, clamp)
+    right = is_width(bits) and granularity in granq.GRANULARITIES and x.is_floating_point() and x.dim() in (2, 4)
+    assert value is not None or not right
     if value is None:
         return
     assert value.shape == x.shape and value.dtype == x.dtype and 2 <= bits <= 8
@@ -73,7 +80,8 @@ def test_quantizer(x, bits, granularity, clamp):
 def test_conversion_and_audit(scheme, weight_bits, act_bits, images):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     student = answers(granq.quantize_model, model, scheme, weight_bits, act_bits)
-    assert student is None or (scheme in granq.SCHEMES and 2 <= weight_bits <= 8 and 2 <= act_bits <= 8)
+    known = isinstance(scheme, str) and scheme in granq.SCHEMES
+    assert (student is not None) == (known and is_width(weight_bits) and is_width(act_bits))
     frame = answers(granq.audit, student if student is not None else model, images)
     assert frame is None or len(frame) == 2
 
@@ -170,6 +178,8 @@ def test_commands(files, tmp_path_factory, name, draw):
         assert not shown.getvalue()
     if code in (None, 2):
         assert not out.exists(), arguments  # refused before anything is written
+    elif code == 1 and not shown.getvalue():  # a download without a network
+        assert re.match(r"granq: \w+Error: ", said.getvalue().splitlines()[-1]), said.getvalue()
     elif "--help" not in arguments and "-h" not in arguments:
         result = json.loads(shown.getvalue())
         assert code in (0, 1) and (name not in ("quantize", "evaluate") or "teacher_top1" in result)
