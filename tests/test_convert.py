@@ -64,12 +64,12 @@ def test_places_are_named_and_counted_once(tiny):
 
 @pytest.mark.parametrize(
     ("name", "relus"),
-    [("torchvision:resnet18", 17), ("torchvision:mobilenet_v2", 35), ("resnet20_cifar10", 19), ("resnet50", 49)],
+    [("torchvision:resnet18", 17), ("torchvision:mobilenet_v2", 35), ("resnet20_cifar10", 19)],
 )
 def test_known_networks(name, relus):
-    student, size = quantize_model(build_network(name, 10), "granq", 4, 4), 224 if name == "resnet50" else 32
+    student = quantize_model(build_network(name, 10), "granq", 4, 4)
     assert len(activation_places(student)) == relus
-    assert student(torch.randn(1, 3, size, size)).shape == (1, 10)
+    assert student(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_pointwise_kernels_stay_unquantized_under_granq_only(tiny):

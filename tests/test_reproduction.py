@@ -112,10 +112,7 @@ def write_teacher(network: str, model: nn.Module, home: Path, monkeypatch, path:
     monkeypatch.setattr(model_store, "_download", lambda *_, **__: pytest.fail("a download was tried"))
 
 
-# not ResNet-50 as well, 23 seconds: tests/test_convert.py quantizes it, and the other commands take the same way
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if "resnet50" not in c], ids=lambda c: re.search(r"--out runs/(\w+)", c)[1]
-)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: re.search(r"--out runs/(\w+)", c)[1])
 def test_command_of_the_page(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GRANQ_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("HOME", str(tmp_path))  # pytorchcv's folder lies below
