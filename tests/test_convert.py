@@ -220,8 +220,8 @@ class Branching(nn.Module):
 
 
 def test_bad_input(tiny):
-    for bad in [("nope", 3, 3), ("granq", 1, 3), ("granq", 3, 9)]:
-        with pytest.raises(ValueError):
+    for bad, message in {("nope", 3, 3): "scheme", ("granq", 1, 3): "bits.* 1", ("granq", 3, 9): "bits.* 9"}.items():
+        with pytest.raises(UserError, match=message):
             quantize_model(tiny, *bad)
     for nothing in (nn.ReLU(), nn.Conv2d(3, 3, 1)):  # a layer is no network
         with pytest.raises(ValueError, match="no Conv2d or Linear"):

@@ -351,7 +351,10 @@ def test_a_training_of_few_steps(tmp_path, epochs):
         (folder := tmp_path / split / label).mkdir(parents=True)
         Image.new("RGB", (32, 32), (40 * ord(label) % 256, 0, 0)).save(folder / "0.png")
     spec = describe_data(f"folder:{tmp_path}", "resnet20_cifar10")
-    train_teacher("resnet20_cifar10", spec, epochs=epochs, lr=0.01)  # one batch an epoch
+    network, _ = train_teacher("resnet20_cifar10", spec, epochs=epochs, lr=0.01)  # one batch an epoch
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {int(norm.num_batches_tracked) for norm in norms} == {epochs}
+    assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
 def test_bfloat16_trains_float32_weights(learn):

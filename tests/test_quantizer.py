@@ -175,14 +175,14 @@ def test_empty_batch(granularity):
 
 
 @pytest.mark.parametrize(
-    ("x", "bits", "granularity"),
+    ("x", "bits", "granularity", "message"),
     [
-        (X, 1, "per_tensor"), (X, 9, "per_tensor"), (X, True, "per_tensor"),
-        (X, 3, "per_pixel"), (X.int(), 3, "per_tensor"), (X[0, 0, 0], 3, "per_tensor"),
+        (X, 1, "per_tensor", "bits"), (X, 9, "per_tensor", "bits"), (X, True, "per_tensor", "bits"),
+        (X, 3, "per_pixel", "granularity"), (X.int(), 3, "per_tensor", "int32"), (X[0, 0, 0], 3, "per_tensor", r"\(\d,?"),
     ],
 )  # fmt: skip
-def test_bad_input(x, bits, granularity):
-    with pytest.raises(UserError):
+def test_bad_input(x, bits, granularity, message):
+    with pytest.raises(UserError, match=message):
         fake_quantize(x, bits, granularity)
 
 
