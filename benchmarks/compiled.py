@@ -108,7 +108,8 @@ def main(
         facts["compile_seconds"].append(time.perf_counter() - start)
         facts["loss"].append(loss().item())
     frame = quartiles(alternate(runs, repetitions)).assign(**facts, scheme=scheme, batch_size=batch_size, bf16=bf16)
-    frame = frame.assign(network=network, commit=commit(), **versions("cpu"))
+    frame = frame.rename_axis("step").reset_index().assign(repetitions=repetitions, network=network)
+    frame = frame.assign(commit=commit(), **versions("cpu"))
     write_csv(out, frame, "%.6g")
     print(frame.to_string())
 
