@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from granq.config import QATConfig
 from granq.data import DataSpec
-from granq.devices import resolve_device, versions
+from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError
 from granq.files import read_checkpoint, save_atomically, to_json, write_csv
 from granq.generator import Generator, build_generator
@@ -57,7 +57,8 @@ class Result:
         facts |= {name: getattr(self, name) for name in tops} | {"seconds": round(self.seconds, 1)}
         settings = c.model_dump(exclude={*facts, "weight_bits", "act_bits", "device"})
         settings["layer_bits"] = json.dumps(c.layer_bits) if c.layer_bits else ""  # a cell of a table
-        return facts | {"test_images": test_images} | settings | versions(resolve_device(c.device))
+        facts |= {"test_images": test_images} | settings
+        return facts | versions(resolve_device(c.device)) | {"commit": commit()}
 
 
 @torch.random.fork_rng([])  # what a notebook draws next must not depend on whether a run was made or read

@@ -259,6 +259,7 @@ def test_a_result_is_a_row_that_repeats_the_run():
     )
     again = {k: row[k] for k in QATConfig.model_fields.keys() - {"device", "layer_bits"} if k in row}
     assert TINY == QATConfig(**again, weight_bits=3, act_bits=3, device="cpu") and "torch" in row
+    assert row["commit"] == devices.commit()
 
 
 # ---- what the loop says of itself
