@@ -13,10 +13,9 @@ import torch
 import granq
 from granq import runs
 from granq.app.jobs import channels, from_arguments
-from granq.data import normalize
+from granq.data import dataset_name, normalize
 from granq.files import save_atomically, to_json
 from granq.match import Match
-from granq.measure.workbench import dataset_name
 from granq.qat import Game
 
 

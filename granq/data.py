@@ -78,6 +78,11 @@ def data_root() -> Path:
     return Path(os.environ.get("GRANQ_DATA", "~/.cache/granq")).expanduser()
 
 
+def dataset_name(name: str) -> str:
+    """Return the last part of ``folder:/some/where``: the rest means nothing to a reader."""
+    return Path(name.removeprefix("folder:")).expanduser().resolve().name if name.startswith("folder:") else name
+
+
 def describe_data(
     name: str, network: str = "", image_size: int | None = None, *, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -196,7 +201,8 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
     else:
         folder, names = split_folder(spec.root, split), spec.label_names()
-        if len(names) != spec.classes or not {*class_names(folder)} <= {*names}:  # labels would mean other classes
+        found, part = {*class_names(folder)}, spec.has_imagenet_ids()
+        if len(names) != spec.classes or not (found <= {*names} if part else found == {*names}):  # other labels
             raise UserError(f"{folder} must hold {spec.classes} class folders, those of the test split or WordNet ids")
         data = _read_folder(folder, names, transform)
     if not small:
@@ -237,6 +243,14 @@ def pixel_bounds(spec: DataSpec) -> tuple[Tensor, Tensor]:
     """Return what ``normalize`` makes of black and of white, both (1, 3, 1, 1)."""
     black, white = normalize(torch.tensor([0, 255]).view(2, 1, 1, 1), spec).split(1)
     return black, white
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Return the class of every image, (N,). Raises UserError unless ``logits`` are numbers (N, K): NaN is no class."""
+    if logits.dim() != 2 or logits.isnan().any():
+        nan = ", with NaN" * bool(logits.isnan().any())
+        raise UserError(f"to classify takes logits (N, classes) that are numbers, got {tuple(logits.shape)}{nan}")
+    return logits.argmax(1)
 
 
 def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:

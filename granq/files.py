@@ -25,6 +25,8 @@ def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(str(error).partition("\n")[0]) from error
     finally:
         temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
 

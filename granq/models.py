@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.data import DataSpec, ImageData, batches, load_split, normalize
+from granq.data import DataSpec, ImageData, batches, load_split, normalize, predictions
 from granq.errors import UserError, one_of, require
 from granq.files import read_checkpoint, read_tensors, save_atomically, write_tensors
 from granq.hooks import eval_mode
@@ -41,7 +41,9 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
     source, _, own = name.rpartition(":")
     head: dict[str, Any] = {} if pretrained else {"num_classes": classes}
     if source.endswith(".py"):
-        return _from_file(Path(source).expanduser(), own, classes).eval()
+        if not isinstance(made := _from_file(Path(source).expanduser(), own, classes), nn.Module):
+            raise UserError(f"{name} returns a {type(made).__name__}, no network")
+        return made.eval()
     if name in _models:
         try:
             return get_model(name, pretrained=pretrained, **head).eval()
@@ -53,7 +55,8 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
         require("timm", "timm")
         import timm
 
-        return timm.create_model(own, pretrained=pretrained, **head).eval()
+        if timm.is_model(own):
+            return timm.create_model(own, pretrained=pretrained, **head).eval()
     if source in ("", "torchvision") and own in torchvision.list_models():
         if not pretrained and "weights_backbone" in inspect.signature(torchvision.get_model_builder(own)).parameters:
             head["weights_backbone"] = None  # by default those of segmentation and detection are downloaded
@@ -62,7 +65,7 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
     raise UserError(f"unknown network {name!r}; known are the names of pytorchcv and torchvision, such as {known}")
 
 
-def _from_file(path: Path, function: str, classes: int) -> nn.Module:
+def _from_file(path: Path, function: str, classes: int) -> Any:
     if not path.is_file():
         raise UserError(f"file {str(path)!r} of network {function} does not exist")
     found = runpy.run_path(str(path), run_name=f"network of {path}")
@@ -107,16 +110,26 @@ def load_teacher(
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
     facts = ("image_size", "crop_pct", "interpolation", *(() if spec.given else ("mean", "std")))
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
-    try:
-        with torch.no_grad():
-            logits = model(torch.zeros(1, 3, spec.image_size, spec.image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        said = str(error).partition("\n")[0]
-        raise UserError(f"{network} takes no RGB images of {spec.image_size} pixels: {said}") from error
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
-        raise UserError(f"{network} gives no tensor (N, classes)")
     spec.check_labels(known["labels"] if "labels" in known else ())  # headers of other programs may be lists
-    return model.to(device), spec.fit_classes(logits.shape[1])
+    return model.to(device), spec.fit_classes(count_classes(model, network, spec.image_size))
+
+
+@torch.no_grad()
+def run_once(model: nn.Module, network: str, image_size: int) -> Any:
+    """Return the output for a black image. Raises UserError if a network in eval mode takes none of this size."""
+    try:
+        return model(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+        said = str(error).partition("\n")[0]
+        raise UserError(f"{network} takes no RGB images of {image_size} pixels: {said}") from error
+
+
+def count_classes(model: nn.Module, network: str, image_size: int) -> int:
+    """Return how many logits a network gives. Raises UserError unless they are numbers (N, classes)."""
+    logits = run_once(model, network, image_size)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.isnan().any():
+        raise UserError(f"{network} gives no numbers (N, classes)")
+    return logits.shape[1]
 
 
 def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
@@ -125,8 +138,8 @@ def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
         if path.suffix == ".safetensors":
             return read_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:250]
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = " ".join(str(error).split())[:250] or type(error).__name__
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"only code can read its {refused[1]}; if you trust the author, save the state dict alone"
         raise UserError(f"{path} holds no weights: {reason}") from error
@@ -149,7 +162,7 @@ def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = 
     right = total = 0
     with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
         for images, labels in batches(dataset, spec):
-            right += int((model(images.to(device)).argmax(1).cpu() == labels.flatten()).sum())
+            right += int((predictions(model(images.to(device))).cpu() == labels.flatten()).sum())
             total += len(labels)
     return 100 * right / max(total, 1)
 
@@ -182,7 +195,9 @@ def train_teacher(
     flip &= spec.name != "digits"  # a mirrored 2 is no 2
     settings |= {"flip": flip} | spec.model_dump(include={"image_size", "mean", "std"})
     torch.manual_seed(seed)
-    model = build_network(network, spec.classes).to(device)
+    model = build_network(network, spec.classes)
+    spec.fit_classes(count_classes(model, network, spec.image_size))
+    model = model.to(device)
     train: Any = load_split(spec, "train")
     loader = DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
     model = model.to(memory_format=torch.channels_last).train()

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from granq.config import QATConfig
-from granq.data import DataSpec
+from granq.data import DataSpec, dataset_name
 from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError
 from granq.files import read_checkpoint, save_atomically, to_json, write_csv
@@ -95,7 +95,7 @@ def train(
     else:
         own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
         spec = (facts or {}).get("spec", {})
-        data = str(spec.get("name", "")).removeprefix("folder:").rpartition("/")[2]  # wherever they lie today
+        data = dataset_name(str(spec.get("name", "")))  # wherever they lie today
         bounds = [end.flatten().tolist() for end in pixels or () if config.recipe == "match"]
         images = str([data, *(spec.get(key) for key in ("classes", "image_size", "mean", "std")), *bounds])
         identity = fingerprint(config, own, images, game.teacher, generator)
@@ -104,7 +104,7 @@ def train(
             if resume and (saved := folder.load(identity, game.device)):
                 game.restore(saved)
                 write_csv(folder.history, pd.DataFrame(game.rows))  # a kill may have come before its last row
-                if (began := folder.read_config().get("versions")) != here:
+                if (began := folder.measured_alike(facts or {}).get("versions")) != here:
                     warnings.warn(f"{out} began with {began}, not with {here}: the last bits may differ", stacklevel=2)
             else:  # nothing is trained yet: a config that is there may be of another teacher
                 folder.write_config(config, (facts or {}) | {"versions": here})
@@ -173,7 +173,8 @@ class RunFolder:
         # a hidden file is the lock, or half a file of a process that was killed
         found = self.path.is_file() or any(self.path.glob("[!.]*"))
         if found and not resume:
-            raise UserError(f"{self.path} is no empty folder; choose another --out, or --resume a run")
+            resumable = ", or --resume its run" if self.config.is_file() else ""
+            raise UserError(f"{self.path} is no empty folder; choose another --out{resumable}")
         if resume and not self.config.is_file() and (found or not self.path.exists()):
             raise UserError(f"{self.path} holds no run to resume")
 
@@ -210,6 +211,14 @@ class RunFolder:
             return facts | {"config": QATConfig.model_validate_json(json.dumps(facts["config"]))}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.config} is missing or damaged ({error}); the run cannot be read") from error
+
+    def measured_alike(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return what ``read_config`` does. Raises UserError if the run began with other test images than ``facts``."""
+        told = self.read_config()
+        for name in {"test_images", "teacher_top1"} & told.keys() & facts.keys():
+            if abs(told[name] - facts[name]) > 0.5:  # another machine may see an image otherwise
+                raise UserError(f"{self.path} was measured on other images: {name} {told[name]}, now {facts[name]}")
+        return told
 
     def save(self, state: dict[str, Any], rows: list[dict[str, float]]) -> None:
         """Replace checkpoint and history."""

@@ -10,14 +10,14 @@ from pydantic import Field
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
-from granq.app.jobs import Data, Mean, Network, Std, TeacherFile, channels, likely_data, parse_bits
+from granq.app.jobs import Count, Data, Mean, Network, Seed, Std, TeacherFile, channels, likely_data, parse_bits
 from granq.app.reporting import report
 from granq.errors import UserError
 from granq.schemes import check_bits
 
-Count = Annotated[int, Field(ge=1)]
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 OwnNetwork = Annotated[str, arg(help="FILE.py:FUNCTION, again, if the run is of one: it is code")]
+Percent = Annotated[float, Field(ge=0, le=100)]
 Words = tuple[str, ...]
 Result = dict[str, Any]
 
@@ -38,7 +38,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     one, columns = results.iloc[-1], ["ptq_top1", "last_top1", "best_top1"]
     groups = results.groupby("scheme", sort=False)[columns]
     means: Any = groups.mean()
-    cells = means.map("{:.2f}".format) + " ± " + groups.std().map("{:.2f}".format)
+    cells = means.map("{:.2f}".format) + (" ± " + groups.std().map("{:.2f}".format) if seeds > 1 else "")
     table = (
         f"digits, {network}, W2A2, teacher {one.teacher_top1:.2f} %, n = {seeds} seeds, {one.test_images} test images, "
         f"{one.device}, torch {one.torch}. Mean ± std in percent; best_top1 selects on the test split.\n\n"
@@ -49,12 +49,12 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
     shared = granq.Workbench(teacher=teachers[0], runs=[one.out], out=out, device=device)
     granq.make_figures(["activation_distortion", "synthetic_images"], shared)
     print(f"{table}\nNext: open {out}/accuracy.png, then {out}/activation_distortion.png.")
-    return {"out": str(out), "teacher_top1": one.teacher_top1} | means.last_top1.to_dict()
+    return {"out": str(out), "teacher_top1": one.teacher_top1} | means.last_top1.to_dict() | {"rows": _records(results)}
 
 
 def teacher(
     *, data: Data, network: Network, out: Path, epochs: Count = 30,
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: int = 0, image_size: int | None = None,
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: Seed = 0, image_size: int | None = None,
     flip: bool = True, mean: Mean = "", std: Std = "", device: Device = "auto", bf16: bool = False,
 ) -> Result:  # fmt: skip
     """Train a full-precision teacher. The same command again goes on where it was stopped.
@@ -71,6 +71,7 @@ def teacher(
     device = granq.devices.resolve_device(device)
     how: Result = dict(epochs=epochs, lr=lr, seed=seed, flip=flip, device=device, bf16=bf16, checkpoint=checkpoint)
     model, top1 = granq.train_teacher(network, spec, **how)
+    _check_new(out)  # by another process, meanwhile
     granq.save_teacher(out, model, network, spec, top1)
     checkpoint.unlink(missing_ok=True)
     return dict(out=str(out), data=data, network=network, top1=top1, seed=seed) | granq.devices.versions(device)
@@ -85,22 +86,24 @@ def evaluate(run: Positional[Path], *, data: Data, network: OwnNetwork = "", dev
 
 def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
     """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
-    from granq.measure.workbench import dataset_name
+    from granq.data import dataset_name
 
     saved = granq.load_student(run, device, network)
     c, old = saved.config, saved.spec
     spec = granq.describe_data(data, network, c.image_size, mean=old.mean, std=old.std).prepared_as(old)
     test = granq.load_split(spec, "test")
     facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
-    if dataset_name(data) != dataset_name(saved.facts.get("data", "")):
+    same = saved.facts.get("test_images", len(test)) == len(test)  # another folder may have the same name
+    if not same or dataset_name(data) != dataset_name(saved.facts.get("data", "")):
         del facts["teacher_top1"]  # it was measured on other data
     facts |= {"run": str(run), "data": data, "bits": c.bits, "image_bits": c.image_bits, "layer_bits": c.layer_bits}
+    facts |= {"recipe": c.recipe, "seed": c.seed}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
 
 
 def audit(
     *, network: Network, scheme: str = "granq", bits: str = "3,3", teacher: Path | None = None,
-    data: str | None = None, image_size: int | None = None, fail_under: float | None = None, out: Path | None = None,
+    data: str | None = None, image_size: int | None = None, fail_under: Percent | None = None, out: Path | None = None,
 ) -> Result:  # fmt: skip
     """Say, layer by layer, what a scheme really quantizes in a network; it needs no weights and no images.
 
@@ -122,7 +125,7 @@ def audit(
     if teacher:
         model, spec = granq.load_teacher(network, spec, teacher)
     torch.manual_seed(0)
-    size = image_size or spec.image_size
+    granq.models.run_once(model, network, size := image_size or spec.image_size)
     frame = granq.audit(granq.quantize_model(model, scheme, **widths), torch.randn(2, 3, size, size))
     result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
     result |= {"weights": str(teacher or "random, seed 0"), "image_size": size} | granq.summarize_audit(frame)
@@ -223,7 +226,7 @@ def export(
         out: folder for integers, which are checked; FILE.safetensors for packed, which granq evaluate opens
         format: integers (safetensors and ONNX), or packed (the codes of weights at their width)
     """
-    from granq.measure.workbench import dataset_name
+    from granq.data import dataset_name
 
     if format == "packed":
         _check_new(out, ".safetensors")
@@ -252,7 +255,7 @@ def export(
 def figures(
     names: Positional[Words] = (), *, from_csv: bool = False, budget: Literal["quick", "full"] = "quick",
     data: str | None = None, network: Network = "resnet20_cifar10", teacher: Path | None = None,
-    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: int = 0,
+    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: Seed = 0,
     image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure figures, write their CSV, and draw them from it; all of them without names.
@@ -317,7 +320,7 @@ def sweep(
     table = plans.status(out) if status else plans.run_sweep(out, jobs, cluster, network)
     print(table.to_string(index=False, na_rep=""))
     counts: Any = table.state.value_counts().to_dict()
-    result: Result = {"out": str(out), "runs": len(table)} | counts
+    result: Result = {"out": str(out), "runs": len(table)} | counts | {"rows": _records(table)}
     if (left := len(table) - counts.get("done", 0)) and not status:
         result["failed"] = f"{left} of {len(table)} runs did not finish; see {out}/*.error"
     return result

@@ -22,6 +22,8 @@ from granq.errors import UserError
 Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PATH")]
 Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION")]
 TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it pretrained weights are downloaded")]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images of --bits auto
 BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
 Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
@@ -62,6 +64,7 @@ class Job(QATConfig, Files):
     def run(self) -> dict[str, Any]:
         """Quantize a teacher without its training data. Return a row of a results table, as ``result.json`` has it."""
         from granq import devices, files, runs
+        from granq.data import dataset_name
         from granq.measure import workbench
 
         runs.RunFolder(self.out).check_free(self.resume)
@@ -85,12 +88,13 @@ class Job(QATConfig, Files):
         if choose := bool(self.auto_bits and not self.layer_bits):
             config, start, generator = self._choose_bits(config, teacher, device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
-        facts = source | {"teacher_top1": evaluate(teacher), "spec": spec.model_dump(mode="json")}
+        facts = source | {"teacher_top1": evaluate(teacher), "test_images": len(test)}
+        facts |= {"spec": spec.model_dump(mode="json")}
         result = granq.train(
             teacher, config, evaluate=evaluate, out=self.out, resume=self.resume or choose, facts=facts,
             generator=generator, pixels=granq.pixel_bounds(spec),
         )  # fmt: skip
-        names = workbench.dataset_name(self.data), Path(self.network).name
+        names = dataset_name(self.data), Path(self.network).name
         row = source | result.row(*names, facts["teacher_top1"], len(test))
         row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
         row["method"] = workbench.method_name(row)

@@ -8,13 +8,13 @@ from typing import Any
 from tyro.conf import Positional
 
 import granq
-from granq.app.jobs import Mean, Std, channels, likely_data, parse_bits
+from granq.app.jobs import Count, Mean, Std, channels, likely_data, parse_bits
 
 
 def report(
     run: Positional[Path | None] = None, *, out: Path, network: str = "", teacher: Path | None = None,
-    data: str | None = None, scheme: str = "granq", bits: str = "3,3", images: int = 64, image_size: int | None = None,
-    mean: Mean = "", std: Std = "", device: str = "auto",
+    data: str | None = None, scheme: str = "granq", bits: str = "3,3", images: Count = 64,
+    image_size: int | None = None, mean: Mean = "", std: Std = "", device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Write one HTML page about a network under quantization, layer by layer: a network by name, or a student.
 
@@ -31,7 +31,7 @@ def report(
     import torch
 
     from granq import devices
-    from granq.measure.workbench import dataset_name
+    from granq.data import dataset_name
 
     device, given, facts = devices.resolve_device(device), channels(mean, std), dict[str, str]()
     options: dict[str, Any] = {"scheme": scheme, "bits": tuple(parse_bits(bits).values()), "images": images}

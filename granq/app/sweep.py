@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ def combine(
     asked = {part.partition("=")[0].replace("_", "-") for part in options}
     if planned := asked & {"--seed", "--scheme", "--recipe", "--out", "--resume", "--from-row"}:
         raise UserError(f"a sweep sets {min(planned)} of each run itself; --seeds, --schemes and --recipes list them")
+    if missing := [file for file in teachers if not file.is_file()]:
+        raise UserError(f"the teacher file {missing[0]} does not exist")
     pairs, jobs = list(zip_longest(networks, teachers)), []
     for seed, recipe, (network, teacher), width, scheme in product(seeds, recipes, pairs, bits, schemes):
         name = re.sub(r"[^\w.-]+", "_", f"{network} {recipe} {scheme} w{width.replace(',', 'a')} s{seed}")
@@ -99,7 +103,8 @@ def execute(job: Job) -> None:
     error = Path(f"{job.out}.error")
     error.unlink(missing_ok=True)
     try:
-        job.model_copy(update={"resume": job.out.exists()}).run()
+        with redirect_stdout(sys.stderr):  # which --json keeps free
+            job.model_copy(update={"resume": job.out.exists()}).run()
     except Exception:
         error.write_text(traceback.format_exc(), encoding="utf-8")
     finally:

@@ -105,5 +105,6 @@ def _choose(options: pd.DataFrame, budget: float) -> pd.DataFrame:
     for _, readers in options[options.place != ""].groupby(["place", "act_bits"]):  # one place, one width
         first, *others = (layer.eq(name) & options.index.isin(readers.index) for name in readers.layer.unique())
         limits += [LinearConstraint(first.astype(float) - other, 0, 0) for other in others]
-    best = milp(options.kl, integrality=1, bounds=Bounds(0, 1), constraints=limits, options={"mip_rel_gap": 0})
+    loss = options.kl / (options.kl.abs().max() or 1)  # the solver takes 1e-6 for nothing
+    best = milp(loss, integrality=1, bounds=Bounds(0, 1), constraints=limits, options={"mip_rel_gap": 0})
     return options[best.x > 0.5].set_index("layer").loc[layer.unique()]

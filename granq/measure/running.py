@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from granq.data import predictions
 from granq.errors import UserError, one_of
 from granq.graph import layer_names
 from granq.hooks import Batch, eval_mode, images_of, labels_of, watch
@@ -57,7 +58,7 @@ def right(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> np.ndarray:
     def after(batch: Batch, logits: Tensor) -> None:
         if (labels := labels_of(batch)) is None:
             raise UserError("an accuracy needs labels: batches must be pairs (images, labels)")
-        hits.append(logits.argmax(1).cpu() == labels.cpu())
+        hits.append(predictions(logits).cpu() == labels.cpu())
 
     run(model, batches, "accuracy", after=after)
     return torch.cat(hits).numpy()
@@ -84,7 +85,7 @@ def kept_rows(out: Path | None, known: dict[str, Any]) -> list[dict[Any, Any]]:
     """Return the rows of a CSV that is to be continued. Raises UserError if what is ``known`` was not so for them."""
     texts = dict.fromkeys(["layer", *(name for name, value in known.items() if isinstance(value, str))], str)
     how: Any = dict(dtype=texts, keep_default_na=False, na_values=[""])  # a layer "1.10" is no number
-    rows = pd.read_csv(out, **how).to_dict("records") if out and out.is_file() else []
+    rows = pd.read_csv(out, **how).to_dict("records") if out and out.is_file() and out.stat().st_size else []
     if rows and (lacking := known.keys() - rows[0].keys()):
         raise UserError(f"{out} lacks the columns {', '.join(sorted(lacking))}; choose another file")
     for name in known.keys() - {"torch", "device", "commit"} if rows else ():

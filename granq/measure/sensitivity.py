@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from granq.convert import ActQuantizer, activation_places, calibrate, check_copy, quantize_model
+from granq.data import predictions
 from granq.errors import UserError, one_of
 from granq.files import write_csv
 from granq.graph import calls_of_layers, layer_names, plain_copy
@@ -97,6 +98,7 @@ def measure_flips(model: nn.Module, other: nn.Module, batches: Sequence[tuple[Te
 
     Columns label, images, right, right_to_wrong, wrong_to_right (counts; ``right`` are those of ``model``).
     """
+    batches = [*batches]  # a DataLoader may have another order each time
     before, after = (running.right(network, batches) for network in (model, other))
     labels = torch.cat([labels.flatten() for _, labels in batches]).cpu().numpy()
     flips = dict(right=before, right_to_wrong=before & ~after, wrong_to_right=after & ~before)
@@ -236,7 +238,7 @@ def _sums(reference: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return sums over images (7,): KL, same prediction, energy of logits and of their error, right, and flips."""
     teacher, student = (running.where_float64_is(x).double() for x in (reference, logits))
     kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
-    before, after = reference.argmax(1), logits.argmax(1)
+    before, after = predictions(reference), predictions(logits)
     was, right = (x == (-1 if labels is None else labels) for x in (before, after))
     counts = (right.sum(), (was & ~right).sum(), (right & ~was).sum())
     sums = (kl, (before == after).sum(), teacher.square().sum(), (teacher - student).square().sum(), *counts)

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from granq import models
 from granq.config import QATConfig
-from granq.data import DataSpec, batches, data_root, describe_data, load_split
+from granq.data import DataSpec, batches, data_root, dataset_name, describe_data, load_split
 from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError, one_of
 from granq.files import write_csv
@@ -212,11 +212,6 @@ class Workbench:
             source = dict(dataset=dataset_name(self.data), network=Path(self.network).name)
             facts |= source | {"teacher_test_top1": self.top1}
         return facts | {name: versions(self.device)[name] for name in ("torch", "device")}
-
-
-def dataset_name(name: str) -> str:
-    """Return the last part of ``folder:/some/where``: the rest means nothing to a reader."""
-    return Path(name.removeprefix("folder:")).expanduser().resolve().name if name.startswith("folder:") else name
 
 
 def method_name(row: Mapping[Any, Any]) -> str:

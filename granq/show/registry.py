@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from granq.convert import quantize_model
+from granq.data import dataset_name
 from granq.errors import UserError, one_of
 from granq.files import write_csv
 from granq.measure import activations, allocation, audit, factorial, images, latency, layer_error, sensitivity
-from granq.measure.workbench import Workbench, dataset_name
+from granq.measure.workbench import Workbench
 from granq.models import build_network
 from granq.schemes import SCHEMES
 from granq.show import layers, results
@@ -205,7 +206,7 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
         one_of("figure", name, FIGURES)
         path, own = out / f"{name}.csv", dict(budget=workbench.name, dataset=dataset_name(workbench.data))
         own["network"] = Path(workbench.network).name
-        old = pd.read_csv(path) if path.is_file() else pd.DataFrame([own])
+        old = pd.read_csv(path) if path.is_file() and path.stat().st_size else pd.DataFrame([own])
         ours = all(list(old.get(key, [])[:1]) == [own[key]] for key in own if key == "budget" or FIGURES[name].teacher)
         runs, given = {*old.get("run", [])}, {run.path.name for run in workbench.runs}
         if ours and (len(runs) < 2 or runs == given) and ("commit" not in old or old.commit.nunique() < 2):

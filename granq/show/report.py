@@ -16,6 +16,7 @@ from pandas import DataFrame
 from torch import Tensor, nn
 
 from granq.convert import Quantizer, activation_places, check_copy
+from granq.data import predictions
 from granq.devices import commit, versions
 from granq.errors import UserError
 from granq.files import save_atomically
@@ -109,7 +110,7 @@ def _measure(
     if student is not None:
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
-            same = logits.argmax(1) == _logits(student, data).argmax(1)
+            same = predictions(logits) == predictions(_logits(student, data))
             found["agreement"] = 100 * same.float().mean().item()
             parts["verdict"] += f". It predicts like the full-precision network on {found['agreement']:.1f} % of images"
         rows = _errors(model, data, student, name, layout is not None and logits is not None)
