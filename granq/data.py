@@ -201,8 +201,7 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
         data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
     else:
         folder, names = split_folder(spec.root, split), spec.label_names()
-        found, part = {*class_names(folder)}, spec.has_imagenet_ids()
-        if len(names) != spec.classes or not (found <= {*names} if part else found == {*names}):  # other labels
+        if len(names) != spec.classes or not {*class_names(folder)} <= {*names}:  # labels would mean other classes
             raise UserError(f"{folder} must hold {spec.classes} class folders, those of the test split or WordNet ids")
         data = _read_folder(folder, names, transform)
     if not small:

@@ -114,11 +114,11 @@ def load_teacher(
     return model.to(device), spec.fit_classes(count_classes(model, network, spec.image_size))
 
 
-@torch.no_grad()
 def run_once(model: nn.Module, network: str, image_size: int) -> Any:
     """Return the output for a black image. Raises UserError if a network in eval mode takes none of this size."""
     try:
-        return model(torch.zeros(1, 3, image_size, image_size))
+        with torch.no_grad(), eval_mode(model):
+            return model(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
         said = str(error).partition("\n")[0]
         raise UserError(f"{network} takes no RGB images of {image_size} pixels: {said}") from error

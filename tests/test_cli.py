@@ -178,6 +178,11 @@ def test_corrupt_teacher(folder, tmp_path, capsys):
         ("audit --network resnet20_cifar10 --image-size -1", "image_size should be"),
         ("audit --network resnet20_cifar10 --scheme nope", "known: granq"),
         ("factorial --data digits --network resnet20_cifar10 --seeds 0", "seeds should be"),
+        ("audit --network timm:nope --data digits", "unknown network"),
+        ("report --network resnet20_cifar10 --images -1", "images should"),
+        ("audit --network resnet20_cifar10 --fail-under nan", "fail_under should be"),
+        ("teacher --data digits --network resnet20_cifar10 --seed 99999999999999999999", "seed should be"),
+        ("sweep --data digits --network resnet20_cifar10 --schemes granq --bits 3,3 --teacher no.pt", "no.pt does not"),
         ("figures nothing", "known: "), ("evaluate nowhere --data digits", "unknown student or run"),
         ("export nowhere --data digits", "unknown student or run"),
     ],
@@ -368,9 +373,9 @@ def test_demo_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--seeds", "1", "--epochs", "1", "--device", "cpu", "--json"]) == 0
     shown = answer(capsys)
-    assert shown.keys() == {"out", "teacher_top1", "layerwise", "granq", "strict"}
+    assert shown.keys() == {"out", "teacher_top1", "layerwise", "granq", "strict", "rows"}
     table = (out / "results.md").read_text()
-    assert "W2A2" in table and "n = 1 seeds" in table and "layerwise" in table
+    assert "W2A2" in table and "n = 1 seeds" in table and "layerwise" in table and "nan" not in table
     assert {"accuracy.png", "activation_distortion.png", "synthetic_images.png"} <= {p.name for p in out.iterdir()}
 
 

@@ -37,7 +37,7 @@ def test_networks_by_name(name, classes):
 
 
 def test_a_name_that_nobody_knows():
-    for name in ("nope", "torchvision:nope", "nope:resnet18", ""):
+    for name in ("nope", "torchvision:nope", "timm:nope", "nope:resnet18", ""):
         with pytest.raises(UserError, match="known are the names of pytorchcv and torchvision, such as resnet20"):
             build_network(name, 10)
 
@@ -297,6 +297,18 @@ def test_accuracy_is_measured_in_eval_mode_and_keeps_no_graph(folder):
     assert not logits.requires_grad
 
 
+@pytest.mark.parametrize("last", [nn.Conv2d(3, 2, 1), nn.Sequential(nn.Flatten(), nn.LazyLinear(2))])
+def test_maps_and_nan_are_no_classes(folder, last):
+    """Compared with labels, (N, K, 1, 1) gave 600 percent, and NaN the share of class 0."""
+    spec = describe_data(folder, "resnet20_cifar10", 8)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), last)
+    model(torch.zeros(1, 3, 8, 8))
+    for weight in last[1].parameters() if isinstance(last, nn.Sequential) else ():
+        nn.init.constant_(weight, torch.nan)
+    with pytest.raises(UserError, match=r"logits \(N, classes\) that are numbers, got \(6, 2"):
+        top1_on(model, load_split(spec, "test"), spec)
+
+
 # ---- trained here
 
 
@@ -383,6 +395,44 @@ def test_teachers_that_take_or_give_something_else(tmp_path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="holds no weights"):
         load_teacher("resnet20_cifar10", spec, tmp_path / "empty.pth")
+
+
+NO_CLASSIFIERS = """
+import torch
+from torch import nn
+class Two(nn.Module):
+    def forward(self, x, y): return x
+def two(): return Two()
+def maps(): return nn.Conv2d(3, 10, 3)
+def nine(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 9))
+def small(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+def nan():
+    nn.init.constant_((net := nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))[1].bias, torch.nan)
+    return net
+def number(): return 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("two", "takes no RGB images of 32 pixels"), ("small", "takes no RGB images of 32 pixels"),
+        ("maps", "gives no numbers"), ("nan", "gives no numbers"), ("nine", "tell 9 classes apart, but digits has 10"),
+        ("number", "returns a int, no network"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_told_before(tmp_path, function, said):
+    (tmp_path / "own.py").write_text(NO_CLASSIFIERS)
+    with pytest.raises(UserError, match=said):
+        train_teacher(f"{tmp_path}/own.py:{function}", describe_data("digits"), epochs=1)
+
+
+def test_a_full_disk_is_no_bug(tmp_path):
+    def write(path):
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0")
+
+    with pytest.raises(OSError, match="unexpected pos"):
+        save_atomically(tmp_path / "t.pt", write)
 
 
 def test_a_teacher_goes_on_with_its_own_normalization_only(tmp_path, monkeypatch) -> None:

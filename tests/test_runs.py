@@ -217,9 +217,9 @@ def test_a_file_is_whole_or_the_old_one(tmp_path):
 
     def fails(temporary):
         temporary.write_text("half")
-        raise RuntimeError("stop")
+        raise ValueError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
+    with pytest.raises(ValueError, match="stop"):
         save_atomically(path, fails)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -359,6 +359,19 @@ def test_going_on_elsewhere_is_said(tmp_path):
     RunFolder(tmp_path).write_config(facts.pop("config"), facts | {"versions": facts["versions"] | {"torch": "1.0"}})
     with pytest.warns(UserWarning, match="began with .*'1.0'.*the last bits may differ"):
         train(network(), SHORT, out=tmp_path, resume=True)
+
+
+def test_other_images_in_a_folder_of_the_same_name_are_no_continuation(tmp_path):
+    def facts(folder, images=9, top1=50.0):
+        return {"spec": {"name": f"folder:{folder}"}, "test_images": images, "teacher_top1": top1}
+
+    run = partial(train, network(), SHORT, out=tmp_path)
+    run(facts=facts("/here/three/"))
+    run(facts=facts("/there/three", top1=50.2), resume=True)  # moved, and another machine's rounding
+    for other, said in {"/here/four/": "belongs to another", "/x/three": "was measured on other images"}.items():
+        for changed in ({"images": 8}, {"top1": 40.0}):
+            with pytest.raises(UserError, match=said):
+                run(facts=facts(other, **changed), resume=True)
 
 
 def test_measuring_leaves_the_run_as_it_is():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from granq.convert import activation_places, calibrate, quantize_model
 from granq.errors import UserError
@@ -256,6 +257,8 @@ def test_flips_by_class(sharp: nn.Module) -> None:
         counts = (own.sum(), (own & before).sum(), (own & before & ~after).sum(), (own & ~before & after).sum())
         assert tuple(row)[2:] == tuple(map(int, counts))
     assert frame.images.sum() == len(labels) and frame.right_to_wrong.sum() > 0
+    drawn = DataLoader(TensorDataset(images, labels), 4, shuffle=True)  # another order each time
+    assert not measure_flips(sharp, sharp, drawn)[["right_to_wrong", "wrong_to_right"]].to_numpy().any()
 
 
 def test_networks_that_torchao_quantized(sharp: nn.Module) -> None:
@@ -347,6 +350,7 @@ def test_allocation_is_the_best_of_all_choices(seed: int, kind: str) -> None:
         chosen = allocate_bits(frame, budget, kind)
         loss, weight_bits, act_bits, operations = cost(rows, chosen)
         assert loss == pytest.approx(min(fits), rel=1e-6)
+        assert chosen == allocate_bits(frame.assign(kl=frame.kl * 1e-7), budget, kind)
         assert (max(weight_bits, act_bits) if kind == "average" else operations) <= budget * (1 + 1e-6)
         assert list(chosen) == ["l0", "l1", "l2", "l3"] and chosen["l1"][1] == chosen["l2"][1] and chosen["l3"][1] == 0
 

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -138,7 +139,9 @@ def test_command(folder, teacher, tmp_path, capsys):
     out = ["--out", str(tmp_path / "s")]
     given = f"--data {folder} --network resnet20_cifar10 --teacher {teacher} --schemes granq --bits 3,3 {TINY}".split()
     assert main(["sweep", *out, *given, "--status", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": out[1], "runs": 1, "waiting": 1}
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["state"] for row in shown.pop("rows")] == ["waiting"]
+    assert shown == {"out": out[1], "runs": 1, "waiting": 1}
     assert main(["sweep", *out, "--json"]) == 0  # alone, it continues
     assert json.loads(capsys.readouterr().out)["done"] == 1
     for bad, message in (
@@ -187,6 +190,14 @@ def test_code_in_a_plan_runs_if_it_is_named_again(own, folder, tmp_path, monkeyp
     assert "net.py:make: give the command that planned it again" in capsys.readouterr().err
     status = sweep.run_sweep(tmp_path / "sweep", networks=["net.py:make"])
     assert set(status.state) == {"done"}
+
+
+def test_what_a_network_prints_is_no_answer(tmp_path, capsys):
+    """Workers of joblib share the standard output, on which --json promises one object."""
+    job = Mock(out=tmp_path / "run")
+    job.model_copy().run = lambda: print("hello")
+    sweep.execute(job)
+    assert capsys.readouterr() == ("", "hello\n")
 
 
 def test_a_notebook_keeps_its_threads(folder, teacher, tmp_path):
