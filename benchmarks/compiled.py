@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import granq
-from granq.devices import commit, versions
+from granq.devices import commit
 from granq.files import write_csv
 from granq.generator import batchnorm_inputs, batchnorm_loss
 from granq.losses import layer_loss
 from granq.match import REFINED_LABELS, Match, batchnorm_outputs, relu_ceilings
-from granq.measure.latency import alternate, quartiles
+from granq.measure.latency import alternate, quartiles, timings
 from granq.qat import Game
 
 
@@ -108,8 +108,7 @@ def main(
         facts["compile_seconds"].append(time.perf_counter() - start)
         facts["loss"].append(loss().item())
     frame = quartiles(alternate(runs, repetitions)).assign(**facts, scheme=scheme, batch_size=batch_size, bf16=bf16)
-    frame = frame.rename_axis("step").reset_index().assign(repetitions=repetitions, network=network)
-    frame = frame.assign(commit=commit(), **versions("cpu"))
+    frame = timings([frame], "step", repetitions, "cpu").assign(network=network, commit=commit())
     write_csv(out, frame, "%.6g")
     print(frame.to_string())
 

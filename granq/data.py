@@ -248,7 +248,7 @@ def predictions(logits: Tensor) -> Tensor:
     """Return the class of every image, (N,). Raises UserError unless ``logits`` are numbers (N, K): NaN is no class."""
     if logits.dim() != 2 or logits.isnan().any():
         nan = ", with NaN" * bool(logits.isnan().any())
-        raise UserError(f"to classify takes logits (N, classes) that are numbers, got {tuple(logits.shape)}{nan}")
+        raise UserError(f"a prediction needs logits (N, classes) that are numbers, got {tuple(logits.shape)}{nan}")
     return logits.argmax(1)
 
 
