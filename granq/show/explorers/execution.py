@@ -15,8 +15,8 @@ PANELS = {
     "peak_mb": "measured: peak memory (MB)", "bytes": "predicted: bytes moved",
 }  # fmt: skip
 LINES = [
-    "'sum of all products: ' + format(datum.sum, ',') + ' (int32): ' + format(datum.sum - datum.zeros, ',')",
-    "'from the codes, and ' + format(datum.zeros, ',') + ' from the zero points of the input'",
+    "'sum of all products: ' + format(datum.sum, ',') + ' (int32), of which'",
+    "format(datum.sum - datum.zeros, ',') + ' from the codes, ' + format(datum.zeros, ',') + ' from the zero points'",
     "'times rescale ' + format(datum.rescale, '.6~g') + ', plus offset ' + format(datum.offset, '.4~g')",
     "'is ' + format(datum.value, '.6f') + '; the student computes ' + format(datum.student, '.6f')",
     "'without floating point: times ' + format(datum.multiplier, ',') + ','",

@@ -35,7 +35,7 @@ def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
     points = quantized(shown.transform_flatten(["x"]), low, high)
     tight, most = alt.Scale(nice=False, zero=False), int(rows.x.map(len).max())
     x = alt.X("x:Q", title="activation", scale=tight)
-    count = alt.Y("count()", title="values", scale=alt.Scale(type="symlog", domain=[0, most]))
+    count = alt.Y("count()", title="values (log axis)", scale=alt.Scale(type="symlog", domain=[0, most]))
     bins = points.transform_bin(["left", "right"], "x", bin=alt.Bin(maxbins=40))
     bars = bins.mark_bar(color=GREY).encode(alt.X("left:Q", title=None), count, x2="right:Q", tooltip=["count()"])
     landed = points.mark_rule(color=RED, strokeWidth=2).encode(alt.X("value:Q"), count, tooltip=[*HOVER[1:], "count()"])
