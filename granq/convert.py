@@ -106,14 +106,12 @@ class ActQuantizer(Quantizer):
     Tracked ranges are a moving average, which forwards move while ``tracking`` only. They belong to the state dict.
     """
 
-    running_min: Tensor
-    running_max: Tensor
-
     def __init__(self, bits: int, scheme: Scheme, rows: bool | None) -> None:
         super().__init__(bits, scheme.activations, scheme, scheme.fold)
         self.rows, self.tracked, self.tracking, self.quantile = rows, scheme.tracked, False, 1.0
-        for name in ("running_min", "running_max") if self.tracked else ():
-            self.register_buffer(name, torch.empty(0))
+        if self.tracked:
+            self.running_min: Tensor = nn.Buffer(torch.empty(0))
+            self.running_max: Tensor = nn.Buffer(torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = self.groups(x)

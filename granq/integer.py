@@ -28,14 +28,10 @@ ROUNDING = 1e-6  # of the largest value, in float64
 class IntegerInput(nn.Module):
     """Values -> integers ``u = q + z``, int8 (int16 at 8 bits), each channel with its own static multiplier."""
 
-    scale_inv: Tensor
-    zero_point: Tensor
-
     def __init__(self, source: ActQuantizer) -> None:
         super().__init__()
         self.bits = source.bits
-        for name, value in source.qparams()._asdict().items():
-            self.register_buffer(name, value.detach().clone())
+        self.scale_inv, self.zero_point = (nn.Buffer(value.detach().clone()) for value in source.qparams())
 
     def integers(self, x: Tensor) -> Tensor:
         """Return the integers in the dtype of ``x``: bit for bit those of ``fake_quantize_with``."""
@@ -47,10 +43,6 @@ class IntegerInput(nn.Module):
 
 class IntegerLayer(nn.Module):
     """A layer on integers (N, C, H, W) or (..., F) -> float32 ``rescale * sums + offset``; the sums fit int32."""
-
-    weight: Tensor  #: integers ``v`` in the shape of the layer's weight, int8 (int16 at 8 bits)
-    rescale: Tensor  #: per output channel: reciprocal of the weight's multiplier times the BatchNorm's scale
-    offset: Tensor  #: per output channel: bias and the BatchNorm's shift
 
     @torch.no_grad()
     def __init__(self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None = None) -> None:
@@ -64,9 +56,12 @@ class IntegerLayer(nn.Module):
             statistics = n.running_mean, n.running_var, n.eps, n.weight, n.bias
             rescale, offset = nn.utils.fuse_conv_bn_weights(rescale, offset, *statistics)
         self.bits = quantizer.bits
-        self.register_buffer("weight", (integers + zero_point).to(torch.int8 if self.bits < 8 else torch.int16))
-        self.register_buffer("rescale", rescale.flatten().to(original.dtype).detach())
-        self.register_buffer("offset", offset.to(original.dtype).detach())
+        #: integers ``v`` in the shape of the layer's weight, int8 (int16 at 8 bits)
+        self.weight = nn.Buffer((integers + zero_point).to(torch.int8 if self.bits < 8 else torch.int16))
+        #: per output channel: reciprocal of the weight's multiplier times the BatchNorm's scale
+        self.rescale = nn.Buffer(rescale.flatten().to(original.dtype).detach())
+        #: per output channel: bias and the BatchNorm's shift
+        self.offset = nn.Buffer(offset.to(original.dtype).detach())
         fan_in, largest = self.weight[0].numel(), 2**self.bits * 2**quantizer.source.bits
         if fan_in * largest >= 2**31:
             raise UserError(f"a sum over {fan_in} products below {largest} may not fit int32")
@@ -164,10 +159,6 @@ class _Portable(nn.Module):
     DequantizeLinear in integers. With the weight's alone it chooses a product that rounds its input anew.
     """
 
-    codes: Tensor
-    zero: Tensor
-    one: Tensor
-
     def __init__(self, source: IntegerInput | IntegerLayer, place: IntegerInput) -> None:
         super().__init__()
         first = place.zero_point.flatten()[0]
@@ -175,12 +166,12 @@ class _Portable(nn.Module):
         if isinstance(source, IntegerLayer):
             zero = -source.weight.flatten(1).amin(1).clamp_max(0)
             codes = source.weight + zero.view(-1, *(1,) * (source.weight.dim() - 1))
-            self.register_buffer("codes", codes.to(torch.uint8))
+            self.codes = nn.Buffer(codes.to(torch.uint8))
             if source.conv is None and shift.any():
                 shift = source.accumulate(shift, source.weight.to(shift))
         self.shift: Tensor | int = nn.Buffer(shift) if shift.any() else 0
-        self.register_buffer("zero", zero.to(torch.uint8))
-        self.register_buffer("one", torch.ones_like(zero, dtype=torch.float32))
+        self.zero = nn.Buffer(zero.to(torch.uint8))
+        self.one = nn.Buffer(torch.ones_like(zero, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         def node(kind: str, of: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

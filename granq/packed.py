@@ -29,15 +29,12 @@ STUDENTS = Path(__file__).with_name("students")
 class PackedWeight(WeightQuantizer):
     """Parametrization of a weight that came from a file: its values lie on their grid, and come back as they are."""
 
-    grid: Tensor | None
-    step: Tensor
-
     def __init__(
         self, before: WeightQuantizer, scheme: Any, weight: Tensor, grid: Tensor | None, sqnr_db: float
     ) -> None:
         super().__init__(before.bits, get_scheme(scheme), before.groups, before.source)
-        self.register_buffer("step", self.input_step(weight).detach().clone(), persistent=False)
-        self.register_buffer("grid", grid, persistent=False)
+        self.step = nn.Buffer(self.input_step(weight).detach().clone(), persistent=False)
+        self.grid = None if grid is None else nn.Buffer(grid, persistent=False)
         self.sqnr_db = sqnr_db  #: of the weight before it was quantized, which is gone
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -32,12 +32,10 @@ def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor
 class LearnedSteps(nn.Module):
     """Parameters whose steps are learned, as logarithms: a gradient step changes them by a share. Zero points stay."""
 
-    zero_point: Tensor
-
     def __init__(self, scale_inv: Tensor, zero_point: Tensor) -> None:
         super().__init__()
         self.log_step = nn.Parameter(-scale_inv.detach().log())
-        self.register_buffer("zero_point", zero_point.clone())
+        self.zero_point = nn.Buffer(zero_point.clone())
 
     def forward(self) -> QParams:
         return QParams(torch.exp(-at_least_float32(self.log_step)), at_least_float32(self.zero_point))
