@@ -111,24 +111,25 @@ def load_teacher(
     facts = ("image_size", "crop_pct", "interpolation", *(() if spec.given else ("mean", "std")))
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
     spec.check_labels(known["labels"] if "labels" in known else ())  # headers of other programs may be lists
-    return model.to(device), spec.fit_classes(count_classes(model, network, spec.image_size))
+    spec = spec.fit_classes(count_classes(model, network, torch.zeros(1, 3, spec.image_size, spec.image_size)))
+    return model.to(device), spec
 
 
-def run_once(model: nn.Module, network: str, image_size: int) -> Any:
-    """Return the output for a black image. Raises UserError if a network in eval mode takes none of this size."""
+def run_once(model: nn.Module, network: str, images: Tensor) -> Any:
+    """Return the output in eval mode. Raises UserError if a network takes no images of this size."""
     try:
         with torch.no_grad(), eval_mode(model):
-            return model(torch.zeros(1, 3, image_size, image_size))
+            return model(images)
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
         said = str(error).partition("\n")[0]
-        raise UserError(f"{network} takes no RGB images of {image_size} pixels: {said}") from error
+        raise UserError(f"{network} takes no RGB images of {images.shape[-1]} pixels: {said}") from error
 
 
-def count_classes(model: nn.Module, network: str, image_size: int) -> int:
-    """Return how many logits a network gives. Raises UserError unless they are numbers (N, classes)."""
-    logits = run_once(model, network, image_size)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.isnan().any():
-        raise UserError(f"{network} gives no numbers (N, classes)")
+def count_classes(model: nn.Module, network: str, images: Tensor) -> int:
+    """Return how many logits a network gives. Raises UserError unless they are finite (N, two classes or more)."""
+    logits = run_once(model, network, images)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.isfinite().all():
+        raise UserError(f"{network} gives no finite logits (N, two classes or more)")
     return logits.shape[1]
 
 
@@ -196,7 +197,7 @@ def train_teacher(
     settings |= {"flip": flip} | spec.model_dump(include={"image_size", "mean", "std"})
     torch.manual_seed(seed)
     model = build_network(network, spec.classes)
-    spec.fit_classes(count_classes(model, network, spec.image_size))
+    spec.fit_classes(count_classes(model, network, torch.zeros(1, 3, spec.image_size, spec.image_size)))
     model = model.to(device)
     train: Any = load_split(spec, "train")
     loader = DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)

@@ -23,6 +23,7 @@ from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.graph import plain_copy
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
+from granq.models import count_classes
 from granq.quantizer import at_least_float32
 
 CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
@@ -136,17 +137,11 @@ class Game:
         """Return the number of classes; refuse now what no later step would notice."""
         shape = (1, 3, self.config.image_size, self.config.image_size)
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)  # the run's state stays
-        try:
-            with batchnorm_inputs(self.teacher) as norms:
-                logits = self.teacher(image)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            said = str(error).partition("\n")[0]
-            raise UserError(f"the teacher cannot take images of {shape}: {said}") from error
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.isfinite().all():
-            raise UserError("a teacher gives one tensor of finite logits (N, two classes or more), this one does not")
+        with batchnorm_inputs(self.teacher) as norms:
+            classes = count_classes(self.teacher, "the teacher", image)
         batchnorm_loss(norms)  # raises if there are none
         check_copy(self.student, self.teacher, image)
-        return logits.shape[1]
+        return classes
 
     def optimize_student(self) -> None:
         """Build the student's optimizer anew, for the parameters that it has now."""

@@ -68,6 +68,12 @@ def test_a_network_from_a_file_of_ones_own(tmp_path, function, classes):
     assert network(torch.zeros(1, 3, 8, 8)).shape == (1, classes) and not network.training
 
 
+def test_a_teacher_goes_to_its_device():
+    """Its classes are counted before that, on the CPU."""
+    teacher, _ = load_teacher("resnet20_cifar10", describe_data("digits"), models.digits_teacher(), "meta")
+    assert next(teacher.parameters()).device.type == "meta"
+
+
 def test_a_teacher_from_a_file_of_ones_own(tmp_path):
     (tmp_path / "net.py").write_text(FILE)
     name, spec = f"{tmp_path / 'net.py'}:by_position", describe_data("digits", image_size=8)
@@ -417,8 +423,8 @@ def number(): return 3
     ("function", "said"),
     [
         ("two", "takes no RGB images of 32 pixels"), ("small", "takes no RGB images of 32 pixels"),
-        ("maps", "gives no numbers"), ("nan", "gives no numbers"), ("nine", "tell 9 classes apart, but digits has 10"),
-        ("number", "returns a int, no network"),
+        ("maps", "gives no finite logits"), ("nan", "gives no finite logits"), ("number", "returns a int, no network"),
+        ("nine", "tell 9 classes apart, but digits has 10"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_told_before(tmp_path, function, said):

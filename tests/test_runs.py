@@ -276,7 +276,7 @@ def test_a_damaged_config_is_said(tmp_path, stopped, text):
 @pytest.mark.parametrize(
     ("channels", "norm", "message"),
     [
-        (1, nn.BatchNorm2d(4), r"cannot take images of \(1, 3, 8, 8\)"),
+        (1, nn.BatchNorm2d(4), "the teacher takes no RGB images of 8 pixels"),
         (3, nn.Identity(), "no BatchNorm2d layer with running statistics"),
         (3, nn.BatchNorm2d(4, track_running_stats=False), "no BatchNorm2d layer with running statistics"),
     ],
@@ -418,8 +418,8 @@ class SeenLater(nn.Module):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        (Answers(lambda x: (x, x)), "one tensor of finite logits"), (Answers(lambda x: x[:, 0]), "finite logits"),
-        (Answers(lambda x: x * math.nan), "finite logits"),
+        (Answers(lambda x: (x, x)), "gives no finite logits"), (Answers(lambda x: x[:, 0]), "gives no finite logits"),
+        (Answers(lambda x: x * math.nan), "the teacher gives no finite logits"),
         (Answers(seen_in_place), "computes something else even without quantization"),
         (SeenLater(), "computes something else even without quantization"),
     ],

@@ -125,8 +125,9 @@ def audit(
     if teacher:
         model, spec = granq.load_teacher(network, spec, teacher)
     torch.manual_seed(0)
-    granq.models.run_once(model, network, size := image_size or spec.image_size)
-    frame = granq.audit(granq.quantize_model(model, scheme, **widths), torch.randn(2, 3, size, size))
+    size = image_size or spec.image_size
+    granq.models.run_once(model, network, images := torch.randn(2, 3, size, size))
+    frame = granq.audit(granq.quantize_model(model, scheme, **widths), images)
     result: Result = {"network": network, "scheme": scheme, "bits": "W{weight_bits}A{act_bits}".format(**widths)}
     result |= {"weights": str(teacher or "random, seed 0"), "image_size": size} | granq.summarize_audit(frame)
     if out:
