@@ -8,7 +8,7 @@ from inspect import signature
 from torch import fx, nn
 
 from granq.errors import UserError
-from granq.plain import LAYERS, changed_layers, is_plain, module_of, relu_ceiling, trace_plain
+from granq.plain import LAYERS, changed_layers, is_plain, module_of, name_of, relu_ceiling, trace_plain
 
 SHAPE = {"shape", "ndim", "size", "dim"}
 
@@ -57,8 +57,7 @@ def norm_after(root: nn.Module, node: fx.Node) -> fx.Node | None:
 
 def is_image(root: nn.Module, node: fx.Node) -> bool:
     """Say whether ``node`` is the image, or the image with a border around it."""
-    name = getattr(node.target, "__name__", "")  # of a function of torch or timm
-    padding = name in ("pad", "pad_same") or isinstance(module_of(root, node), nn.ZeroPad2d)
+    padding = name_of(root, node) in ("pad", "pad_same", "ZeroPad2d")  # of torch or timm
     return node.op == "placeholder" or (padding and is_image(root, node.all_input_nodes[0]))
 
 
@@ -137,7 +136,7 @@ def _read_changed_values(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
-    module, name = module_of(root, node), str(getattr(node.target, "__name__", node.target))
+    module, name = module_of(root, node), name_of(root, node)
     if module is not None:
         return getattr(module, "inplace", False) is True
     told = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))

@@ -23,7 +23,7 @@ from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
 from granq.graph import reader
 from granq.hooks import eval_mode, watch
 from granq.losses import layer_loss, soft_label_loss
-from granq.plain import is_plain, module_of, relu_ceiling
+from granq.plain import is_plain, module_of, name_of, relu_ceiling
 from granq.qat import CALIBRATION, GDFQ, Game, describe_images
 from granq.quantizer import at_least_float32
 from granq.ranges import LearnedSteps, best_quantile
@@ -36,8 +36,9 @@ NORM_RATE = 4  # times student_lr for the scale and shift of BatchNorm
 SPREAD = 0.5  # of contrast and brightness before images are refined; half of it whenever they are drawn
 SOFT_LABELS, SOFT_TEMPERATURE = 0.1, 4.0  # weight and temperature of the soft labels
 REFINED_LABELS = 0.1  # weight of the labels in refine
-KEEP_RANGES = {*"maxpool2d flatten dropout identity".split()}  # what leaves the range of a channel as it is
-AVERAGES = {*"adaptiveavgpool2d avgpool2d mean".split()}
+#: what leaves the range of a channel as it is
+KEEP_RANGES = {*"MaxPool2d max_pool2d Flatten flatten Dropout dropout Identity".split()}
+AVERAGES = {*"AdaptiveAvgPool2d adaptive_avg_pool2d AvgPool2d avg_pool2d mean".split()}
 SHAPES = 40  # at most, in an image of random_shapes
 
 
@@ -198,7 +199,7 @@ def widen_ranges(student: fx.GraphModule) -> None:
             continue
         source, low, high = node.all_input_nodes[0], -math.inf, math.inf
         kept = KEEP_RANGES | (AVERAGES if place.bits >= 6 else set())
-        while (ceiling := relu_ceiling(student, source)) is not None or _name(student, source) in kept:
+        while (ceiling := relu_ceiling(student, source)) is not None or name_of(student, source) in kept:
             low, high = (low, high) if ceiling is None else (0.0, min(high, ceiling))
             source = source.all_input_nodes[0]
         norm, old = module_of(student, source), place.running_min
@@ -208,13 +209,6 @@ def widen_ranges(student: fx.GraphModule) -> None:
                 reach = reach * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
             place.running_min = old.minimum((norm.bias - reach).clamp(low, high).view_as(old))
             place.running_max = place.running_max.maximum((norm.bias + reach).clamp(low, high).view_as(old))
-
-
-def _name(student: fx.GraphModule, node: fx.Node) -> str:
-    """Return the name of what a node of one input calls: the same for a module and for its function."""
-    module = module_of(student, node)
-    name = str(type(module).__name__ if module else getattr(node.target, "__name__", node.target))
-    return name.lower().replace("_", "") if len(node.all_input_nodes) == 1 else ""
 
 
 @torch.no_grad()

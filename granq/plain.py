@@ -122,18 +122,24 @@ def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def name_of(root: nn.Module, node: fx.Node) -> str:
+    """Return the name of what ``node`` calls: the class of a module, or a function."""
+    module = module_of(root, node)
+    return type(module).__name__ if module else str(getattr(node.target, "__name__", node.target))
+
+
 def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
     made, passed = node, set[str]()
     while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
         widens = made.target is operator.getitem and isinstance(made.args[1], tuple) and None in made.args[1]
-        passed.add("unsqueeze" if widens else str(getattr(made.target, "__name__", made.target)))
+        passed.add("unsqueeze" if widens else name_of(root, made))
         made = made.all_input_nodes[0]
     last, joined, moved = node, False, False
     while last.users and not isinstance(module_of(root, last), _CHANNELS):
         last = next(iter(last.users))
         joined |= not moved and _joins_maps(root, last)
-        moved |= str(last.target) in _MOVES or getattr(last.target, "__name__", "") in _MOVES
+        moved |= name_of(root, last) in _MOVES
     users = sorted(node.users, key=lambda user: not isinstance(module_of(root, user), LAYERS))
     for maker in (*users, made, last):  # whose layout is another one, is passed over
         if isinstance(layer := module_of(root, maker), _CHANNELS):
@@ -148,8 +154,7 @@ def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
 
 def _joins_maps(root: nn.Module, node: fx.Node) -> bool:
     """Say whether ``node`` pools or flattens maps: a Linear after it says nothing of what was before."""
-    module = module_of(root, node)
-    name = type(module).__name__ if module else str(getattr(node.target, "__name__", node.target))
+    module, name = module_of(root, node), name_of(root, node)
     if name == "mean":
         dims = node.kwargs.get("dim", (*node.args, None, None)[1])
         return not {3, -1}.isdisjoint(dims if isinstance(dims, list | tuple) else [dims])
