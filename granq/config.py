@@ -120,7 +120,3 @@ class QATConfig(Losses, Quantization, Run):
         else:
             chosen |= dict(warmup_epochs=50, alpha_ds=0.3 if bits == 5 else 0.2, lambda_l=0.1 if bits == 3 else 0.3)
         return cls(**(chosen | changes))
-
-
-_FIELDS = "".join(f"        {name}: {field.description}\n" for name, field in QATConfig.model_fields.items())
-QATConfig.__doc__ = f"{QATConfig.__doc__}\n    Args:\n{_FIELDS}    "  # for help(): pydantic shows no descriptions
