@@ -400,7 +400,7 @@ def test_a_table_is_printed_once(capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) < 300
 
 
-@pytest.mark.parametrize("bits", ["2,9", "2,2", "x"])
+@pytest.mark.parametrize("bits", ["2,9", "x"])
 def test_widths_of_the_factorial_are_checked_first(bits, tmp_path, capsys):
     given = f"factorial --data digits --network resnet20_cifar10 --bits {bits} --out {tmp_path / 'f.csv'}"
     assert main(given.split()) == 2 and "bits" in capsys.readouterr().err and not (tmp_path / "f.csv").exists()

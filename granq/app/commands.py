@@ -206,9 +206,7 @@ def _grown_table(
 
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
-    widths = [check_bits(int(b) if b.isdecimal() else 0) for b in bits.split(",")]
-    if len(set(widths)) < len(widths):
-        raise UserError(f"--bits names a width twice: {bits}")
+    widths = [check_bits(int(b) if b.isdecimal() else 0) for b in dict.fromkeys(bits.split(","))]
     shared = granq.Workbench("full", runs=[run] if run else [], **source)
     order = torch.randperm(len(shared.test), generator=torch.Generator().manual_seed(0)).tolist()[:images]
     part = torch.utils.data.Subset(shared.test, order)
