@@ -173,8 +173,7 @@ class RunFolder:
         # a hidden file is the lock, or half a file of a process that was killed
         found = self.path.is_file() or any(self.path.glob("[!.]*"))
         if found and not resume:
-            resumable = ", or --resume a run" if self.config.is_file() else ""
-            raise UserError(f"{self.path} is no empty folder; choose another --out{resumable}")
+            raise UserError(f"{self.path} is no empty folder; choose another --out, or --resume a run")
         if resume and not self.config.is_file() and (found or not self.path.exists()):
             raise UserError(f"{self.path} holds no run to resume")
 
