@@ -171,9 +171,8 @@ def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = 
 def augment(images: Tensor, flip: bool = True) -> Tensor:
     """Shift each uint8 image (N, 3, H, W) by up to 4 pixels, reflected at the border, and mirror half of them."""
     n, _, h, w = images.shape
-    padding = min(4, h - 1, w - 1)  # a border cannot reflect more than there is
-    padded = F.pad(images.float(), (padding,) * 4, mode="reflect")
-    dy, dx = (torch.randint(0, 2 * padding + 1, (n, 1), device=images.device) for _ in range(2))
+    padded = F.pad(images.float(), (4,) * 4, mode="reflect")
+    dy, dx = (torch.randint(0, 9, (n, 1), device=images.device) for _ in range(2))
     rows, cols = torch.arange(h, device=images.device) + dy, torch.arange(w, device=images.device).expand(n, -1)
     if flip:
         cols = torch.where(torch.rand(n, 1, device=images.device) < 0.5, cols.flip(1), cols)

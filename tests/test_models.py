@@ -326,7 +326,6 @@ def test_augmented_images_by_hand():
     for i in range(2):
         assert any(torch.equal(shifted[i], crop[i]) for crop in crops)
         assert any(torch.equal(mirrored[i], version[i]) for crop in crops for version in (crop, crop.flip(3)))
-    assert augment(images[:, :, :2, :2]).shape == (2, 3, 2, 2)  # too small for a border of 4
 
 
 @pytest.fixture
