@@ -56,9 +56,7 @@ def trace_plain(model: nn.Module, fixed: dict[str, Any]) -> fx.Graph:
         layer.__class__ = _base(layer)  # type: ignore[assignment]
         vars(layer).pop("forward", None)
         vars(layer).update(tracer.settings.get(layer, {}))
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.op != "get_attr")  # parameters that nobody reads any more
     return graph
 
 
