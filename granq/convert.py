@@ -45,7 +45,6 @@ class Quantizer(nn.Module):
         return qparams_from_range(low, high, self.bits, promote=promote)
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
-        """Quantize and dequantize ``x``."""
         if self.learned is not None:
             return fake_quantize_learned(x, qparams, self.bits)
         return fake_quantize_with(x, qparams, self.bits, self.clamp)

@@ -12,7 +12,6 @@ Batch = Tensor | Sequence[Tensor]  #: images (N, 3, H, W), or a pair (images, la
 
 
 def images_of(batch: Batch) -> Tensor:
-    """Return the images of a batch."""
     return batch if isinstance(batch, Tensor) else batch[0]
 
 

@@ -74,7 +74,6 @@ class IntegerLayer(nn.Module):
         return nn.functional.linear(x, weight) if self.conv is None else convolve(x, weight, self.conv)
 
     def rescaled(self, sums: Tensor) -> Tensor:
-        """Return the layer's output from its sums."""
         return sums * self.rescale.view(self.channels) + self.offset.view(self.channels)
 
     def forward(self, input: Tensor) -> Tensor:

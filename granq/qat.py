@@ -46,7 +46,6 @@ class AdaDFQ:
         return loss + margin_loss(t, s, c.lambda_l, c.lambda_u)
 
     def student_loss(self, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
-        """Return what the student minimizes."""
         return student_loss(t, s, self.config.temperature)
 
     def draw(self, game: "Game") -> tuple[Tensor, Tensor]:
@@ -59,7 +58,6 @@ class AdaDFQ:
             calibrate(game.student, [self.draw(game)[0] for _ in range(CALIBRATION)])
 
     def step(self, game: "Game") -> dict[str, Tensor]:
-        """Train the student for one iteration."""
         return game.play(train_student=True)
 
     def decay(self, done: float) -> float:
@@ -67,7 +65,6 @@ class AdaDFQ:
         return 1.0
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """Return the student's optimizer."""
         return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
@@ -265,7 +262,6 @@ class Game:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state`` returned."""
         self.student.load_state_dict(state["student"])  # with learned steps, if there were
         self.optimize_student()
         self.generator.load_state_dict(state["generator"])

@@ -199,7 +199,6 @@ class RunFolder:
             yield
 
     def write_config(self, config: QATConfig, facts: dict[str, Any]) -> None:
-        """Write settings and facts of the run as ``config.json``."""
         text = to_json({"config": config.model_dump(mode="json")} | facts, indent=2)
         save_atomically(self.config, lambda path: path.write_text(text))
 
@@ -220,7 +219,6 @@ class RunFolder:
         return told
 
     def save(self, state: dict[str, Any], rows: list[dict[str, float]]) -> None:
-        """Replace checkpoint and history."""
         save_atomically(self.checkpoint, lambda path: torch.save(state, path))
         write_csv(self.history, pd.DataFrame(rows))
 

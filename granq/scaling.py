@@ -50,7 +50,6 @@ class Conv(NamedTuple):
         return cls(layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def output_size(self, size: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
-        """Return height and width of the output."""
         spans = zip(size, self.padding, self.dilation, kernel, self.stride, strict=True)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in spans)
 
