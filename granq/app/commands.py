@@ -11,11 +11,10 @@ from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
 from granq.app.jobs import Count, Data, Mean, Network, Seed, Std, TeacherFile, channels, likely_data, parse_bits
-from granq.app.reporting import report
+from granq.app.reporting import Device, report
 from granq.errors import UserError
 from granq.schemes import check_bits
 
-Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 OwnNetwork = Annotated[str, arg(help="FILE.py:FUNCTION, again, if the run is of one: it is code")]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Words = tuple[str, ...]

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 import granq
-from granq.app.jobs import Count, Mean, Std, channels, likely_data, parse_bits
+from granq.app.jobs import Count, Mean, Network, Std, channels, likely_data, parse_bits
+
+Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 
 
 def report(
-    run: Positional[Path | None] = None, *, out: Path, network: str = "", teacher: Path | None = None,
+    run: Positional[Path | None] = None, *, out: Path, network: Network = "", teacher: Path | None = None,
     data: str | None = None, scheme: str = "granq", bits: str = "3,3", images: Count = 64,
-    image_size: int | None = None, mean: Mean = "", std: Std = "", device: str = "auto",
+    image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Write one HTML page about a network under quantization, layer by layer: a network by name, or a student.
 
     Args:
         run: run folder or packed student; without it --scheme and --bits quantize --network
         out: new file, FILE.html
-        network: a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION
         teacher: checkpoint; without it pretrained weights are downloaded, and a run folder's student is its own teacher
         data: test images of digits, cifar10, cifar100, imagenet or folder:PATH; without it, random shapes
         images: how many
         image_size: of a network by name; by default that of its data
-        device: auto, cpu, cuda or mps
     """
     import torch
 
