@@ -12,14 +12,13 @@ from typing_extensions import Self
 from granq.schemes import Scheme, get_scheme
 
 Bits = Annotated[int, Field(ge=2, le=8)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class Run(BaseModel):
     """How long a run is, and where it computes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     epochs: int = Field(10, ge=1, description="epochs in all")
     iterations: int = Field(100, ge=1, description="iterations of an epoch")
@@ -61,11 +60,11 @@ class Losses(BaseModel):
     generator_epochs: int = Field(0, ge=0, description="epochs after which the generator no longer learns; 0: never")
     milestones: tuple[int, ...] = Field((), description="epochs at which both rates fall to a tenth")
     temperature: Rate = Field(20.0, description="of the student's loss")
-    alpha_ds: Weight = Field(0.2, description="weight of the disagreement loss")
-    alpha_as: Weight = Field(0.1, description="weight of the agreement loss")
-    lambda_l: Weight = Field(0.1, description="lower margin of the entropy")
-    lambda_u: Weight = Field(0.8, description="upper margin of the entropy")
-    gamma: Weight = Field(1.0, description="weight of the BatchNorm loss")
+    alpha_ds: float = Field(0.2, description="weight of the disagreement loss")
+    alpha_as: float = Field(0.1, description="weight of the agreement loss")
+    lambda_l: float = Field(0.1, description="lower margin of the entropy")
+    lambda_u: float = Field(0.8, description="upper margin of the entropy")
+    gamma: float = Field(1.0, description="weight of the BatchNorm loss")
     refined_images: int = Field(0, ge=0, description="match: so many refined images, made once; 0: on new ones")
 
 
