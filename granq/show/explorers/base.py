@@ -63,6 +63,12 @@ def _fit(title: str, least: int) -> list[dict[str, Any]]:
     ]
 
 
+def panel(height: float, *layers: Any, title: Any = "") -> Any:
+    """Return a panel, as wide as all others; the last layer lies on top."""
+    heading = {"title": alt.Title(title, fontWeight="normal")} if title else {}
+    return alt.layer(*layers).properties(width=WIDTH, height=height, **heading)
+
+
 def color(name: str) -> str:
     """Return the color of a role; what is black on paper takes the color of the text."""
     return TEXT if role(name).color == BLACK else role(name).color

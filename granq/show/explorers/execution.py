@@ -6,7 +6,7 @@ import altair as alt
 import numpy as np
 from pandas import DataFrame
 
-from granq.show.explorers.base import RED, TEXT, WIDTH, finish, menu, pack, short
+from granq.show.explorers.base import RED, TEXT, WIDTH, finish, menu, pack, panel, short
 from granq.show.style import short_layer
 
 TEN = "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-9"  # Vega's log axis also labels 2, 3, 5 ...
@@ -39,7 +39,7 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
     chosen = alt.Chart(packed).transform_filter("datum.channel == channel && datum.at == pixel")
     products = chosen.transform_flatten([*lists])
 
-    def panel(field: str, title: str) -> Any:
+    def table(field: str, title: str) -> Any:
         limit = 1.6 * float(rows[field].abs().max())  # no cell so dark that its number drowns
         axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, grid=False)
         scale = alt.Scale(scheme="redblue", reverse=True, domain=[-limit, limit])
@@ -48,14 +48,13 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
         base = products.encode(x, y, tooltip=[f"{name}:Q" for name in lists])
         cells = base.mark_rect().encode(alt.Color(f"{field}:Q", legend=None, scale=scale))
         numbers = base.mark_text(color="black", fontSize=9).encode(text=f"{field}:Q")
-        both = alt.layer(cells, *[numbers] * (data.input_channel.nunique() <= 24))
-        return both.properties(width=WIDTH, height=108, title=alt.Title(title, fontWeight="normal"))
+        return panel(108, cells, *[numbers] * (data.input_channel.nunique() <= 24), title=title)
 
     text = chosen.transform_calculate(text=" + '\\n' + ".join(map("({})".format, LINES)))
     text = text.mark_text(align="left", fontSize=12, lineBreak="\n", lineHeight=17)
     text = text.encode(text="text:N", x=alt.value(0), y=alt.value(8)).properties(width=WIDTH, height=17 * len(LINES))
     titles = {"u": "integers of the input in the window, u = q + z", "v": "integers of the filter, v"}
-    panels = [panel(field, title) for field, title in (titles | {"product": "products u · v"}).items()]
+    panels = [table(field, title) for field, title in (titles | {"product": "products u · v"}).items()]
     chart = alt.vconcat(*panels, text, spacing=6).resolve_scale(color="independent")
     told = "Integers in the window of one output value, of the filter, their products, the sum and what becomes of it."
     channels = menu("channel", data.channel.unique().tolist(), "output channel")
@@ -76,7 +75,7 @@ def speed_lab(data: DataFrame) -> alt.VConcatChart:
     looks = alt.Scale(domain=order, range=[RED if name == "pre-scaled" else TEXT for name in order])
     colors, hover = alt.Color("execution:N", scale=looks, legend=None), ["execution:N", "shape:N", *numbers]
 
-    def panel(field: str, title: str) -> Any:
+    def dots(field: str, title: str) -> Any:
         said = "format(datum.value, '~s')" if title.startswith("predicted") else "datum.value"
         zero = "datum.value == 1 ? '0' : " if field == "counted" else ""  # a logarithm knows no zero: it stands at 1
         axis = alt.Axis(labelExpr=f"{TEN} ? {zero}{said} : ''", labelOverlap="greedy", labelSeparation=4, grid=False)
@@ -85,11 +84,10 @@ def speed_lab(data: DataFrame) -> alt.VConcatChart:
         base = alt.Chart(rows).encode(y, colors)
         others = base.mark_circle(size=18, opacity=0.4).encode(x)
         chosen = base.transform_filter("datum.shape == shape")
-        dots = chosen.mark_circle(size=70, opacity=1).encode(x, tooltip=hover)
+        own = chosen.mark_circle(size=70, opacity=1).encode(x, tooltip=hover)
         bars = chosen.mark_rule(strokeWidth=2).encode(x="q25_ms:Q", x2="q75_ms:Q")
-        chart: Any = alt.layer(others, *[bars] * (field == "median_ms"), dots)
-        return chart.properties(width=WIDTH, height=96, title=alt.Title(title, fontWeight="normal"))
+        return panel(96, others, *[bars] * (field == "median_ms"), own, title=title)
 
     told = "Time, memory, multiplications and bytes of every execution of a convolution; red is pre-scaling (GranQ)."
-    chart = alt.vconcat(*(panel(field, title) for field, title in PANELS.items()))
+    chart = alt.vconcat(*(dots(field, title) for field, title in PANELS.items()))
     return finish(chart, "Does counting predict the time?", told, menu("shape", dict.fromkeys(shapes)))

@@ -13,7 +13,7 @@ from granq.errors import UserError
 from granq.graph import SHAPE, trace
 from granq.measure.running import DEAD
 from granq.plain import LAYERS, module_of
-from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, layer_axis, menu, pack, pick_layer, short, slider
+from granq.show.explorers.base import RED, TEXT, color, finish, layer_axis, menu, pack, panel, pick_layer, short, slider
 from granq.show.layers import METRIC_LABELS, SENSITIVITY_LABELS, SQNR_CEILING
 from granq.show.style import GREY, select
 
@@ -49,7 +49,7 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     looks = alt.Scale(domain=schemes, range=[color(name) for name in schemes])
     scheme = alt.Color("scheme:N", title=None, scale=looks, legend=alt.Legend(orient="top"))
 
-    def panel(chart: Any, x: alt.X, height: int, hover: str, title: str, *below: Any) -> Any:
+    def drawn(chart: Any, x: alt.X, height: int, hover: str, title: str, *below: Any) -> Any:
         y = alt.Y("value:Q", title=None, scale=LOOSE)
         shown = chart.transform_filter("datum.scheme == scheme || pinned == 'all' || datum.scheme == pinned")
         shape, told = alt.Shape("scheme:N", title=None, scale=alt.Scale(domain=schemes)), ["layer:N", "scheme:N", hover]
@@ -58,8 +58,7 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
         fixed = chart.mark_point(opacity=0, aria=False).encode(x, y)  # the axes stay when schemes are chosen
         wide = alt.condition("datum.scheme == scheme", alt.value(2.5), alt.value(1))
         lines = shown.mark_line().encode(x, y, scheme, strokeWidth=wide)
-        said = alt.Title(alt.expr(title), fontWeight="normal")
-        return alt.layer(fixed, lines, *below, dots).properties(width=WIDTH, height=height, title=said)
+        return panel(height, fixed, lines, *below, dots, title=alt.expr(title))
 
     every = _placed(rows)
     x = alt.X("place:Q", title=None, axis=layer_axis(rows.layer, "order == 'depth'"), scale=LOOSE)
@@ -70,8 +69,8 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     own = own.transform_window(rank="row_number()", sort=[alt.SortField("bad")], groupby=["scheme"])
     ranks = alt.X("rank:Q", title="output channels of the chosen layer, worst first", scale=LOOSE,
                   axis=alt.Axis(tickMinStep=1, format="d"))  # fmt: skip
-    below = panel(own, ranks, 140, "channel:Q", INSIDE)
-    panels = [panel(every, x, 190, "worst:Q", ABOVE, here.add_params(pick)), below]
+    below = drawn(own, ranks, 140, "channel:Q", INSIDE)
+    panels = [drawn(every, x, 190, "worst:Q", ABOVE, here.add_params(pick)), below]
     chart = alt.vconcat(*panels) if layout is None else _under_graph(panels, rows, layout, pick)
     told = "The error of every layer under several schemes, and below it that of the channels of one layer."
     return finish(chart, "Which layer is guilty?", told, *controls)
@@ -165,8 +164,7 @@ def network_panel(every: Any, layout: DataFrame, tooltip: list[Any]) -> Any:
     strength = alt.FillOpacity("bad:Q", legend=None, scale=alt.Scale(range=[1, 0.05], zero=False, nice=False))
     layers = every.mark_circle(fill=RED, stroke=TEXT, strokeWidth=1, size=90, cursor="pointer")
     layers = layers.encode(x, y, strength, tooltip=tooltip)
-    height = 24 * float(np.ptp(layout.y)) + 30
-    return alt.layer(edges, joins, layers).resolve_scale(shape="independent").properties(width=WIDTH, height=height)
+    return panel(24 * float(np.ptp(layout.y)) + 30, edges, joins, layers).resolve_scale(shape="independent")
 
 
 def range_explorer(data: DataFrame) -> alt.VConcatChart:
@@ -181,26 +179,22 @@ def range_explorer(data: DataFrame) -> alt.VConcatChart:
     shown: Any = alt.Chart(short(rows.assign(whole=rows.high - rows.low), ENDS)).transform_filter("datum.part == part")
     for name in ENDS[4:]:
         shown = shown.transform_calculate(**{name: f"datum.{name} > 0 ? datum.{name} / (pow(2, bits) - 1) : null"})
-    loose = alt.Scale(nice=False, zero=False, padding=8)
-    x = alt.X("place:Q", title=None, axis=layer_axis(data.layer), scale=loose)
-
-    def panel(ends: tuple[str, str], inner: Any, title: str, y: alt.Y, **look: Any) -> Any:
-        hover = ["layer:N", *(f"{name}:Q" for name in ENDS)]
-        outer = shown.mark_rule(**look).encode(x, y, y2=f"{ends[1]}:Q", tooltip=hover)
-        layers = [outer, *(mark.encode(x, alt.Y(f"{name}:Q"), tooltip=hover, **more) for mark, name, more in inner)]
-        return alt.layer(*layers).properties(width=WIDTH, height=150, title=alt.Title(title, fontWeight="normal"))
-
-    usual = (shown.mark_rule(color=RED, strokeWidth=5), "usual_low", {"y2": "usual_high:Q"})
-    point: dict[str, Any] = dict(filled=True, size=35, opacity=1)
-    steps: list[Any] = [(shown.mark_point(shape="circle", color=RED, **point), "median", {}),
-             (shown.mark_point(shape="diamond", color=TEXT, **point), "whole", {})]  # fmt: skip
+    x = alt.X("place:Q", title=None, axis=layer_axis(data.layer), scale=LOOSE)
+    shown = shown.encode(x, tooltip=["layer:N", *(f"{name}:Q" for name in ENDS)])
     log = alt.Y("narrowest:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g"))
-    chart = alt.vconcat(
-        panel(("low", "high"), [usual], "range of the layer, and in red of its median channel",
-              alt.Y("low:Q", title=None, scale=loose), strokeWidth=2),
-        panel(("narrowest", "widest"), steps, "steps, from the narrowest to the widest channel; red: the median; "
-              "diamond: one for all", log, color=GREY, strokeWidth=3),
-    )  # fmt: skip
+    point: dict[str, Any] = dict(filled=True, size=35, opacity=1)
+    ranges = [
+        shown.mark_rule(strokeWidth=2).encode(alt.Y("low:Q", title=None, scale=LOOSE), y2="high:Q"),
+        shown.mark_rule(color=RED, strokeWidth=5).encode(y="usual_low:Q", y2="usual_high:Q"),
+    ]
+    steps = [
+        shown.mark_rule(color=GREY, strokeWidth=3).encode(log, y2="widest:Q"),
+        shown.mark_point(shape="circle", color=RED, **point).encode(y="median:Q"),
+        shown.mark_point(shape="diamond", color=TEXT, **point).encode(y="whole:Q"),
+    ]
+    said = "steps, from the narrowest to the widest channel; red: the median; diamond: one for all"
+    above = panel(150, *ranges, title="range of the layer, and in red of its median channel")
+    chart = alt.vconcat(above, panel(150, *steps, title=said))
     told = "The range of every layer with that of its median channel, and below it the steps that its channels need."
     parts = menu("part", sorted(data.part.unique()), "ranges of")
     return finish(chart, "How far apart are the ranges?", told, parts, slider("bits", 3, 2, 8))

@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 from granq.measure.running import ACTIVATION_GRANULARITIES as GRANULARITIES
 from granq.measure.running import DEAD
 from granq.quantizer import fake_quantize_with, qparams_from_range
-from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, menu, pack, quantized, short, slider
+from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, menu, pack, panel, quantized, short, slider
 from granq.show.style import GREY, role, select, short_layer
 
 HOVER = [alt.Tooltip("x:Q", format=".4f"), alt.Tooltip("code:Q"), alt.Tooltip("value:Q", format=".4f")]
@@ -49,9 +49,8 @@ def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
     exact = points.mark_line(color=GREY).encode(x, alt.Y("x:Q", title="after rounding"))
     still = shown.mark_point(opacity=0, aria=False)  # the axes stay when bits change
     fixed = [still.encode(x=end, y=end) for end in ("reach_low:Q", "reach_high:Q")]
-    histogram = alt.layer(bars, landed, ticks).properties(width=WIDTH, height=150)
-    staircase = alt.layer(exact, *fixed, stairs).properties(width=WIDTH, height=220)
-    chart = alt.vconcat(_quality(points), histogram, staircase, spacing=8).resolve_scale(x="shared")
+    panels = _quality(points), panel(150, bars, landed, ticks), panel(220, exact, *fixed, stairs)
+    chart = alt.vconcat(*panels, spacing=8).resolve_scale(x="shared")
     told = "Histogram of one channel with the quantization levels on it; below it, values before and after rounding."
     return finish(chart, "What do few bits do to one channel?", told, *controls)
 
@@ -109,20 +108,17 @@ def quantizer_playground(data: DataFrame) -> alt.VConcatChart:
     far_off = alt.Chart(DataFrame({"at": [0]})).transform_calculate(x="outlier")
     far_off = far_off.mark_point(shape="diamond", filled=True, size=90, color=TEXT).encode(x, y=alt.value(8))
 
-    def panel(field: str, title: str, domain: list[float], last: bool = False) -> Any:
-        across = x.axis(alt.Axis(tickCount=10)).title("number") if last else x
+    def curve(field: str, other: str, title: str, domain: list[float], across: alt.X = x) -> list[Any]:
         y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(domain=domain, nice=False), axis=alt.Axis(tickCount=3))
         dots = points.mark_circle(color=RED, size=25, opacity=1, clip=True).encode(across, y, tooltip=HOVER)
-        other = {"value": "x", "error": "zero", "one": "zero"}[field]
-        grey = points.mark_line(color=GREY, clip=True).encode(across, alt.Y(f"{other}:Q"))
-        return alt.layer(grey, dots).properties(width=WIDTH, height=110 if field == "value" else 60)
+        return [points.mark_line(color=GREY, clip=True).encode(across, alt.Y(f"{other}:Q")), dots]
 
-    margin = width / 4
+    margin, named = width / 4, x.axis(alt.Axis(tickCount=10)).title("number")
     panels = [
-        alt.layer(line, starts, ends, codes, far_off).properties(width=WIDTH, height=95),
-        panel("value", "after rounding", [least - margin, most + margin]),
-        panel("error", "error", [-margin, margin]),
-        panel("one", "gradient", [-0.2, 1.2], last=True),
+        panel(95, line, starts, ends, codes, far_off),
+        panel(110, *curve("value", "x", "after rounding", [least - margin, most + margin])),
+        panel(60, *curve("error", "zero", "error", [-margin, margin])),
+        panel(60, *curve("one", "zero", "gradient", [-0.2, 1.2], named)),
     ]
     told = "Numbers joined to the levels they are rounded to; below it the values after rounding, errors, gradients."
     return finish(alt.vconcat(*panels, spacing=10), "Which numbers can a few bits tell apart?", told, *controls)
@@ -191,15 +187,14 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
     axis = alt.Axis(labelOverlap=True, labelAngle=0, labelSeparation=8, ticks=False, grid=False)
     across, down = alt.X("channel:O", title=None, axis=axis), alt.Y(f"{one}:O", axis=axis)
 
-    def panel(name: str) -> Any:
+    def grid(name: str) -> Any:
         own = chosen.transform_filter(alt.datum.shown == name)
         mark = own.transform_filter(f"datum.{one} == row").transform_aggregate(groupby=[one])
         mark = mark.mark_point(shape="triangle-left", filled=True, size=60, opacity=1, color=TEXT)
         cells = own.mark_rect().encode(across, down, colors, tooltip=hover)
-        both = alt.layer(cells, mark.encode(down, x=alt.value({"expr": "width + 8"})))
-        return both.properties(width=WIDTH, height=64, title=name)
+        return panel(64, cells, mark.encode(down, x=alt.value({"expr": "width + 8"}))).properties(title=name)
 
-    maps = alt.vconcat(*map(panel, names.values()))
+    maps = alt.vconcat(*map(grid, names.values()))
     looks = alt.Scale(domain=list(names.values()), range=[color(name) for name in names])
     points = chosen.transform_filter(f"datum.{one} == row").mark_point(filled=True, size=30, opacity=1).encode(
         alt.X("channel:Q", title=f"channel of this {one}", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
@@ -207,7 +202,6 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
         alt.Color("shown:N", title=None, scale=looks, legend=alt.Legend(orient="top", columns=2, labelLimit=250)),
         alt.Shape("shown:N", title=None, scale=alt.Scale(domain=looks.domain)), tooltip=hover)  # fmt: skip
     fixed = chosen.mark_point(opacity=0, aria=False).encode(x="channel:Q", y="scale:Q")  # axes stay for every row
-    line = alt.layer(fixed, points).properties(width=WIDTH, height=150)
-    chart = alt.vconcat(maps, line).resolve_scale(color="independent", shape="independent")
+    chart = alt.vconcat(maps, panel(150, fixed, points)).resolve_scale(color="independent", shape="independent")
     told = f"Maps of the quantization step of every {one} and channel for each granularity, and the steps of one {one}."
     return finish(chart, f"Which channels share a step, and which {one} needs its own?", told, choice, rows_of)

@@ -9,7 +9,7 @@ from pandas import DataFrame
 from PIL import Image
 
 from granq.measure.images import decode_pixels
-from granq.show.explorers.base import TEXT, WIDTH, finish, layer_axis, menu, pick_layer, short
+from granq.show.explorers.base import TEXT, WIDTH, finish, layer_axis, menu, panel, pick_layer, short
 from granq.show.style import GREY, ROLES
 
 QUANTITIES = {"ks_distance": "KS distance", "shift": "shift of the mean (in std)", "ratio": "ratio of variances"}
@@ -37,16 +37,15 @@ def synthetic_against_real(gap: DataFrame, images: DataFrame) -> alt.VConcatChar
     x = alt.X("place:Q", title=None, axis=layer_axis(rows.layer), scale=alt.Scale(nice=False, padding=10))
     dots = every.mark_circle(size=14, opacity=0.7).encode(x, alt.Y("value:Q", title=None), colors, tooltip=hover)
     middle = every.mark_tick(color=TEXT, opacity=1, width=9, thickness=2).encode(x, alt.Y("median(value):Q"))
-    said = alt.Title(alt.expr(f"{QUANTITIES}[quantity] + ', channels and their median'"), fontWeight="normal")
-    distances = alt.layer(dots.add_params(pick), middle).properties(width=WIDTH, height=150, title=said)
+    said = alt.expr(f"{QUANTITIES}[quantity] + ', channels and their median'")
+    distances = panel(150, dots.add_params(pick), middle, title=said)
     own, real = every.transform_filter(pick), alt.X("mean_real:Q", title="mean of a channel of the chosen layer, real")
     compared = alt.Y("mean_real:Q", title="mean, compared", scale=alt.Scale(zero=False))
     equal = own.mark_line(color=TEXT, strokeDash=[3, 3]).encode(real, compared)
     means = own.mark_circle(size=40, opacity=0.8).encode(real, alt.Y("mean_synthetic:Q"), colors, tooltip=hover)
-    inside = alt.layer(equal, means).properties(width=WIDTH, height=140)
     told = "Generated and real images of each label, and how far apart their activations are in every layer."
     choice = menu("quantity", QUANTITIES, labels=list(QUANTITIES.values()))
-    chart = alt.vconcat(_strip(images), distances, inside)
+    chart = alt.vconcat(_strip(images), distances, panel(140, equal, means))
     return finish(chart, "How far are generated images from real ones?", told, choice)
 
 
