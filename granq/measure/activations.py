@@ -28,11 +28,9 @@ def measure_activation_distortion(
     """Measure histograms of the activations in front of ``layers``, quantized and not, and the error by value.
 
     The 64 bins of a layer span its range in the **first batch**; later values outside count in the outermost bins.
-
-    Returns:
-        One row per bin: layer, bits, granularity, bin_left, bin_right, density_full_precision, density_quantized (per
-        unit of activation), rms_error (of the values whose full-precision value lies in the bin; NaN for an empty
-        bin), mse and sqnr_db (of the whole layer), images.
+    Columns: layer, bits, granularity, bin_left, bin_right, density_full_precision, density_quantized (per unit of
+    activation), rms_error (of the values whose full-precision value lies in the bin; NaN for an empty bin), mse and
+    sqnr_db (of the whole layer), images.
     """
     ranges: dict[str, tuple[float, float]] = {}
     sums: dict[tuple[str, int, str], Tensor] = {}  # (4, BINS): counts before and after, squared error and signal
@@ -75,9 +73,8 @@ def measure_activation_samples(
         channels: how many of each layer, evenly spaced from the narrowest to the widest range in the last source.
         values: how many of each channel of each image, evenly spaced from the smallest to the largest.
 
-    Returns:
-        One row per value: source, layer, image, channel, rank (0: narrowest), x, and for every granularity of
-        activations the ends of its range, such as per_tensor_low and per_tensor_high.
+    Columns: source, layer, image, channel, rank (0: narrowest), x, and for every granularity of activations the ends of
+    its range, such as per_tensor_low and per_tensor_high.
     """
     frames, names = [], running.checked(model, layers)
     found = ((source, call) for source in images for call in running.calls(model, images[source], names))
@@ -148,13 +145,12 @@ def measure_integer_walk(
 ) -> pd.DataFrame:
     """Compute outputs of a convolution of a calibrated foldable student in integers, for the first of ``images``.
 
-    Returns:
-        One row per product, of ``channels`` and ``pixels`` of the output, evenly spaced: channel, row, column (of the
-        output), input_channel, place (in the kernel), q and z (code and zero point of the input, zero in the padding),
-        v (integer weight), sum (int32, of all (q + z) * v), rescale, offset, value (rescale * sum + offset), student
-        (what it computes in floating point), layer; and of the place that the output reaches first: read (the value),
-        free and code (before and after the clamp), NaN if there is no place of that shape. Raises UserError for a
-        layer that does not run in integers.
+    Rows are products, of ``channels`` and ``pixels`` of the output, evenly spaced. Columns: channel, row, column (of
+    the output), input_channel, place (in the kernel), q and z (code and zero point of the input, zero in the padding),
+    v (integer weight), sum (int32, of all (q + z) * v), rescale, offset, value (rescale * sum + offset), student (what
+    it computes in floating point), layer; and of the place that the output reaches first: read (the value), free and
+    code (before and after the clamp), NaN if there is no place of that shape. Raises UserError for a layer that does
+    not run in integers.
     """
     student, images = copy.deepcopy(student).cpu(), images.cpu()  # CUDA has no convolution of integers
     conv = cast(Any, student.get_submodule(*running.checked(student, [layer])))

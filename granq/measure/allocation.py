@@ -33,10 +33,8 @@ def allocate_bits(table: pd.DataFrame, budget: float, kind: str = "average") -> 
 
     Returns:
         ``{layer: (weight_bits, act_bits)}``; layers that read one place get one width, and what no quantizer rounds
-        gets 0, full precision: ``bits`` of ``quantize_model``.
-
-    Raises:
-        UserError: the table lacks rows, or its bits cannot give the budget.
+        gets 0, full precision: ``bits`` of ``quantize_model``. Raises UserError if the table lacks rows, or if its bits
+        cannot give the budget.
     """
     one_of("kind of budget", kind, BUDGETS)
     if pd.api.types.is_float_dtype(table.layer):  # of "1.1" and "1.10" it made one
@@ -71,26 +69,21 @@ def measure_budgets(
 
     ``images`` are batches without labels, such as generated ones: they alone set ranges and choose among ``choices``.
     ``evaluate`` gives the accuracy in percent. Uniform widths are the whole numbers around the ``budgets``; next to
-    them stands ``granq`` at the middle width.
-
-    Returns:
-        Columns scheme, how (uniform, allocated), average (the budget), top1, training ("before training"), and those of
-        ``summarize_audit``.
+    them stands ``granq`` at the middle width. Columns: scheme, how (uniform, allocated), average (the budget), top1,
+    training ("before training"), and those of ``summarize_audit``.
     """
-    rows = list[dict[str, Any]]()
-    how: dict[str, Any] = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
+    rows, both = list[dict[str, Any]](), ["weights", "activations"]
     whole = sorted({side(budget) for budget in budgets for side in (math.floor, math.ceil)})
-    for scheme in dict.fromkeys((*schemes, "granq")):
-        widths = whole if scheme in schemes else [whole[len(whole) // 2]]
-        runs: list[Any] = [("uniform", float(k), None) for k in widths]
-        if scheme in schemes:
-            table = measure_sensitivity(model, images, scheme, choices, **how)
-            runs += [("allocated", budget, allocate_bits(table, budget)) for budget in budgets]
-        for kind, average, bits in runs:
-            student = quantize_model(model, scheme, int(average), int(average), bits=bits)
-            calibrate(student, images)
-            known = dict(scheme=scheme, how=kind, average=average, top1=evaluate(student), training="before training")
-            rows.append(known | summarize_audit(audit(student, images[0][:2])))
+    runs: list[Any] = [(scheme, "uniform", float(k), None) for scheme in schemes for k in whole]
+    runs.append(("granq", "uniform", float(whole[len(whole) // 2]), None))
+    for scheme in schemes:
+        table = measure_sensitivity(model, images, scheme, choices, kinds=["alone"], parts=both, calibration=images)
+        runs += [(scheme, "allocated", budget, allocate_bits(table, budget)) for budget in budgets]
+    for scheme, how, average, bits in runs:
+        student = quantize_model(model, scheme, int(average), int(average), bits=bits)
+        calibrate(student, images)
+        known = dict(scheme=scheme, how=how, average=average, top1=evaluate(student), training="before training")
+        rows.append(known | summarize_audit(audit(student, images[0][:2])))
     return pd.DataFrame(rows)
 
 

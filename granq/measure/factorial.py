@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from granq.convert import calibrate, check_copy, quantize_model
-from granq.errors import UserError
 from granq.files import write_csv
 from granq.hooks import images_of
 from granq.measure import running
@@ -54,7 +53,6 @@ def measure_granularity_factorial(
     """Measure the accuracy of every cell on the same images, with a bootstrap interval over the images.
 
     Args:
-        model: the full-precision network.
         batches: a list of test images and labels. Dynamic ``per_tensor`` and ``per_channel`` ranges belong to a batch:
             mix the classes, and keep the batch size.
         cells: of ``factorial_cells``.
@@ -62,15 +60,12 @@ def measure_granularity_factorial(
         facts: provenance, repeated in every row.
         out: CSV, replaced after every cell. Cells it already holds are not measured again.
 
-    Returns:
-        Columns weights, activations, ranges, bits, seed, top1 (percent), lost (points below the model on the same
-        images), each with the ends ``_low`` and ``_high`` of its 95 % percentile interval (lost: paired by image),
-        images, batch_size (largest), reference_top1 (of ``model`` on them), and ``facts``.
+    Columns: weights, activations, ranges, bits, seed, top1 (percent), lost (points below the model on the same images),
+    each with the ends ``_low`` and ``_high`` of its 95 % percentile interval (lost: paired by image), images,
+    batch_size (largest), reference_top1 (of ``model`` on them), and ``facts``.
     """
     batches = list(batches)
     reference = 100.0 * running.right(model, batches)
-    if len(reference) < 2:
-        raise UserError("an interval over images needs two of them, this is one")
     known = {"images": len(reference), "batch_size": max(len(images_of(batch)) for batch in batches)} | (facts or {})
     known |= {"reference_top1": reference.mean()}
     rows = running.kept_rows(out, known)

@@ -22,11 +22,8 @@ def measure_synthetic_gap(
     """Measure how far the activations of synthetic images are from those of real images, per layer and channel.
 
     The two-sample distance is Kolmogorov and Smirnov's: the largest difference of the two distribution functions,
-    0 (equal) to 1 (disjoint), seen at 64 quantiles of the channel in the **first real batch**.
-
-    Returns:
-        Columns layer, channel, mean_synthetic, mean_real, variance_synthetic, variance_real, ks_distance,
-        images_synthetic, images_real.
+    0 (equal) to 1 (disjoint), seen at 64 quantiles of the channel in the **first real batch**. Columns: layer, channel,
+    mean_synthetic, mean_real, variance_synthetic, variance_real, ks_distance, images_synthetic, images_real.
     """
     edges: dict[str, Tensor] = {}  # (C, BINS)
 
@@ -75,11 +72,9 @@ def measure_generated_images(
     """Draw images for every label as one batch in the generator's own mode; measure what the teacher thinks of them.
 
     ``spec`` says how many labels there are, and how images are normalized; without it the generator says how many, and
-    pixels are shown as of mean 0.5 and deviation 0.25. Generator and global random state stay.
-
-    Returns:
-        One row per image: label (asked for), sample, predicted, confidence (the teacher's probability of the label),
-        size (side in pixels), pixels (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
+    pixels are shown as of mean 0.5 and deviation 0.25. Generator and global random state stay. Columns: label (asked
+    for), sample, predicted, confidence (the teacher's probability of the label), size (side in pixels), pixels
+    (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
     """
     device = next(teacher.parameters()).device
     classes = spec.classes if spec else int(generator.classes)  # type: ignore[arg-type]

@@ -71,10 +71,9 @@ def measure_latency_quantizer(
 ) -> pd.DataFrame:
     """Time fake quantization, forward and backward, per method and activation shape (N, C, H, W), float32.
 
-    Returns:
-        Columns method, shape, bytes, bits, median_ms, q25_ms, q75_ms, ratio_to_textbook and ratio_to_copy (medians of
-        the ratios within a repetition; quartiles in ``..._q25``, ``..._q75``), repetitions, threads, torch, device.
-        ``copy`` is the floor, ``x.clone()``. Methods that end in ``NHWC`` get the tensor as channels_last.
+    Method ``copy`` is the floor, ``x.clone()``; ``NHWC`` is a tensor in channels_last. Columns: method, shape, bytes,
+    bits, median_ms, q25_ms, q75_ms, ratio_to_textbook and ratio_to_copy (medians of the ratios within a repetition;
+    quartiles in ``..._q25``, ``..._q75``), repetitions, threads, torch, device.
     """
     frames = []
     for shape in tqdm(shapes, desc="quantizer", unit="shape", leave=False):
@@ -122,11 +121,8 @@ def measure_latency_scaling(
 
     ``fixed`` is (channels, batch): the one that stays while the other varies. Finding scales is not timed. Sums are
     int32 on the CPU, where PyTorch does not optimize integer convolutions: ``layer-wise, float32`` holds the same exact
-    integers as floats, as all do on other devices.
-
-    Returns:
-        Columns execution, channels, batch, size, bits, median_ms, q25_ms, q75_ms, peak_mb (``peak_mb``),
-        scale_multiplications, bytes (``count_scaling``), repetitions, threads, torch, device.
+    integers as floats, as all do on other devices. Columns: execution, channels, batch, size, bits, median_ms, q25_ms,
+    q75_ms, peak_mb, scale_multiplications and bytes (``count_scaling``), repetitions, threads, torch, device.
     """
     frames = []
     shapes = dict.fromkeys([(c, fixed[1]) for c in channels] + [(fixed[0], n) for n in batches])

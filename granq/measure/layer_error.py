@@ -38,12 +38,10 @@ def measure_layer_error(
             a name: their layers have the names of ``model``'s, and quantize their inputs themselves.
         bits: bit width, or (weights, activations); of networks that are quantized already it is only repeated.
         per_channel: rows of single output channels, too.
-        layers: names; all Conv2d and Linear layers by default.
         calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
 
-    Returns:
-        Columns layer, scheme, weight_bits, act_bits, mode, (channel, NaN in rows of layers,) mse, sqnr_db (infinite:
-        exact), cosine_similarity, images.
+    Columns: layer, scheme, weight_bits, act_bits, mode, (channel, NaN in rows of layers,) mse, sqnr_db (infinite:
+    exact), cosine_similarity, images.
     """
     for mode in modes:
         one_of("mode", mode, MODES)

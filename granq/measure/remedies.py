@@ -23,18 +23,14 @@ def measure_remedies(
 ) -> pd.DataFrame:  # fmt: skip
     """Try remedies on one layer at a time: where it is quantized alone, and where the whole network is.
 
-    Args:
-        model, batches, scheme, calibration: see ``measure_sensitivity``.
-        bits: of weights and activations.
-        layers: names, or how many: those with the largest KL when quantized alone.
+    ``layers`` are names, or how many: those with the largest KL when quantized alone. For the rest see
+    ``measure_sensitivity``.
 
-    Returns:
-        Columns layer, remedy ("none", a finer granularity, "range cut" by ``ranges.best_quantile`` where it is static,
-        one or two more bits, "left out"), where (alone, whole), kl and the other metrics of ``measure_sensitivity``,
-        recovered (share of the KL without remedy that is gone), with labels gained (points of top-1), and of the
-        layer's full-precision input and weight in the first batch: channel_ratio (range of the widest channel to the
-        median one), input_range and largest_weight (in standard deviations), levels (in use in a channel of an image),
-        depthwise.
+    Columns: layer, remedy ("none", a finer granularity, "range cut" by ``ranges.best_quantile`` where it is static, one
+    or two more bits, "left out"), where (alone, whole), kl and the other metrics of ``measure_sensitivity``, recovered
+    (share of the KL without remedy that is gone), with labels gained (points of top-1), and of the layer's
+    full-precision input and weight in the first batch: channel_ratio (range of the widest channel to the median one),
+    input_range and largest_weight (in standard deviations), levels (in use in a channel of an image), depthwise.
     """
     scheme, plain = get_scheme(scheme), full_precision(model, batches)
     warm = batches[:1] if calibration is None else calibration

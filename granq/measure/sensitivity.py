@@ -49,7 +49,6 @@ def measure_sensitivity(
     """Measure what the quantization of every layer does to the output of the network.
 
     Args:
-        model: the full-precision network.
         batches: a list of images, or of pairs (images, labels).
         scheme: name or scheme; or a network that somebody quantized already, whose layers have the same names. If
             ``quantize_model`` did not make it, only what its layers do themselves counts.
@@ -61,13 +60,12 @@ def measure_sensitivity(
         facts: provenance, repeated in every row.
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
 
-    Returns:
-        Columns layer, place (of the quantizer in front of it, "" without), grid (granularity of its weight, likewise),
-        weights, macs (per image), kl (teacher to student, mean over images, nats), agreement (percent of images with
-        the teacher's prediction), sqnr_db (of the logits), with labels top1, lost (points below the teacher, and its
-        95 % bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images),
-        kind, part, bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme;
-        logit_norm (of all logits), start (a hash of a given student, or of tracked ranges): ``out`` is of these.
+    Columns: layer, place (of the quantizer in front of it, "" without), grid (granularity of its weight, likewise),
+    weights, macs (per image), kl (teacher to student, mean over images, nats), agreement (percent of images with the
+    teacher's prediction), sqnr_db (of the logits), with labels top1, lost (points below the teacher, and its 95 %
+    bootstrap interval ``_low`` to ``_high``, paired by image), right_to_wrong and wrong_to_right (images), kind, part,
+    bits, recovered (share of the whole network's KL that is gone; NaN for ``alone``), images, scheme; logit_norm (of
+    all logits), start (a hash of a given student, or of tracked ranges): ``out`` is of these.
     """
     for kind, part in product(kinds, parts):
         one_of("kind", kind, KINDS)
