@@ -74,11 +74,12 @@ def measure_budgets(
     """
     rows, both = list[dict[str, Any]](), ["weights", "activations"]
     whole = sorted({side(budget) for budget in budgets for side in (math.floor, math.ceil)})
-    runs: list[Any] = [(scheme, "uniform", float(k), None) for scheme in schemes for k in whole]
-    runs.append(("granq", "uniform", float(whole[len(whole) // 2]), None))
+    runs = list[Any]()
     for scheme in schemes:
         table = measure_sensitivity(model, images, scheme, choices, kinds=["alone"], parts=both, calibration=images)
+        runs += [(scheme, "uniform", float(k), None) for k in whole]
         runs += [(scheme, "allocated", budget, allocate_bits(table, budget)) for budget in budgets]
+    runs.append(("granq", "uniform", float(whole[len(whole) // 2]), None))
     for scheme, how, average, bits in runs:
         student = quantize_model(model, scheme, int(average), int(average), bits=bits)
         calibrate(student, images)
