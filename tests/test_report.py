@@ -132,9 +132,6 @@ def test_without_images_it_draws_shapes_and_leaves_the_random_state(tiny: nn.Mod
     assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
     page = (tmp_path / "1.html").read_text(encoding="utf-8")
     assert "4, random shapes, seed 0" in page and "static ranges" not in page
-    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
-    with pytest.raises(granq.UserError, match=r"cannot take images \(16, 3, 224, 224\)"):
-        granq.report(small, out=tmp_path / "4.html", images=16)
 
 
 def test_what_cannot_be_traced_gets_the_rest(tmp_path: Path) -> None:
@@ -216,9 +213,3 @@ def test_a_packed_student_is_compared_with_its_teacher(tmp_path, monkeypatch) ->
     assert max(len(f.unique()) for f in saved.student.output.weight) <= 8 < len(model.output.weight[0].unique())
     granq.save_packed(tmp_path / "s", saved._replace(facts=saved.facts | {"teacher": "x"}))
     assert main(["report", str(tmp_path / "s"), "--out", str(page)]) == 2
-
-
-@pytest.mark.parametrize("images", [0, 4])
-def test_a_report_needs_images_of_one_size(tiny, tmp_path, images):
-    with pytest.raises(UserError, match="all of one size"):
-        granq.report(tiny, [torch.randn(2, 3, 8, size) for size in (8, 12)], out=tmp_path / "r.html", images=images)

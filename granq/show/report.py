@@ -69,8 +69,6 @@ def report(
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             drawn, source = list(random_shapes(images, image_size)), "random shapes, seed 0"
-    if len({image.shape for image in drawn}) != 1:
-        raise UserError("a report needs images, and all of one size")
     data = list(torch.stack(drawn).split(BATCH))
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     parts, found = _measure(model, data, scheme, widths, told["quantized"])
@@ -90,10 +88,7 @@ def _measure(
     model: nn.Module, data: list[Tensor], scheme: Scheme | nn.Module, widths: tuple[int, int], name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of the page and its numbers."""
-    try:
-        logits = _logits(model, data)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the network cannot take images {tuple(data[0].shape)}: {error}") from error
+    logits = _logits(model, data)
     try:
         layout, missing = network_layout(model), "No"
     except UserError as error:
