@@ -46,23 +46,19 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
             is; tracked ranges that are still unset are those of ``example``.
         example: images (N, 3, H, W), on which activations are measured and multiply-accumulates counted.
 
-    Returns:
-        A row for each. A *place* is a point of the graph at which activations are quantized.
+    Columns of the layer: layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_share and
+    macs_share (of all, 0 to 1), low_bit (weight and input are quantized), status ("", or: grouped, depthwise,
+    transposed: not quantized, shared with <name>, not reached (not called, though its weight may be read), not a layer:
+    not quantized, for weights and for the products of attention).
 
-        Of the layer: layer, type, weight_shape, weights (count), macs (per image, over all calls), weight_share and
-        macs_share (of all, 0 to 1), low_bit (weight and input are quantized), status ("", or: grouped, depthwise,
-        transposed: not quantized, shared with <name>, not reached (not called, though its weight may be read), not a
-        layer: not quantized, for weights and for the products of attention).
+    Of its weight: weight_granularity ("" if full precision), scales (how many), weight_bits (nominal, 0 if full
+    precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if untouched),
+    weight_quantized (as measured: a scale for one value rounds nothing), bits_per_weight.
 
-        Of its weight: weight_granularity ("" if full precision), scales (how many), weight_bits (nominal, 0 if full
-        precision), levels (distinct values in the worst group, zero spread aside), weight_sqnr_db (infinite if
-        untouched), weight_quantized (as measured: a scale for one value rounds nothing), bits_per_weight.
-
-        Of its input: input_quantized (place, "" if full precision), values_per_scale, act_bits, act_levels,
-        act_sqnr_db, act_quantized (likewise), bits_per_activation.
-
-        Bits per weight and activation are **true** ones: codes, and a 32-bit scale and zero point per group, unless it
-        is a static one of activations; 32 if not quantized.
+    Of its input: input_quantized (the place of the graph that quantizes it, "" if full precision), values_per_scale,
+    act_bits, act_levels, act_sqnr_db, act_quantized (likewise), bits_per_activation. Bits per weight and activation are
+    **true** ones: codes, and a 32-bit scale and zero point per group, unless it is a static one of activations; 32 if
+    not quantized.
     """
     if not any(isinstance(module, _KINDS) for module in model.modules()):
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to audit")

@@ -13,7 +13,6 @@ from granq.generator import LATENT, synthesize
 from granq.graph import layer_names
 from granq.hooks import Batch, eval_mode
 from granq.measure import running
-from granq.measure.running import BINS
 
 
 def measure_synthetic_gap(
@@ -35,7 +34,7 @@ def measure_synthetic_gap(
             flat = x.transpose(0, 1).flatten(1).contiguous()  # (C, values)
             ordered, values = flat.sort(1).values, flat.double()
             if name not in edges:  # torch.quantile refuses large inputs
-                places = torch.linspace(0, flat.shape[1] - 1, BINS, dtype=torch.float64).round().long()
+                places = torch.linspace(0, flat.shape[1] - 1, running.BINS, dtype=torch.float64).round().long()
                 edges[name] = ordered[:, places.to(flat.device)].contiguous()
             moments = torch.full_like(values[:, 0], flat.shape[1]), values.sum(1), values.square().sum(1)
             up_to = torch.searchsorted(ordered, edges[name], right=True).double()

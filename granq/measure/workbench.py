@@ -82,8 +82,7 @@ class Workbench:
         self._described, self._size = describe_data(self.data, network, size, mean=mean, std=std), image_size
         if self.runs:
             old = {"crop_pct": 0.875, "interpolation": "bilinear"} | spec
-            crop = {key: old[key] for key in ("crop_pct", "interpolation")}
-            self._described = self._described.model_copy(update=crop)
+            self._described = self._described.model_copy(update={k: old[k] for k in ("crop_pct", "interpolation")})
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec]:
@@ -209,8 +208,7 @@ class Workbench:
         """Return the provenance that every row of a CSV carries."""
         facts: dict[str, Any] = {"budget": self.name, "seed": self.seed, "commit": commit()}
         if teacher:
-            source = dict(dataset=dataset_name(self.data), network=Path(self.network).name)
-            facts |= source | {"teacher_test_top1": self.top1}
+            facts |= dict(dataset=dataset_name(self.data), network=Path(self.network).name, teacher_test_top1=self.top1)
         return facts | {name: versions(self.device)[name] for name in ("torch", "device")}
 
 

@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm, Normalize
 from pandas import DataFrame
 
 from granq.measure.running import DEAD
-from granq.show.style import DASHES, ROLES, Ax, finish, layer_ticks, plain_log, role, select, short_layer, side_by_side
+from granq.show.style import DASHES, ROLES, Ax, finish, plain_log, role, select, short_layer, side_by_side
 
 DISTORTION_LABELS = {"distribution": "share of values above", "error": "RMS error"}
 METRIC_LABELS = {"mse": "mean square error", "sqnr_db": "SQNR (dB)", "cosine_similarity": "cosine similarity"}
@@ -88,7 +88,7 @@ def _layer_lines(ax: Ax, data: DataFrame, by: str, metric: str, title: str) -> A
             ax.errorbar(x, y, (y - rows[f"{metric}_low"], rows[f"{metric}_high"] - y), elinewidth=0.5, **look)
         else:
             ax.plot(x, y, **look)
-    layer_ticks(ax, layers)
+    ax.set_xticks(range(len(layers)), [*map(short_layer, layers)], rotation=90, fontsize=6)
     labels = METRIC_LABELS | SENSITIVITY_LABELS
     ax.set(title=title, ylabel=labels[metric], yscale="log" if metric == "mse" else "linear")
     if metric == "kl":
@@ -175,4 +175,5 @@ def _channel_points(ax: Axes, data: DataFrame, by: str) -> None:
         ax.scatter(place, rows.value, s=7, alpha=0.5, linewidths=0, rasterized=True, **look.points)
         median = rows.value.groupby(place).median()
         ax.hlines(median, median.index - 0.15, median.index + 0.15, color="black", linewidth=1.2)
-    layer_ticks(ax, data.layer.unique())
+    layers = data.layer.unique()
+    ax.set_xticks(range(len(layers)), [*map(short_layer, layers)], rotation=90, fontsize=6)

@@ -6,7 +6,7 @@ choose the panel, by default the first in the frame; quantities and metrics are 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -123,9 +123,3 @@ def short_layer(name: str) -> str:
         words.pop()
     words = ["skip" if w in ("identity_conv", "downsample") else w for w in words]
     return ".".join(re.sub(r"^(stage|unit|layer)(\d+)$", lambda m: m[1][0] + m[2], w) for w in words)
-
-
-def layer_ticks(ax: Axes, layers: Iterable[str]) -> None:
-    """Name the layers at x = 0, 1, 2, ..."""
-    names = [short_layer(name) for name in layers]
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)

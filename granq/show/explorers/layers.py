@@ -101,12 +101,9 @@ def _placed(rows: DataFrame) -> alt.Chart:
 def network_layout(model: nn.Module) -> DataFrame:
     """Place every call of a layer, and every sum or join of several outputs, at its depth: the longest path to it.
 
-    What lies on the longest path of all is in one line; of the rest, one is below the other.
-
-    Returns:
-        One row per point: kind ("layer", "join", "image", or "edge" for a point of a curve), layer (the name of the
-        layer or of the graph's node; of an edge both ends), x (place in its row), y. Raises UserError if the forward
-        cannot be traced.
+    What lies on the longest path of all is in one line; of the rest, one is below the other. Columns: kind ("layer",
+    "join", "image", or "edge" for a point of a curve), layer (the name of the layer or of the graph's node; of an edge
+    both ends), x (place in its row), y. Raises UserError if the forward cannot be traced.
     """
     root = copy.deepcopy(model).eval()
     reads, depth, height = dict[fx.Node, list[fx.Node]](), dict[fx.Node, int](), dict[fx.Node, int]()
