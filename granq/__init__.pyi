@@ -94,7 +94,6 @@ from .show.monitor import training_monitor as training_monitor
 from .show.registry import FIGURES as FIGURES
 from .show.registry import make_figures as make_figures
 from .show.registry import redraw_figures as redraw_figures
-from .show.registry import save_figure as save_figure
 from .show.report import report as report
 from .show.results import plot_accuracy_bits as plot_accuracy_bits
 from .show.results import plot_accuracy_true_bits as plot_accuracy_true_bits

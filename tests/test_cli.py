@@ -376,7 +376,7 @@ def test_demo_command(tmp_path, capsys, monkeypatch):
     assert shown.keys() == {"out", "teacher_top1", "layerwise", "granq", "strict", "rows"}
     table = (out / "results.md").read_text()
     assert "W2A2" in table and "n = 1 seeds" in table and "layerwise" in table and "nan" not in table
-    assert {"accuracy.png", "activation_distortion.png", "synthetic_images.png"} <= {p.name for p in out.iterdir()}
+    assert {"accuracy_bits.png", "activation_distortion.png", "synthetic_images.png"} <= {p.name for p in out.iterdir()}
 
 
 def test_underscores_choose_the_same_defaults():

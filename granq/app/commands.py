@@ -44,10 +44,11 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
         f"{cells.to_markdown()}\n"
     )
     (out / "results.md").write_text(table, encoding="utf-8")
-    granq.save_figure("accuracy", results, granq.plot_accuracy_bits, out, (4.6, 2.4))
+    granq.files.write_csv(out / "accuracy_bits.csv", results, "%.6g")
+    granq.redraw_figures(["accuracy_bits"], out)
     shared = granq.Workbench(teacher=teachers[0], runs=[one.out], out=out, device=device)
     granq.make_figures(["activation_distortion", "synthetic_images"], shared)
-    print(f"{table}\nNext: open {out}/accuracy.png, then {out}/activation_distortion.png.")
+    print(f"{table}\nNext: open {out}/accuracy_bits.png, then {out}/activation_distortion.png.")
     return {"out": str(out), "teacher_top1": one.teacher_top1} | means.last_top1.to_dict() | {"rows": _records(results)}
 
 

@@ -78,14 +78,6 @@ class Figure(NamedTuple):
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
 
 
-def save_figure(
-    name: str, data: pd.DataFrame, plot: Callable[..., Axes], folder: Path, size: tuple[float, float] = (3.3, 2.4)
-) -> None:
-    """Write ``name.csv`` into ``folder`` and draw it from there as SVG and PNG, ``size`` inches wide and high."""
-    write_csv(folder / f"{name}.csv", data, float_format="%.6g")
-    Figure("", lambda _: data, plot, size).draw(name, folder)
-
-
 def _compare(measure: Callable[..., pd.DataFrame], column: str, **sources: Iterable[Tensor]) -> pd.DataFrame:
     """Measure every source of images; ``column`` names it."""
     frames = [measure(batches).assign(**{column: name.replace("_", " ")}) for name, batches in sources.items()]
