@@ -118,12 +118,10 @@ def measure_weight_scales(model: nn.Module, layers: Sequence[str], bits: int) ->
     return _scale_maps(weights, bits, ("per_out_channel", "per_kernel"), "filter")
 
 
-def measure_data_flow(
-    model: nn.Module, images: Tensor, layer: str, bits: int, channels: int = 16, pixels: int = 64
-) -> pd.DataFrame:
+def measure_data_flow(model: nn.Module, images: Tensor, layer: str, bits: int) -> pd.DataFrame:
     """Measure how GranQ quantizes what enters a convolution for the first of ``images``: all channels at once.
 
-    Rows are values, of ``channels`` and ``pixels`` evenly spaced over all. Columns: layer, bits, channel, pixel, x,
+    Rows are values, of 16 channels and 64 pixels evenly spaced over all. Columns: layer, bits, channel, pixel, x,
     low, high (of all pixels of the channel), scale_inv, zero_point, code, value.
     """
     (_, x, _), *_ = running.calls(model, images[:1], running.checked(model, [layer]))
@@ -132,7 +130,7 @@ def measure_data_flow(
     x = x.cpu().flatten(2)[..., None]  # (1, C, H * W, 1)
     qparams = choose_qparams(x, bits)
     tensors = [x, *min_max(x, "per_sample_channel"), *qparams, quantize(x, *qparams, bits), fake_quantize(x, bits)]
-    row, place = running.spread(x.shape[1], channels), running.spread(x.shape[2], pixels)
+    row, place = running.spread(x.shape[1], 16), running.spread(x.shape[2], 64)
     values = [t.expand_as(x)[0, row][:, place].flatten().numpy() for t in tensors]
     index = dict(layer=layer, bits=bits, channel=row.repeat(len(place)), pixel=np.tile(place, len(row)))
     names = "x low high scale_inv zero_point code value".split()

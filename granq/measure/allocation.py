@@ -14,8 +14,6 @@ from granq.errors import UserError, one_of
 from granq.measure.audit import audit, summarize_audit
 from granq.measure.sensitivity import measure_sensitivity
 
-BUDGETS = ("average", "bit_operations")
-
 
 def allocate_bits(table: pd.DataFrame, budget: float, kind: str = "average") -> dict[str, tuple[int, int]]:
     """Choose the bits of every layer's weights and activations by integer programming (scipy's ``milp``, exact).
@@ -36,7 +34,7 @@ def allocate_bits(table: pd.DataFrame, budget: float, kind: str = "average") -> 
         gets 0, full precision: ``bits`` of ``quantize_model``. Raises UserError if the table lacks rows, or if its bits
         cannot give the budget.
     """
-    one_of("kind of budget", kind, BUDGETS)
+    one_of("kind of budget", kind, ("average", "bit_operations"))
     if pd.api.types.is_float_dtype(table.layer):  # of "1.1" and "1.10" it made one
         raise UserError("names of layers were read as numbers: read the CSV with dtype={'layer': str}")
     rows = table[table.kind == "alone"].reset_index(drop=True)

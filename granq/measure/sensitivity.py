@@ -30,8 +30,6 @@ from granq.runs import fingerprint
 from granq.schemes import Scheme, get_scheme
 
 KINDS, PARTS = ("alone", "all_but", "patched"), ("weights", "activations", "both")
-#: columns of an audit, and their names here
-_SIZES = dict(input_quantized="place", weight_granularity="grid", weights="weights", macs="macs")
 
 
 class Side(NamedTuple):
@@ -105,10 +103,10 @@ def measure_flips(model: nn.Module, other: nn.Module, batches: Sequence[tuple[Te
 
 def _sizes(root: nn.Module, images: Tensor) -> pd.DataFrame:
     """Return what an audit says of the size of layers, and the place that stands directly in front of each."""
-    frame, calls = audit(root, images), calls_of_layers(root)
-    direct = {name for name, source in calls if isinstance(source, ActQuantizer)}
-    frame["input_quantized"] = frame.input_quantized.where(frame.layer.isin(direct), "")
-    return frame[["layer", *_SIZES]].rename(columns=_SIZES)
+    frame = audit(root, images).rename(columns={"input_quantized": "place", "weight_granularity": "grid"})
+    direct = {name for name, source in calls_of_layers(root) if isinstance(source, ActQuantizer)}
+    frame["place"] = frame.place.where(frame.layer.isin(direct), "")
+    return frame[["layer", "place", "grid", "weights", "macs"]]
 
 
 def full_precision(model: nn.Module, batches: Sequence[Batch]) -> fx.GraphModule:
