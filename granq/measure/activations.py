@@ -208,7 +208,7 @@ def measure_channel_scales(
     def visit(name: str, x: Tensor, _: Tensor) -> None:
         x = running.by_channel(x, model.get_submodule(name))
         if per_image:  # extremes of the steps; of the values otherwise
-            low = high = _steps(x, bits, granularity).double()
+            low = high = choose_qparams(x, bits, granularity).scale.flatten(1).expand(x.shape[:2]).double()
             running.merge(sums, name, torch.stack([low.sum(0), torch.full_like(low[0], len(x))]))
         else:
             low, high = (v.flatten(1).expand(1, x.shape[1]) for v in min_max(x, granularity))
@@ -250,16 +250,11 @@ def measure_ranges(model: nn.Module, batches: Iterable[Batch]) -> pd.DataFrame:
 def _scale_maps(
     layers: Iterable[tuple[str, Tensor]], bits: int, granularities: Iterable[str], first: str
 ) -> pd.DataFrame:
-    """Return the steps of ``_steps`` as rows; ``first`` names the first dimension."""
+    """Return the step of every image and channel, or of every kernel; ``first`` names the first dimension."""
     frames = []
     for (name, x), granularity in product(layers, granularities):
-        scale = _steps(x, bits, granularity).cpu().numpy()
+        scale = choose_qparams(x, bits, granularity).scale.flatten(1).expand(x.shape[:2]).cpu().numpy()
         row, channel = np.indices(scale.shape).reshape(2, -1)
         columns = {"layer": name, "bits": bits, "granularity": granularity, first: row, "channel": channel}
         frames.append(pd.DataFrame(columns | {"scale": scale.flatten()}))
     return pd.concat(frames, ignore_index=True)
-
-
-def _steps(x: Tensor, bits: int, granularity: str) -> Tensor:
-    """Return the step of every image and channel, (N, C)."""
-    return choose_qparams(x, bits, granularity).scale.flatten(1).expand(x.shape[:2])

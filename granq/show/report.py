@@ -54,9 +54,8 @@ def report(
         images: how many at most.
         facts: provenance, at the end of the page; ``network`` and ``quantized`` also name both in its title.
 
-    Returns:
-        What the page says in numbers: agreement (percent of images), ``summarize_audit``, bytes. Raises UserError if
-        ``out`` exists, or for an unknown scheme or width.
+    Returns what the page says in numbers: agreement (percent of images), ``summarize_audit``, bytes. Raises UserError
+    if ``out`` exists, or for an unknown scheme or width.
     """
     out, widths = Path(out), (bits, bits) if isinstance(bits, int) else bits
     if out.exists():

@@ -45,22 +45,17 @@ def menu(name: str, options: Iterable[Any], label: str = "", value: Any = None, 
 def finish(chart: Any, title: str, description: str, *controls: alt.Parameter) -> Any:
     """Return the chart with its title, a description for screen readers, controls and the common look."""
     actions = {"export": True, "source": False, "compiled": False, "editor": False}  # the editor would need a network
-    embed: dict[str, Any] = {"renderer": "svg", "actions": actions}  # SVG follows the page's text color
-    embed["patch"] = _fit(title, 500 * isinstance(chart, alt.HConcatChart))
-    chart = chart.properties(title=title, description=description, usermeta={"embedOptions": embed})
-    return chart.add_params(*controls).configure(**_LOOK)
-
-
-def _fit(title: str, least: int) -> list[dict[str, Any]]:
-    """Return a JSON Patch of the compiled chart, for Vega-Embed: its panels, which share ``width``, take the room."""
-    room = f"max(containerSize()[0] || 640, {least})"
+    room = f"max(containerSize()[0] || 640, {500 * isinstance(chart, alt.HConcatChart)})"
     resize = {"events": {"source": "window", "type": "resize"}, "update": room}
     lines = f"width < 420 ? {textwrap.wrap(title, 38)} : {title!r}"
-    return [
+    patch = [  # of the compiled chart: its panels, which share ``width``, take the room
         {"op": "add", "path": "/autosize", "value": {"type": "fit-x", "contains": "padding"}},
         {"op": "add", "path": "/signals/-", "value": {"name": "width", "init": room, "on": [resize]}},
         {"op": "replace", "path": "/title/text", "value": {"signal": lines}},
     ]
+    embed = {"renderer": "svg", "actions": actions, "patch": patch}  # SVG follows the page's text color
+    chart = chart.properties(title=title, description=description, usermeta={"embedOptions": embed})
+    return chart.add_params(*controls).configure(**_LOOK)
 
 
 def panel(height: float, *layers: Any, title: Any = "") -> Any:

@@ -74,9 +74,21 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
 
 
 def _under_graph(panels: list[Any], rows: DataFrame, layout: DataFrame, pick: alt.Parameter) -> alt.VConcatChart:
-    """Draw the network above the panels; a click on one of its layers chooses too."""
-    drawn = _values(alt.Chart(rows.merge(layout[layout.kind == "layer"]))).transform_filter("datum.scheme == scheme")
-    graph = network_panel(drawn.properties(name="network"), layout, ["layer:N", "worst:Q", "value:Q"])
+    """Draw the network above the panels, its layers in red, the worse the stronger; a click on one chooses too."""
+    plain: dict[str, Any] = {"axis": None, "scale": alt.Scale(nice=False, zero=False, padding=12)}
+    x, y = alt.X("x:Q", **plain), alt.Y("y:Q", **plain)
+    edges = alt.Chart(layout[layout.kind == "edge"].round(2)).mark_line(color=GREY, strokeWidth=1.5)
+    edges = edges.encode(x, y, detail=["layer:N", "row:O"])
+    joins = alt.Chart(layout[layout.kind.isin(["join", "image"])])
+    joins = joins.mark_point(filled=True, color=TEXT, size=25, opacity=1)
+    shapes = alt.Scale(domain=["join", "image"], range=["cross", "square"])
+    joins = joins.encode(x, y, alt.Shape("kind:N", legend=None, scale=shapes), tooltip=["kind:N", "layer:N"])
+    layers = _values(alt.Chart(rows.merge(layout[layout.kind == "layer"]))).transform_filter("datum.scheme == scheme")
+    layers = layers.properties(name="network")
+    layers = layers.mark_circle(fill=RED, stroke=TEXT, strokeWidth=1, size=90, cursor="pointer")
+    strength = alt.FillOpacity("bad:Q", legend=None, scale=alt.Scale(range=[1, 0.05], zero=False, nice=False))
+    layers = layers.encode(x, y, strength, tooltip=["layer:N", "worst:Q", "value:Q"])
+    graph = panel(24 * float(np.ptp(layout.y)) + 30, edges, joins, layers).resolve_scale(shape="independent")
     chart: Any = alt.vconcat(graph, *panels)
     next(param for param in chart.params if param.name == pick.name).views.append(chart.vconcat[0].layer[-1].name)
     return chart
@@ -140,25 +152,6 @@ def _curve(x: float, y: float, name: str, x2: float, y2: float, name2: str) -> D
     arc = np.sqrt(x2 - x - 1) * 4 * t * (1 - t) * (1 if y == 0 else -1) if y == y2 else 0
     points = {"x": x + (x2 - x) * t, "y": y + (y2 - y) * t + arc}
     return DataFrame({"kind": "edge", "layer": f"{name} to {name2}"} | points)
-
-
-def network_panel(every: Any, layout: DataFrame, tooltip: list[Any]) -> Any:
-    """Return the graph with its layers in red, the worse the stronger.
-
-    ``every`` is a chart with a row for each layer and place: columns layer, x, y and ``bad``, lowest for the worst.
-    """
-    plain: dict[str, Any] = {"axis": None, "scale": alt.Scale(nice=False, zero=False, padding=12)}
-    x, y = alt.X("x:Q", **plain), alt.Y("y:Q", **plain)
-    edges = alt.Chart(layout[layout.kind == "edge"].round(2)).mark_line(color=GREY, strokeWidth=1.5)
-    edges = edges.encode(x, y, detail=["layer:N", "row:O"])
-    joins = alt.Chart(layout[layout.kind.isin(["join", "image"])])
-    joins = joins.mark_point(filled=True, color=TEXT, size=25, opacity=1)
-    shapes = alt.Scale(domain=["join", "image"], range=["cross", "square"])
-    joins = joins.encode(x, y, alt.Shape("kind:N", legend=None, scale=shapes), tooltip=["kind:N", "layer:N"])
-    strength = alt.FillOpacity("bad:Q", legend=None, scale=alt.Scale(range=[1, 0.05], zero=False, nice=False))
-    layers = every.mark_circle(fill=RED, stroke=TEXT, strokeWidth=1, size=90, cursor="pointer")
-    layers = layers.encode(x, y, strength, tooltip=tooltip)
-    return panel(24 * float(np.ptp(layout.y)) + 30, edges, joins, layers).resolve_scale(shape="independent")
 
 
 def range_explorer(data: DataFrame) -> alt.VConcatChart:
