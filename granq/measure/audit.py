@@ -4,7 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,15 +26,7 @@ from granq.quantizer import min_max
 QUANTIZED_DB = 60.0  #: above this SQNR nothing is quantized: 8 bits give about 50 dB, untouched values 150
 _SCALE_BITS = 64  # a float32 scale and a 32-bit zero point per group
 _KINDS = (*LAYERS, nn.modules.conv._ConvNd)
-
-
-class Measured(NamedTuple):
-    """What a quantizer did to values."""
-
-    values_per_scale: int
-    levels: int
-    sqnr_db: float
-    rounds: bool
+Measured = tuple[int, int, float, bool]  #: what a quantizer did: values per scale, levels, SQNR (dB), does it round
 
 
 @torch.no_grad()
@@ -134,7 +126,7 @@ def _measure(quantizer: Quantizer, x: Tensor, value: Tensor) -> Measured:
         really = running.sqnr_db(spread, spread + after - before) < QUANTIZED_DB
     else:  # a single value under its own scale is not rounded; a tracked range also serves other images
         really = count > 1 or getattr(quantizer, "tracked", False)
-    return Measured(count, levels, running.sqnr_db(before, after), really)
+    return count, levels, running.sqnr_db(before, after), really
 
 
 def _forward(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[ActQuantizer, Measured] | None]:
@@ -156,7 +148,7 @@ def _forward(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[ActQuant
 
     def widest(calls: list[list[ActQuantizer]]) -> tuple[ActQuantizer, Measured] | None:
         found = [(place, places[place]) for call in calls for place in call]
-        return max(found, key=lambda one: (not one[1].rounds, one[0].bits)) if all(calls) else None
+        return max(found, key=lambda one: (not one[1][-1], one[0].bits)) if all(calls) else None
 
     names = [n for n, m in model.named_modules() if isinstance(m, (*_KINDS, ActQuantizer))]  # of two names the first
     running.run(model, [images], "audit", names, visit)

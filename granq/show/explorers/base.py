@@ -70,10 +70,7 @@ def color(name: str) -> str:
 
 
 def pack(data: DataFrame, by: Sequence[str], lists: Sequence[str]) -> DataFrame:
-    """Return one row a group with the columns ``lists`` as lists: a tenth of the size; ``transform_flatten`` undoes it.
-
-    Other columns must be constant within a group.
-    """
+    """Return one row a group, columns ``lists`` as lists, others constant; ``transform_flatten`` undoes it."""
     how = {name: list if name in lists else "first" for name in data.columns.drop(list(by))}
     return data.groupby(list(by), sort=False, as_index=False).agg(how)
 
