@@ -44,6 +44,10 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     labels: tuple[str, ...] = ()  #: names of the class folders, unless ImageNet's ids
     given: bool = False  #: mean and std are the user's own: no teacher file changes them
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a file says of its images: not where a folder lay, which is nobody's business."""
+        return self.model_dump(mode="json", exclude={"root", "given"}) | {"name": self.name.split(":")[0]}
+
     def prepared_as(self, old: "DataSpec") -> "DataSpec":
         """Return these data with the classes, crop and interpolation of a run's; a warning tells of other folders."""
         self.check_labels(old.labels)
@@ -198,7 +202,11 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
     transform = v2.Compose([shrink, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
     if spec.name in ("cifar10", "cifar100"):
         cifar = getattr(datasets, spec.name.upper())
-        data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
+        try:
+            data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
+        except OSError as error:
+            said = f"{spec.name} is not in {spec.root} and could not be downloaded ({error})"
+            raise OSError(f"{said}; folder:PATH takes images that are here") from error
     else:
         folder, names = split_folder(spec.root, split), spec.label_names()
         if len(names) != spec.classes or not {*class_names(folder)} <= {*names}:  # labels would mean other classes

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from granq.errors import UserError
 
@@ -44,7 +44,8 @@ def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Write ``tensors`` as safetensors with ``facts`` as JSON in the header, atomically."""
     own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}  # tied ones, apart
-    save_atomically(path, lambda temporary: save_file(own, str(temporary), {"granq": to_json(facts)}))
+    content = save(own, {"granq": to_json(facts)})  # save_file would let nobody else read it
+    save_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from granq.convert import ActQuantizer, layer_quantizers, original_weight, weight_quantizer
 from granq.errors import UserError, require
+from granq.files import to_json
 from granq.graph import layer_names, norm_after
 from granq.hooks import watch
 from granq.plain import LAYERS, module_of
@@ -184,9 +185,10 @@ class _Portable(nn.Module):
         return self.source.rescaled(sums if conv else sums + self.shift)
 
 
-def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:
+def export_onnx(model: fx.GraphModule, example: Tensor, path: Path, facts: dict[str, Any] | None = None) -> None:
     """Write ``integer_model`` as ONNX with standard QuantizeLinear and DequantizeLinear nodes, any batch size.
 
+    It takes ``images`` and gives ``logits``; ``facts``, such as their mean and deviation, become its metadata.
     Activations and weights are uint8 with a zero point. The float sums of a runtime are exact below 2^24, which those
     of 8 bits may pass. Needs the extra ``granq[export]``.
     """
@@ -198,7 +200,9 @@ def export_onnx(model: fx.GraphModule, example: Tensor, path: Path) -> None:
             place = module if isinstance(module, IntegerInput) else module_of(model, node.all_input_nodes[0])
             portable.set_submodule(node.target, _Portable(module, cast(IntegerInput, place)))
     shapes = ({0: torch.export.Dim("batch")},)
-    program = cast(Any, torch.onnx.export(portable, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False))
+    how: Any = dict(dynamo=True, dynamic_shapes=shapes, input_names=["images"], output_names=["logits"], verbose=False)
+    program = cast(Any, torch.onnx.export(portable, (example,), **how))
     for node in program.model.graph:  # stack traces: 38 % of the file of ResNet-20, with folders of this machine
         node.metadata_props.clear()
+    program.model.metadata_props.update({name: to_json(fact) for name, fact in (facts or {}).items()})
     program.save(path, external_data=False)

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from granq.config import QATConfig
 from granq.convert import ActQuantizer, activation_places, calibrate, layer_quantizers, set_image_range
@@ -106,7 +107,8 @@ def refined_images(game: Game) -> tuple[Tensor, Tensor]:
     batches = []
     with game.own_random_state():
         torch.manual_seed(c.seed)
-        for number in range(c.refined_images // c.batch_size):
+        numbers = range(c.refined_images // c.batch_size)
+        for number in tqdm(numbers, desc="refining images", unit="batch", leave=False, delay=2):
             if number % 2:
                 images = random_shapes(c.batch_size, c.image_size, game.device)
                 labels = torch.randint(0, game.classes, (c.batch_size,), device=game.device)

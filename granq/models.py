@@ -79,9 +79,7 @@ def _from_file(path: Path, function: str, classes: int) -> Any:
 
 def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top1: float) -> None:
     """Write a teacher as safetensors with its provenance (network, data, normalization, accuracy) in the header."""
-    # where a folder lay on this machine is nobody's business
-    facts = spec.model_dump(exclude={"root", "given"}) | {"name": spec.name.split(":")[0]}
-    info = {"network": network, "top1": top1, "torch": torch.__version__, **facts}
+    info = {"network": network, "top1": top1, "torch": torch.__version__, **spec.facts()}
     write_tensors(path, model.state_dict(), info)
 
 
@@ -162,7 +160,8 @@ def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = 
     """Return the top-1 accuracy in percent over a dataset of uint8 images, in eval mode."""
     right = total = 0
     with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
-        for images, labels in batches(dataset, spec):
+        shown: Any = dict(total=-(-len(dataset) // 250), desc="accuracy", unit="batch", leave=False, delay=2)
+        for images, labels in tqdm(batches(dataset, spec), **shown):
             right += int((predictions(model(images.to(device))).cpu() == labels.flatten()).sum())
             total += len(labels)
     return 100 * right / max(total, 1)

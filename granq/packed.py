@@ -74,9 +74,8 @@ def save_packed(path: Path, saved: SavedRun) -> None:
     for layer, name in {layer: name for name, layer in layers.items()}.items():  # of two names one
         found, records[name] = _packed_weight(layer)
         tensors |= {f"{name}.weight{kind}": tensor for kind, tensor in found.items()}
-    spec = saved.spec.model_dump(exclude={"root"}) | {"name": saved.spec.name.split(":")[0]}
-    header = {"config": saved.config.model_dump(), "spec": spec, "facts": saved.facts, "epoch": saved.epoch}
-    write_tensors(path, tensors, header | {"layers": records})
+    header = {"config": saved.config.model_dump(), "spec": saved.spec.facts(), "facts": saved.facts}
+    write_tensors(path, tensors, header | {"epoch": saved.epoch, "layers": records})
 
 
 def _packed_weight(layer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +40,10 @@ RISE = 5e-4  # of the student's loss, as a share of it; a generator that stopped
 class Result:
     """A finished run. ``best_top1`` is the best epoch *on the test split*, a selection; ``last_top1`` is not."""
 
-    student: nn.Module
-    generator: nn.Module
+    student: nn.Module = field(repr=False)
+    generator: nn.Module = field(repr=False)
     config: QATConfig
-    history: pd.DataFrame
+    history: pd.DataFrame = field(repr=False)
     ptq_top1: float
     last_top1: float
     best_top1: float
@@ -128,11 +128,12 @@ def _run(
 ) -> None:  # fmt: skip
     """Run the epochs that are left, and keep each."""
     c, trouble = game.config, ""
-    name = f"{c.scheme} {c.bits} seed {c.seed}"
+    name = f"{c.scheme if isinstance(c.scheme, str) else 'own scheme'} {c.bits} seed {c.seed}"
     with tqdm(total=c.epochs, initial=game.epoch, desc=name, unit="epoch", leave=False) as progress:
         while game.epoch < c.epochs:
             row = game.run_epoch(evaluate)
-            progress.set_postfix(test=f"{row['test_top1']:.1f}%", teacher=f"{row['teacher_top1']:.0f}%")
+            tested = {"test": f"{row['test_top1']:.1f}%"} if evaluate else {}
+            progress.set_postfix(tested, recognized=f"{row['teacher_top1']:.0f}%")
             progress.update()
             before, trouble = trouble, generator_trouble(game.rows, game.classes)
             if trouble and not before:  # said when it begins, not in every epoch
@@ -252,7 +253,7 @@ class SavedRun(NamedTuple):
     student: fx.GraphModule  #: in eval mode
     config: QATConfig  #: its settings
     spec: DataSpec  #: the data that measured it, and the normalization of its images
-    facts: dict[str, Any]  #: ``config.json``: network, data, teacher, its accuracy, versions
+    facts: dict[str, Any]  #: ``config.json``: network, data, teacher, its accuracy, versions; the student's ``top1``
     epoch: int  #: finished epochs
 
 
@@ -268,6 +269,7 @@ def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRu
     spec = DataSpec.model_validate(facts["spec"])
     student = student_of(run, facts["network"], network, facts["config"], spec)
     load_weights(student, state["student"], run)
+    facts["top1"] = state["rows"][-1]["test_top1"]
     return SavedRun(student.to(device), facts["config"], spec, facts, state["epoch"])
 
 

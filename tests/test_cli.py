@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
+import onnx
 import pandas as pd
 import pytest
 import torch
@@ -33,6 +34,7 @@ from granq import (
 )
 from granq.app import commands, jobs, sweep
 from granq.app.cli import main, sentence
+from granq.files import read_checkpoint, read_tensors
 from granq.measure import factorial, workbench
 from granq.measure.workbench import BUDGETS
 from granq.runs import RunFolder
@@ -49,6 +51,10 @@ def quantize_args(folder, teacher, out, scheme="layerwise"):
 def answer(capsys):
     """Standard output as JSON, which it is from the first character to the last."""
     return json.loads(capsys.readouterr().out)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == granq.__version__
 
 
 def test_quantize_then_evaluate_without_training_images(folder, teacher, tmp_path, capsys):
@@ -78,7 +84,17 @@ def test_recipe_match_from_the_command_to_integers(folder, tiny, tmp_path, capsy
     assert main(["export", str(tmp_path / "run"), *shared, "--out", str(tmp_path / "integers")]) == 0
     exported = answer(capsys)
     assert exported["top1_integer"] == exported["top1"] == row["last_top1"]
-    assert (tmp_path / "integers/network.onnx").is_file()
+    told = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / "integers/network.onnx").metadata_props}
+    assert told["mean"] == [0.5] * 3 and told["std"] == [0.25] * 3 and str(tmp_path) not in str(told)
+    assert read_tensors(tmp_path / "integers/integers.safetensors")[1]["spec"] == told
+    modes = {oct(path.stat().st_mode) for path in (tmp_path / "integers").iterdir()}
+    assert len(modes) == 1  # whoever may read one file may read all
+    state = read_checkpoint(tmp_path / "run/checkpoint.pt")
+    state["rows"][-1]["test_top1"] += 1.0  # as if the network computed something else today
+    torch.save(state, tmp_path / "run/checkpoint.pt")
+    with pytest.warns(UserWarning, match="has its network's code changed"):
+        assert main(["evaluate", str(tmp_path / "run"), *shared, "--device", "cpu"]) == 0
+    answer(capsys)
     assert row["image_bits"] == 0 and row["macs_low_bit"] == pytest.approx(100)
     assert main([*args, "--image-bits", "6", "--out", str(tmp_path / "wide")]) == 0
     row = answer(capsys)

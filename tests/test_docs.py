@@ -17,7 +17,7 @@ from granq.app.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"README.md": 120, "docs/method.md": 160} | {
-    f"docs/{name}.md": 100 for name in ("results", "speed", "reliability", "reproduction", "extending")
+    f"docs/{name}.md": 100 for name in ("results", "speed", "reliability", "reproduction", "extending", "python")
 }
 PAGES = [
     *LIMITS,
@@ -101,11 +101,13 @@ def examples(name: str) -> list[str]:
     return blocks
 
 
-def test_the_examples_run() -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
+def test_the_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would paste them; those of docs/extending.md in the next test."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for code in examples("README.md"):
-        exec(compile(code, "README.md", "exec"), names)
+    for code in examples(name):
+        exec(compile(code, name, "exec"), names)
 
 
 def test_parts_of_ones_own_are_used() -> None:

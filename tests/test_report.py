@@ -131,13 +131,13 @@ def test_without_images_it_draws_shapes_and_leaves_the_random_state(tiny: nn.Mod
     assert torch.equal(torch.randn(3), torch.randn(5, generator=torch.Generator().set_state(state))[2:])
     assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
     page = (tmp_path / "1.html").read_text(encoding="utf-8")
-    assert "4, random shapes, seed 0" in page and "static ranges" not in page
+    assert "4 random shapes, seed 0" in page and "static ranges" not in page
 
 
 def test_what_cannot_be_traced_gets_the_rest(tmp_path: Path) -> None:
     found = granq.report(Branching().eval(), iter([images(40), images(40)]), out=tmp_path / "page.html", images=50)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert found.keys() == {"bytes"} and "cannot trace Branching" in text and "50, given" in text
+    assert found.keys() == {"bytes", "images"} and "cannot trace Branching" in text and "50 images" in text
     assert {*charts(tmp_path / "page.html")} == {"How-far-apart-are-the-ranges", "What-do-few-bits-do-to-one-channel"}
 
 

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial, wraps
+from importlib.metadata import version
 from typing import Annotated, Any, Union, cast
 
 import tyro
@@ -24,8 +26,8 @@ def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     """Return the command that ``argv`` asks for, ready to be called. Shows help and exits where that is asked for."""
     argv = [part for part in argv if part != "--json"]  # which main sees to
     if argv[:1] == ["quantize"]:
-        return jobs.from_arguments(argv[1:]).run
-    every = {"quantize": quantize, **commands.COMMANDS}
+        return partial(jobs.execute, jobs.from_arguments(argv[1:]))
+    every = {"quantize": _help_alone, **commands.COMMANDS}
     known = [Annotated[Any, tyro.conf.subcommand(name, constructor=_later(f))] for name, f in every.items()]
     say = partial(tyro.cli, cast(Any, Union)[tuple(known)], prog="granq", description=DESCRIPTION, args=argv)
     if argv[:1] != ["sweep"]:
@@ -34,7 +36,7 @@ def parse(argv: Sequence[str]) -> Callable[[], dict[str, Any]]:
     return partial(call, options=tuple(rest))
 
 
-def quantize() -> None:
+def _help_alone() -> None:
     """Quantize a teacher without its training data."""  # so that the list of commands has it
 
 
@@ -65,10 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch starts its threads: waiting threads of GNU OpenMP keep their core busy for so long that next to other
     # work they hold up the one they wait for. A step then took 30 times as long; this way 3 times (docs/speed.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    warnings.formatwarning = lambda message, *_, **__: f"granq: warning: {message}\n"  # without a line of our source
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 still gets the result
         sys.stdout.reconfigure(errors="backslashreplace")
+    if argv == ["--version"]:
+        print(version("granq"))
+        return 0
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries tell there what they download
             result = parse(argv)()
@@ -81,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume", file=sys.stderr)
         return 130
-    failed = result.pop("failed", "")
-    lines = [f"{name}: {value}" for name, value in result.items() if not isinstance(value, list)]  # tables are printed
-    print(json.dumps(result) if as_json else "\n".join(lines))
+    failed, said = result.pop("failed", ""), result.pop("said", "")
+    shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in result.items()}
+    lines = [f"{name}: {value}" for name, value in shown.items() if not isinstance(value, list)]  # tables are printed
+    print(json.dumps(result) if as_json else "\n".join([*lines, said]).strip())
     if failed:
         print(f"granq: {failed}", file=sys.stderr)
     return 1 if failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,22 +81,27 @@ def teacher(
 def evaluate(run: Positional[Path], *, data: Data, network: OwnNetwork = "", device: Device = "auto") -> Result:
     """Measure the accuracy of a finished run, or of a packed student by its file or name."""
     device = granq.devices.resolve_device(device)
-    saved, spec, test, facts = _run_on(run, data, network, device)
-    return facts | {"top1": granq.top1_on(saved.student, test, spec, device)} | granq.devices.versions(device)
+    return _run_on(run, data, network, device)[-1] | granq.devices.versions(device)
 
 
 def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.SavedRun, granq.DataSpec, Any, Result]:
-    """Return a run, ``data`` as its network takes them, their test split, and what a result says of both."""
+    """Return a run, ``data`` as its network takes them, their test split, and the student's accuracy with its facts."""
     from granq.data import dataset_name
 
     saved = granq.load_student(run, device, network)
     c, old = saved.config, saved.spec
     spec = granq.describe_data(data, network, c.image_size, mean=old.mean, std=old.std).prepared_as(old)
     test = granq.load_split(spec, "test")
-    facts = {name: saved.facts[name] for name in ("network", "teacher_top1")} | {"scheme": str(c.scheme)}
-    same = saved.facts.get("test_images", len(test)) == len(test)  # another folder may have the same name
-    if not same or dataset_name(data) != dataset_name(saved.facts.get("data", "")):
-        del facts["teacher_top1"]  # it was measured on other data
+    top1 = granq.top1_on(saved.student, test, spec, device)
+    then: Result = {"data": "", "top1": top1, "images": len(test)} | saved.facts
+    facts: Result = {"network": network or then["network"], "scheme": str(c.scheme), "top1": top1}
+    if dataset_name(data) != dataset_name(then["data"]) or then.get("test_images", then["images"]) != len(test):
+        warnings.warn(f"{run} was measured on other images, of {dataset_name(then['data'])}", stacklevel=2)
+    else:
+        facts["teacher_top1"] = then.get("teacher_top1")
+        if abs(then["top1"] - top1) > 0.5:
+            said = f"{run} had {then['top1']:.2f} % of these images and {top1:.2f} now; has its network's code changed?"
+            warnings.warn(said, stacklevel=2)
     facts |= {"run": str(run), "data": data, "bits": c.bits, "image_bits": c.image_bits, "layer_bits": c.layer_bits}
     facts |= {"recipe": c.recipe, "seed": c.seed}
     return saved, spec, test, facts | {"epoch": saved.epoch, "images": len(test)}
@@ -190,8 +196,8 @@ def sensitivity(
     drawn = granq.generated_batches(shared.zero_shot[0], 0, images, 32) if run else shared.sample(0, images, 32)
     how: Result = dict(kinds=kinds, parts=parts, facts=facts, out=out)
     frame = granq.measure_sensitivity(shared.teacher, list(drawn), scheme, widths, **how)
-    worst = frame.sort_values("kl", ascending=False)[["layer", "kind", "part", "bits", "kl", "agreement"]]
-    print(worst.head(10).to_string(index=False))
+    columns = ["layer", "kind", "part", "bits", "kl", "agreement", *frame.columns.intersection(["lost"])]
+    print(frame.sort_values("kl", ascending=False)[columns].head(10).to_string(index=False))
     return {"out": str(out), **facts, "rows": _records(frame)}
 
 
@@ -232,7 +238,6 @@ def export(
     else:
         granq.runs.RunFolder(out).check_free()
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
-    facts["top1"] = granq.top1_on(saved.student, test, spec)
     if format == "packed":
         facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
         facts |= granq.devices.versions() | {"commit": granq.devices.commit()}
@@ -244,9 +249,10 @@ def export(
     if (wrong := agreement.layer[agreement.beyond_bound > 0]).any():
         raise UserError(f"the integer twin computes something else than the student: {', '.join(wrong)}")
     out.mkdir(parents=True, exist_ok=True)
-    granq.export_onnx(twin, images[:2], out / "network.onnx")
+    granq.export_onnx(twin, images[:2], out / "network.onnx", spec.facts())
     granq.files.write_csv(out / "agreement.csv", agreement)
     facts |= {"top1_integer": granq.top1_on(twin, test, spec), "torch": granq.devices.versions()["torch"]}
+    facts |= {"spec": spec.facts()}
     granq.files.write_tensors(out / "integers.safetensors", twin.state_dict(), saved.config.model_dump() | facts)
     return facts | {"out": str(out)}
 

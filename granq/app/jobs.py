@@ -138,6 +138,15 @@ class Job(QATConfig, Files):
         return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
 
 
+def execute(job: Job) -> dict[str, Any]:
+    """Return the row of a run, and what it says in one sentence."""
+    row = job.run()
+    half = 1.96 * (row["last_top1"] * (100 - row["last_top1"]) / row["test_images"]) ** 0.5
+    said = f"teacher {row['teacher_top1']:.2f} %, untrained {row['ptq_top1']:.2f}, after the last epoch "
+    said += f"{row['last_top1']:.2f} ± {half:.2f} (95 % interval over {row['test_images']} test images)"
+    return row | {"said": f"{row['scheme']} {row['bits']}: {said}"}
+
+
 def parse_bits(text: str, auto: bool = False) -> dict[str, Any]:
     """Return the widths in ``"3,3"``, or the average in ``"auto:3.0"``. Raises UserError unless from 2 to 8."""
     if found := re.fullmatch("([2-8]),([2-8])", text):

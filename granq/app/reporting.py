@@ -43,7 +43,7 @@ def report(
             if run.is_file() or not teacher.is_file():  # of a student that comes with granq ours, of others none
                 raise granq.UserError(f"{run} holds rounded weights only: pass its full-precision --teacher")
         options |= {"scheme": saved.student}
-        facts |= {"quantized": f"{c.scheme} {c.bits}", "student": run.name}
+        facts |= {"quantized": f"{c.scheme} {c.bits}", "student": run.name, "recipe": c.recipe, "seed": str(c.seed)}
         if data:
             given = given or {"mean": spec.mean, "std": spec.std}
             spec = granq.describe_data(data, network, c.image_size, **given).prepared_as(spec)

@@ -177,9 +177,10 @@ class Workbench:
     def results(self) -> Path:
         """Return the table of long runs on these data, in ``out`` or above it. Raises UserError without one."""
         name = f"results_{dataset_name(self.data)}.csv"
-        found = [path for folder in (self.out, self.out.parent) if (path := folder / name).is_file()]
+        swept = [run.path.parent / "results.csv" for run in self.runs]  # of the sweep that they belong to
+        found = [path for path in (self.out / name, self.out.parent / name, *swept) if path.is_file()]
         if not found:
-            raise UserError(f"{self.out / name} is missing: a row for each run of granq quantize --json")
+            raise UserError(f"{self.out / name} is missing: copy results.csv of a granq sweep, or pass a run of it")
         return found[0]
 
     @cached_property

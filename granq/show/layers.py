@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm, Normalize
 from pandas import DataFrame
 
 from granq.measure.running import DEAD
-from granq.show.style import DASHES, ROLES, Ax, finish, plain_log, role, select, short_layer, side_by_side
+from granq.show.style import DASHES, ROLES, Ax, finish, in_words, plain_log, role, select, short_layer, side_by_side
 
 DISTORTION_LABELS = {"distribution": "share of values above", "error": "RMS error"}
 METRIC_LABELS = {"mse": "mean square error", "sqnr_db": "SQNR (dB)", "cosine_similarity": "cosine similarity"}
@@ -32,7 +32,7 @@ def plot_activation_distortion(
     title = f"{short_layer(rows.layer.iloc[0])}, {rows.bits.iloc[0]} bits"
     above = rows[["density_full_precision", "density_quantized"]].mul(rows.bin_right - rows.bin_left, axis=0)
     rows[["full", "quantized"]] = above[::-1].groupby(rows.granularity).cumsum()
-    groups = [(role(str(name)), part) for name, part in rows.groupby("granularity", sort=False)]
+    groups = [(in_words(str(name)), part) for name, part in rows.groupby("granularity", sort=False)]
     if quantity == "error":
         for look, part in groups:
             part = part[part.density_full_precision * (part.bin_right - part.bin_left) >= 1e-5]
@@ -110,7 +110,7 @@ def plot_granularity_maps(
     grid = select(data, granularity=name).pivot(index="image", columns="channel", values="scale")
     colors, norm = plt.get_cmap("viridis").with_extremes(bad="#d9d9dc"), LogNorm(data.scale.min(), data.scale.max())
     mesh = ax.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
-    ax.set(title=role(name).label.replace(" (", "\n("), xlabel="channel", ylabel="image")
+    ax.set(title=in_words(name).label.replace(" (", "\n("), xlabel="channel", ylabel="image")
     ax.locator_params(integer=True, nbins=4)
     if colorbar:
         plain_log(ax.figure.colorbar(mesh, ax=ax, label="scale (step, in units of the activation)").ax)
@@ -148,7 +148,7 @@ def plot_channel_scales(data: DataFrame, *, ax: Ax = None) -> Axes:
     _channel_points(ax, data.assign(value=data.scale.where(data.scale > DEAD)), "source")
     plain_log(ax)
     ax.set_ylabel(f"scale at {data.bits.iloc[0]} bits\n(step, in units of the activation)")
-    one = f"one scale {role(data.granularity.iloc[0]).label}"
+    one = f"one scale {in_words(data.granularity.iloc[0]).label}"
     ax.set_title(f"{one}, n = {data.images.min()} images of each source")
     return finish(ax, True)
 

@@ -63,15 +63,15 @@ def report(
     name: Any = scheme if isinstance(scheme, str) else type(scheme).__name__
     if not isinstance(scheme, nn.Module):
         scheme, name = get_scheme(scheme), f"{name} W{check_bits(widths[0])}A{check_bits(widths[1])}"
-    drawn, source = list(islice((image for batch in batches for image in images_of(batch)), images)), "given"
+    drawn, source = list(islice((image for batch in batches for image in images_of(batch)), images)), "images"
     if not drawn:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             drawn, source = list(random_shapes(images, image_size)), "random shapes, seed 0"
     data = list(torch.stack(drawn).split(BATCH))
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
-    parts, found = _measure(model, data, scheme, widths, told["quantized"])
-    told |= {"images": f"{len(drawn)}, {source}", "granq": version("granq")}
+    told |= {"images": f"{len(drawn)} {source}", "granq": version("granq")}
+    parts, found = _measure(model, data, scheme, widths, told)
     if isinstance(scheme, Scheme) and scheme.tracked:
         told["static ranges"] = f"a moving average over these images in batches of {BATCH}"
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
@@ -84,7 +84,7 @@ def report(
 
 
 def _measure(
-    model: nn.Module, data: list[Tensor], scheme: Scheme | nn.Module, widths: tuple[int, int], name: str
+    model: nn.Module, data: list[Tensor], scheme: Scheme | nn.Module, widths: tuple[int, int], told: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of the page and its numbers."""
     logits = _logits(model, data)
@@ -97,17 +97,21 @@ def _measure(
         student = prepare(model, scheme, widths, data)
         check_copy(student, model, data[0][:2])
     ours = student is not None and any(isinstance(module, Quantizer) for module in student.modules())
-    frame = audit(student if ours else model, data[0][:2])
-    found: dict[str, Any] = summarize_audit(frame) if ours else {}
+    frame = audit(student if ours else model, data[0])
+    found: dict[str, Any] = {"images": told["images"]} | (summarize_audit(frame) if ours else {})
     parts = {"layers": missing, "microscope": "No layer does.", "verdict": "Nothing is quantized here"}
-    parts["ranges"] = _chart(range_explorer(measure_ranges(model, data)))
+    places = [place for place in activation_places(student).values() if place.granularity] if ours else []
+    look: dict[str, Any] = {"bits": places[-1].bits} if places else {}
+    parts["ranges"] = _chart(range_explorer(measure_ranges(model, data), **look))
+    look |= {"granularity": places[-1].granularity} if places else {}
     if student is not None:
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
             same = predictions(logits) == predictions(_logits(student, data))
             found["agreement"] = 100 * same.float().mean().item()
-            parts["verdict"] += f". It predicts like the full-precision network on {found['agreement']:.1f} % of images"
-        rows = _errors(model, data, student, name, layout is not None and logits is not None)
+            said = f"on {found['agreement']:.1f} % of {told['images']}"
+            parts["verdict"] += f". It predicts like the full-precision network {said}"
+        rows = _errors(model, data, student, told["quantized"], layout is not None and logits is not None)
         parts["layers"] = _chart(layer_explorer(rows, layout))
         frame = frame.merge(rows[rows.channel.isna() & (rows["mode"] == "local")], "left", "layer")
     convs = [name for name in layer_names(model) if isinstance(model.get_submodule(name), nn.Conv2d)]
@@ -115,7 +119,7 @@ def _measure(
     if len(maps):
         worst = maps.sort_values("sqnr_db") if "sqnr_db" in maps else maps
         samples = measure_activation_samples(model, {"given": data[0][:4]}, [*worst.layer[:MAGNIFIED]], 4)
-        parts["microscope"] = _chart(distortion_microscope(samples))
+        parts["microscope"] = _chart(distortion_microscope(samples, **look))
     size, true = frame.weights.sum() * 4e-6, (frame.weights * frame.bits_per_weight).sum() / 8e6
     parts["sizes"] = f"Weights: {size:.2f} MB in float32" + f", {true:.2f} MB as they are here" * ours
     table = frame[[column for column in COLUMNS if column in frame]]

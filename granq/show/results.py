@@ -100,14 +100,18 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
     if len(published := published[published.bits.isin(widths)]):
         x = published.bits.map(widths.index) + 0.43
         ax.scatter(x, published.last_top1, s=40, linewidths=0.8, **_PUBLISHED.points)
-    teacher, n = measured.teacher_top1.mean(), measured.groupby(["scheme", "bits"]).seed.nunique().min()
+    teacher, n = measured.teacher_top1.mean(), _seeds(measured.groupby(["scheme", "bits"]).seed.nunique())
     ax.axhline(teacher, color=GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
     network = measured.network.iloc[0].rpartition(":")[2]
-    ax.set_title(f"{measured.dataset.iloc[0]}, {network}, n ≥ {n} seeds")
+    ax.set_title(f"{measured.dataset.iloc[0]}, {network}, {n} seeds")
     ax.set_xticks(range(len(widths)), widths)
     ax.set_ylabel("test top-1 (%)")
     return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _seeds(counts: pd.Series) -> str:
+    return f"n {'=' if counts.nunique() == 1 else '≥'} {counts.min():.0f}"
 
 
 def results_table(data: DataFrame) -> DataFrame:
@@ -156,10 +160,10 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
     ax.set_yticks([*lines.values()], [*lines], fontsize=7)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
     ax.margins(x=0.12)  # for the numbers
-    ax.set_xlabel("points lost, open: published")
+    ax.set_xlabel("points lost, open: published" if (every.kind == "published").any() else "points lost")
     left = f"\n{len(every) - len(rows)} published ones without a teacher left out" if len(every) > len(rows) else ""
     # in the middle it would leave a narrow panel
-    ax.set_title(f"{every.bits.iloc[0]}, n ≥ {every.n.min():.0f} where measured{left}", loc="right")
+    ax.set_title(f"{every.bits.iloc[0]}, {_seeds(every.n.dropna())} where measured{left}", loc="right")
     return ax
 
 

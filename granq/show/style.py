@@ -78,6 +78,11 @@ def role(name: str) -> Role:
     return ROLES.get(name, base._replace(label=name, marker="X" if " + " in name else base.marker))
 
 
+def in_words(name: str) -> Role:
+    """Return the look of a granularity, in words also where a scheme has its name."""
+    return role(name)._replace(label=role(name).label.replace("_", " "))
+
+
 def select(data: DataFrame, **values: Any) -> DataFrame:
     """Return the rows with these values; ``None`` means the first that is left. Raises UserError if there is none.
 

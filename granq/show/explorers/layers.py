@@ -9,6 +9,7 @@ import pandas as pd
 from pandas import DataFrame
 from torch import fx, nn
 
+from granq.errors import UserError
 from granq.graph import SHAPE, trace
 from granq.measure.running import DEAD
 from granq.plain import LAYERS, module_of
@@ -30,6 +31,8 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     A click chooses a layer, so does the list. One scheme is compared with another or with all. A column ``kl`` of
     ``measure_sensitivity`` is one metric more, of layers only; with a ``network_layout`` the network is drawn too.
     """
+    if "channel" not in data:
+        raise UserError("this explorer needs measure_layer_error(..., per_channel=True)")
     data = select(data, weight_bits=None, act_bits=None).assign(sqnr_db=lambda d: d.sqnr_db.clip(upper=SQNR_CEILING))
     schemes, metrics = data.scheme.unique().tolist(), [*METRICS, *data.columns.intersection(["kl"])]
     controls = [
@@ -42,7 +45,8 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     inside = data[data.channel.notna()].dropna(subset="sqnr_db").sort_values("sqnr_db")
     worst = inside.drop_duplicates(KEYS)[[*KEYS, "channel"]].rename(columns={"channel": "worst"})
     rows = data.loc[data.channel.isna(), KEYS + metrics].merge(worst, how="left")
-    pick = pick_layer(data.layer, rows.sort_values("sqnr_db").layer.iloc[0])
+    first = rows[rows["mode"] == data["mode"].iloc[0]]  # what the menu shows
+    pick = pick_layer(data.layer, first.sort_values("sqnr_db").layer.iloc[0])
     looks = alt.Scale(domain=schemes, range=[color(name) for name in schemes])
     scheme = alt.Color("scheme:N", title=None, scale=looks, legend=alt.Legend(orient="top"))
 
@@ -154,8 +158,8 @@ def _curve(x: float, y: float, name: str, x2: float, y2: float, name2: str) -> D
     return DataFrame({"kind": "edge", "layer": f"{name} to {name2}"} | points)
 
 
-def range_explorer(data: DataFrame) -> alt.VConcatChart:
-    """Explore ``measure_ranges``: the range of every layer, and the steps of its channels at any number of bits."""
+def range_explorer(data: DataFrame, bits: int = 3) -> alt.VConcatChart:
+    """Explore ``measure_ranges``: the range of every layer, and the steps of its channels, at first at ``bits``."""
     width = data.high - data.low
     groups = data.assign(width=width.where(width > DEAD)).groupby(["part", "layer"], sort=False)  # dead: no step
     rows = groups.agg(
@@ -179,9 +183,9 @@ def range_explorer(data: DataFrame) -> alt.VConcatChart:
         shown.mark_point(shape="circle", color=RED, **point).encode(y="median:Q"),
         shown.mark_point(shape="diamond", color=TEXT, **point).encode(y="whole:Q"),
     ]
-    said = "steps, from the narrowest to the widest channel; red: the median; diamond: one for all"
-    above = panel(150, *ranges, title="range of the layer, and in red of its median channel")
+    said = "steps; red: median; diamond: one for all"
+    above = panel(150, *ranges, title="range; in red of the median channel")
     chart = alt.vconcat(above, panel(150, *steps, title=said))
     told = "The range of every layer with that of its median channel, and below it the steps that its channels need."
     parts = menu("part", sorted(data.part.unique()), "ranges of")
-    return finish(chart, "How far apart are the ranges?", told, parts, slider("bits", 3, 2, 8))
+    return finish(chart, "How far apart are the ranges?", told, parts, slider("bits", bits, 2, 8))

@@ -12,19 +12,24 @@ from granq.measure.running import ACTIVATION_GRANULARITIES as GRANULARITIES
 from granq.measure.running import DEAD
 from granq.quantizer import fake_quantize_with, qparams_from_range
 from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, menu, pack, panel, quantized, short, slider
-from granq.show.style import GREY, role, select, short_layer
+from granq.show.style import GREY, in_words, select, short_layer
 
 HOVER = [alt.Tooltip("x:Q", format=".4f"), alt.Tooltip("code:Q"), alt.Tooltip("value:Q", format=".4f")]
 
 
-def distortion_microscope(data: DataFrame) -> alt.VConcatChart:
-    """Explore ``measure_activation_samples``: one channel of one image under every number of bits and every range."""
+def distortion_microscope(data: DataFrame, bits: int = 3, granularity: str = "per_tensor") -> alt.VConcatChart:
+    """Explore ``measure_activation_samples``: one channel of one image under every number of bits and every range.
+
+    It begins with these ``bits``, this ``granularity``, and the narrowest channel that is not constant in any layer.
+    """
+    spread = data.groupby(["rank", "layer", "source", "image"]).x.agg(np.ptp).groupby("rank").min()
+    live, words = spread.index[spread > DEAD], [in_words(name).label for name in GRANULARITIES]
     rows, layers = pack(data.assign(**_reach(data)), ["source", "layer", "rank", "image"], ["x"]), data.layer.unique()
     controls = [
-        slider("bits", 3, 2, 8),
-        menu("granularity", GRANULARITIES, "one scale", labels=[role(name).label for name in GRANULARITIES]),
+        slider("bits", bits, 2, 8),
+        menu("granularity", GRANULARITIES, "one scale", granularity, labels=words),
         menu("layer", layers, labels=[short_layer(name) for name in layers]),
-        slider("rank", 0, 0, int(data["rank"].max()), label="channel, narrowest first"),
+        slider("rank", int(live[0]) if len(live) else 0, 0, int(data["rank"].max()), label="channel, narrowest first"),
         slider("image", 0, 0, int(data.image.max())),
         menu("source", data.source.unique(), "images"),
     ]
@@ -170,7 +175,7 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
     """
     data = select(data, bits=None)
     one, finest = "filter" if "filter" in data else "image", data.granularity.iloc[-1]
-    names = {name: role(name).label.replace("_", " ") for name in data.granularity.unique()}
+    names = {name: in_words(name).label for name in data.granularity.unique()}
     live = data[data.scale > DEAD].assign(shown=data.granularity.map(names))  # constant channels stay empty
     spread = live[live.granularity == finest].groupby(["layer", one]).scale.agg(lambda v: v.max() / v.min())
     layer, row = spread.idxmax()
