@@ -53,6 +53,24 @@ def answer(capsys):
     return json.loads(capsys.readouterr().out)
 
 
+ON_DIGITS = "--data digits --network resnet20_cifar10"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"quantize {ON_DIGITS} --scheme strict", f"teacher {ON_DIGITS}", "demo", "bench", f"sensitivity {ON_DIGITS}",
+        "audit --network resnet20_cifar10", "report --network resnet20_cifar10", "figures", f"factorial {ON_DIGITS}",
+        "sweep --network a", "export a --data digits",
+    ],
+)  # fmt: skip
+def test_an_out_that_cannot_be_written_is_refused_before_any_work(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([*command.split(), "--out", str(tmp_path / "file/x.safetensors")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"x.safetensors cannot be written: {tmp_path}/file is no folder to write into")
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == granq.__version__
 

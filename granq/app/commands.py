@@ -11,7 +11,7 @@ from pydantic import Field
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 import granq
-from granq.app.jobs import Count, Data, Mean, Network, Seed, Std, TeacherFile, channels, likely_data, parse_bits
+from granq.app.jobs import Count, Data, Mean, Network, Out, Seed, Std, TeacherFile, channels, likely_data, parse_bits
 from granq.app.reporting import Device, report
 from granq.errors import UserError
 from granq.schemes import check_bits
@@ -22,7 +22,7 @@ Words = tuple[str, ...]
 Result = dict[str, Any]
 
 
-def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, device: Device = "auto") -> Result:
+def demo(*, out: Out = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, device: Device = "auto") -> Result:
     """Quantize the digits to 2 bits: three schemes, a table and pictures. Downloads nothing."""
     import pandas as pd
 
@@ -54,7 +54,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Count = 3, epochs: Count = 6, 
 
 
 def teacher(
-    *, data: Data, network: Network, out: Path, epochs: Count = 30,
+    *, data: Data, network: Network, out: Out, epochs: Count = 30,
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2, seed: Seed = 0, image_size: int | None = None,
     flip: bool = True, mean: Mean = "", std: Std = "", device: Device = "auto", bf16: bool = False,
 ) -> Result:  # fmt: skip
@@ -109,7 +109,7 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
 
 def audit(
     *, network: Network, scheme: str = "granq", bits: str = "3,3", teacher: Path | None = None,
-    data: str | None = None, image_size: int | None = None, fail_under: Percent | None = None, out: Path | None = None,
+    data: str | None = None, image_size: int | None = None, fail_under: Percent | None = None, out: Out | None = None,
 ) -> Result:  # fmt: skip
     """Say, layer by layer, what a scheme really quantizes in a network; it needs no weights and no images.
 
@@ -148,7 +148,7 @@ def audit(
 
 
 def factorial(
-    *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
+    *, data: Data, network: Network, out: Out, teacher: TeacherFile = None, run: Path | None = None,
     bits: str = "2,3,4,5,8", images: Annotated[int, Field(ge=2)] | None = None, seeds: Count = 1,
     resume: bool = False, image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
@@ -175,7 +175,7 @@ def factorial(
 
 
 def sensitivity(
-    *, data: Data, network: Network, out: Path, teacher: TeacherFile = None, run: Path | None = None,
+    *, data: Data, network: Network, out: Out, teacher: TeacherFile = None, run: Path | None = None,
     scheme: str = "strict", bits: str = "3", images: Count = 256, kinds: Words = ("alone",),
     parts: Words = ("weights", "activations", "both"), resume: bool = False, image_size: int | None = None,
     mean: Mean = "", std: Std = "", device: Device = "auto",
@@ -222,7 +222,7 @@ def _grown_table(
 
 
 def export(
-    run: Positional[Path], *, data: Data, out: Path, network: OwnNetwork = "",
+    run: Positional[Path], *, data: Data, out: Out, network: OwnNetwork = "",
     format: Literal["integers", "packed"] = "integers",
 ) -> Result:  # fmt: skip
     """Write the student of a run: a foldable one as integers and ONNX, and any as one small file.
@@ -260,7 +260,7 @@ def export(
 def figures(
     names: Positional[Words] = (), *, from_csv: bool = False, budget: Literal["quick", "full"] = "quick",
     data: str | None = None, network: Network = "resnet20_cifar10", teacher: Path | None = None,
-    run: UseAppendAction[tuple[Path, ...]] = (), out: Path | None = None, seed: Seed = 0,
+    run: UseAppendAction[tuple[Path, ...]] = (), out: Out | None = None, seed: Seed = 0,
     image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Measure figures, write their CSV, and draw them from it; all of them without names.
@@ -285,7 +285,7 @@ def figures(
 
 def bench(
     what: Positional[Literal["quantizer", "scaling", "all"]] = "all", *, repetitions: Count = 30,
-    out: Path | None = None, device: Device = "auto",
+    out: Out | None = None, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Time the quantizer and the scaled convolution against plain baselines; --out is the folder for their CSV."""
     device, result = granq.devices.resolve_device(device), {}
@@ -302,7 +302,7 @@ def bench(
 
 
 def sweep(
-    *, out: Path, network: Words = (), teacher: tuple[Path, ...] = (), schemes: Words = (), bits: Words = (),
+    *, out: Out, network: Words = (), teacher: tuple[Path, ...] = (), schemes: Words = (), bits: Words = (),
     recipes: Words = ("adadfq",), seeds: tuple[int, ...] = (0,), jobs: Count = 1, cluster: str = "",
     status: bool = False, options: Suppress[Words] = (),
 ) -> Result:  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from ast import literal_eval
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from tyro.conf import arg
 
 import granq  # its names are imported at first use: the command line answers without torch
@@ -28,6 +29,17 @@ BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images
 BITS_HELP = "width of weights,activations; or auto:3.0, an average: each layer gets its own, from generated images"
 Mean = Annotated[str, arg(help="of the three channels, from 0 to 1, such as 0.5,0.5,0.5, if nothing else says it")]
 Std = Annotated[str, arg(help="likewise, the standard deviation")]
+
+
+def _writable(path: Path) -> Path:
+    """Return ``path``. Raises ValueError if nothing can be written there: before hours of work, and not after them."""
+    there = next(part for part in (path, *path.absolute().parents) if part.is_dir() or (part != path and part.exists()))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"--out {path} cannot be written: {there} is no folder to write into")
+    return path
+
+
+Out = Annotated[Path, AfterValidator(_writable)]
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -38,7 +50,7 @@ class Files(BaseModel):
 
     data: Data
     network: Network
-    out: Path = Field(description="run folder, new or empty")
+    out: Out = Field(description="run folder, new or empty")
     teacher: TeacherFile = None
     mean: Mean = ""
     std: Std = ""

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 import granq
-from granq.app.jobs import Count, Mean, Network, Std, channels, likely_data, parse_bits
+from granq.app.jobs import Count, Mean, Network, Out, Std, channels, likely_data, parse_bits
 
 Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 
 
 def report(
-    run: Positional[Path | None] = None, *, out: Path, network: Network = "", teacher: Path | None = None,
+    run: Positional[Path | None] = None, *, out: Out, network: Network = "", teacher: Path | None = None,
     data: str | None = None, scheme: str = "granq", bits: str = "3,3", images: Count = 64,
     image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> dict[str, Any]:  # fmt: skip

@@ -105,8 +105,8 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
     ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
     network = measured.network.iloc[0].rpartition(":")[2]
     ax.set_title(f"{measured.dataset.iloc[0]}, {network}, {n} seeds")
+    ax.set(xlim=(-0.6, len(widths) - 0.4), ylabel="test top-1 (%)")
     ax.set_xticks(range(len(widths)), widths)
-    ax.set_ylabel("test top-1 (%)")
     return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1))
 
 
