@@ -242,6 +242,12 @@ def test_export_and_evaluate(folder, teacher, tmp_path, capsys):
     assert main([*export[:-2], str(tmp_path / "x.bin")]) == 2 and ".safetensors" in capsys.readouterr().err
 
 
+def test_a_student_says_that_images_are_others(capsys):
+    with pytest.warns(UserWarning, match="measured on 9975 images of cifar10, now on 450 of digits"):
+        assert main("evaluate cifar10-strict-w3a3 --data digits --device cpu --json".split()) == 0
+    assert "teacher_top1" not in json.loads(capsys.readouterr().out)
+
+
 def test_a_student_in_half_precision_has_no_nan():
     """A dead channel has the smallest step there is, whose reciprocal float16 does not hold."""
     student = granq.load_student("cifar10-foldable-w3a3").student

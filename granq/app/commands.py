@@ -95,8 +95,10 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
     top1 = granq.top1_on(saved.student, test, spec, device)
     then: Result = {"data": "", "top1": top1, "images": len(test)} | saved.facts
     facts: Result = {"network": network or then["network"], "scheme": str(c.scheme), "top1": top1}
-    if dataset_name(data) != dataset_name(then["data"]) or then.get("test_images", then["images"]) != len(test):
-        warnings.warn(f"{run} was measured on other images, of {dataset_name(then['data'])}", stacklevel=2)
+    known = then.get("test_images", then["images"]), dataset_name(then["data"])
+    if known != (len(test), dataset_name(data)):
+        said = f"{run} was measured on {known[0]} images of {known[1]}, now on {len(test)} of {dataset_name(data)}"
+        warnings.warn(said, stacklevel=2)
     else:
         facts["teacher_top1"] = then.get("teacher_top1")
         if abs(then["top1"] - top1) > 0.5:
