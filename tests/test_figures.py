@@ -264,6 +264,7 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
     full, other = (Workbench(budget, data="cifar10", device="cpu", out=tmp_path) for budget in ("full", "quick"))
     for call, sentence in (
         (lambda: make_figures(["nonsense"], full), "unknown figure 'nonsense'; known: method"),
+        (lambda: redraw_figures(["layer_error"], tmp_path), "layer_error.csv does not exist"),
         (lambda: redraw_figures([], tmp_path / "nowhere"), "holds no CSV of a figure"),
         (lambda: make_figures(["training_curves"], full), "of another budget"),
         (lambda: make_figures(["training_curves"], other), "another budget, data"),

@@ -132,6 +132,9 @@ def test_without_images_it_draws_shapes_and_leaves_the_random_state(tiny: nn.Mod
     assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
     page = (tmp_path / "1.html").read_text(encoding="utf-8")
     assert "4 random shapes, seed 0" in page and "static ranges" not in page
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    with pytest.raises(granq.UserError, match=r"cannot take images \(16, 3, 224, 224\)"):
+        granq.report(small, out=tmp_path / "4.html", images=16)
 
 
 def test_what_cannot_be_traced_gets_the_rest(tmp_path: Path) -> None:

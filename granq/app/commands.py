@@ -254,8 +254,8 @@ def export(
     granq.export_onnx(twin, images[:2], out / "network.onnx", spec.facts())
     granq.files.write_csv(out / "agreement.csv", agreement)
     facts |= {"top1_integer": granq.top1_on(twin, test, spec), "torch": granq.devices.versions()["torch"]}
-    facts |= {"spec": spec.facts()}
-    granq.files.write_tensors(out / "integers.safetensors", twin.state_dict(), saved.config.model_dump() | facts)
+    header = saved.config.model_dump() | facts | {"spec": spec.facts()}
+    granq.files.write_tensors(out / "integers.safetensors", twin.state_dict(), header)
     return facts | {"out": str(out)}
 
 

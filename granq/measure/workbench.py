@@ -175,7 +175,7 @@ class Workbench:
         return run
 
     def results(self) -> Path:
-        """Return the table of long runs on these data, in ``out`` or above it. Raises UserError without one."""
+        """Return the table of long runs, in ``out``, above it, or of a sweep. Raises UserError without one."""
         name = f"results_{dataset_name(self.data)}.csv"
         swept = [run.path.parent / "results.csv" for run in self.runs]  # of the sweep that they belong to
         found = [path for path in (self.out / name, self.out.parent / name, *swept) if path.is_file()]

@@ -223,11 +223,10 @@ def redraw_figures(names: Sequence[str], folder: Path) -> list[str]:
         raise UserError(f"{folder} holds no CSV of a figure; granq figures measures them")
     for name in names:
         one_of("figure", name, FIGURES)
-        if not (folder / f"{name}.csv").is_file():
-            raise UserError(f"{folder / name}.csv does not exist; granq figures measures it")
+        if not (path := folder / f"{name}.csv").is_file():
+            raise UserError(f"{path} does not exist; granq figures measures it")
         FIGURES[name].draw(name, folder)
         if name == "results_table":
-            path = folder / f"{name}.csv"
             table = pd.read_csv(path, dtype={"n": "Int64"}).loc[:, "bits":"source"]
             table = table.astype(object).where(table.notna(), None)
             table.to_markdown(path.with_suffix(".md"), index=False, floatfmt=".2f", missingval="")

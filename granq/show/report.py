@@ -54,8 +54,8 @@ def report(
         images: how many at most.
         facts: provenance, at the end of the page; ``network`` and ``quantized`` also name both in its title.
 
-    Returns what the page says in numbers: agreement (percent of images), ``summarize_audit``, bytes. Raises UserError
-    if ``out`` exists, or for an unknown scheme or width.
+    Returns what the page says in numbers: images, agreement (percent of them), ``summarize_audit``, bytes. Raises
+    UserError if ``out`` exists, or for an unknown scheme or width.
     """
     out, widths = Path(out), (bits, bits) if isinstance(bits, int) else bits
     if out.exists():
@@ -87,7 +87,10 @@ def _measure(
     model: nn.Module, data: list[Tensor], scheme: Scheme | nn.Module, widths: tuple[int, int], told: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of the page and its numbers."""
-    logits = _logits(model, data)
+    try:
+        logits = _logits(model, data)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the network cannot take images {tuple(data[0].shape)}: {error}") from error
     try:
         layout, missing = network_layout(model), "No"
     except UserError as error:
@@ -101,9 +104,8 @@ def _measure(
     found: dict[str, Any] = {"images": told["images"]} | (summarize_audit(frame) if ours else {})
     parts = {"layers": missing, "microscope": "No layer does.", "verdict": "Nothing is quantized here"}
     places = [place for place in activation_places(student).values() if place.granularity] if ours else []
-    look: dict[str, Any] = {"bits": places[-1].bits} if places else {}
-    parts["ranges"] = _chart(range_explorer(measure_ranges(model, data), **look))
-    look |= {"granularity": places[-1].granularity} if places else {}
+    start = (places[-1].bits, places[-1].granularity) if places else (3, "per_tensor")
+    parts["ranges"] = _chart(range_explorer(measure_ranges(model, data), start[0]))
     if student is not None:
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
@@ -119,7 +121,7 @@ def _measure(
     if len(maps):
         worst = maps.sort_values("sqnr_db") if "sqnr_db" in maps else maps
         samples = measure_activation_samples(model, {"given": data[0][:4]}, [*worst.layer[:MAGNIFIED]], 4)
-        parts["microscope"] = _chart(distortion_microscope(samples, **look))
+        parts["microscope"] = _chart(distortion_microscope(samples, *start))
     size, true = frame.weights.sum() * 4e-6, (frame.weights * frame.bits_per_weight).sum() / 8e6
     parts["sizes"] = f"Weights: {size:.2f} MB in float32" + f", {true:.2f} MB as they are here" * ours
     table = frame[[column for column in COLUMNS if column in frame]]
