@@ -15,7 +15,7 @@ OUT ?= runs/demo
 BUNDLE ?= gpu-bundle
 BIN := .venv/bin
 STAMP := .venv/.installed
-ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -61,7 +61,7 @@ endif
 # of the checkout: lessons show pictures of figures/. In a container the user is root
 lab: export PATH := $(CURDIR)/$(BIN):$(PATH)
 lab: $(STAMP) ## Open JupyterLab on 127.0.0.1, with a token, at the first notebook
-	JUPYTER_NO_CONFIG=1 $(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=. $(ROOT) notebooks/00_start_here.ipynb
+	JUPYTER_NO_CONFIG=1 $(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=. $(AS_ROOT) notebooks/00_start_here.ipynb
 
 browser: $(STAMP) ## Open notebooks and the documentation site in a real browser (Debian: installs chromium)
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }

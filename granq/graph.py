@@ -113,10 +113,10 @@ def to_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return module
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode, whose layers are as plain as those of the quantized network."""
+def plain_copy(model: nn.Module, traced: bool = False) -> nn.Module:
+    """Return a copy in eval mode, whose layers are as plain as those of the quantized one, and traced if told so."""
     copied = copy.deepcopy(model).eval()
-    return to_module(copied, trace(copied)) if changed_layers(copied) else copied
+    return to_module(copied, trace(copied)) if traced or changed_layers(copied) else copied
 
 
 def calls_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:

@@ -123,6 +123,15 @@ def run_once(model: nn.Module, network: str, images: Tensor) -> Any:
         raise UserError(f"{network} takes no RGB images of {images.shape[-1]} pixels: {said}") from error
 
 
+def faster_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """Return channels_last if a network takes images (N, 3, H, W) in it: ``x.view(n, -1)`` of maps does not."""
+    try:
+        run_once(model, "the network", images[:1].contiguous(memory_format=torch.channels_last))
+    except UserError:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 def count_classes(model: nn.Module, network: str, images: Tensor) -> int:
     """Return how many logits a network gives. Raises UserError unless they are finite (N, two classes or more)."""
     logits = run_once(model, network, images)
@@ -158,11 +167,13 @@ def _own_name(name: Any, own: Container[str]) -> str:
 @torch.inference_mode()
 def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
     """Return the top-1 accuracy in percent over a dataset of uint8 images, in eval mode."""
-    right = total = 0
+    right, total, layout = 0, 0, None
     with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
         shown: Any = dict(total=-(-len(dataset) // 250), desc="accuracy", unit="batch", leave=False, delay=2)
         for images, labels in tqdm(batches(dataset, spec), **shown):
-            right += int((predictions(model(images.to(device))).cpu() == labels.flatten()).sum())
+            images = images.to(device)
+            layout = layout or faster_layout(model, images)
+            right += int((predictions(model(images.contiguous(memory_format=layout))).cpu() == labels.flatten()).sum())
             total += len(labels)
     return 100 * right / max(total, 1)
 
@@ -195,11 +206,12 @@ def train_teacher(
     settings |= {"flip": flip} | spec.model_dump(include={"image_size", "mean", "std"})
     torch.manual_seed(seed)
     model = build_network(network, spec.classes)
-    spec.fit_classes(count_classes(model, network, torch.zeros(1, 3, spec.image_size, spec.image_size)))
-    model = model.to(device)
+    image = torch.zeros(1, 3, spec.image_size, spec.image_size)
+    spec.fit_classes(count_classes(model, network, image))
+    layout = faster_layout(model, image)
     train: Any = load_split(spec, "train")
     loader = DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=len(train) > batch_size)
-    model = model.to(memory_format=torch.channels_last).train()
+    model = model.to(device).to(memory_format=layout).train()
     averaged = AveragedModel(model, avg_fn=_moving_average, use_buffers=True)
     weights, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": weights, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
@@ -213,7 +225,7 @@ def train_teacher(
         for images, labels in loader:
             images = normalize(augment(images.to(device), flip), spec)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-                logits = model(images.to(memory_format=torch.channels_last))
+                logits = model(images.contiguous(memory_format=layout))
             logits = logits if isinstance(logits, Tensor) else logits[0]  # GoogLeNet has more, while it is trained
             loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
             optimizer.zero_grad()

@@ -105,7 +105,7 @@ class Game:
         self.pixels = (pixels[0].to(self.device), pixels[1].to(self.device)) if pixels else None
         torch.manual_seed(config.seed)  # before the generator is built: its initial weights belong to the seed
         teacher = copy.deepcopy(teacher).to(self.device).eval()
-        self.teacher = plain_copy(teacher).requires_grad_(False)  # recipe match compares both after every BatchNorm
+        self.teacher = plain_copy(teacher, traced=True).requires_grad_(False)  # so that both take images in any layout
         self.student = quantized(teacher, config)
         for parameter in self.student.parameters():  # also of a teacher that was frozen
             parameter.requires_grad_(parameter.is_floating_point())

@@ -61,7 +61,7 @@ def generated_batches(generator: nn.Module, seed: int, count: int = 1024, batch_
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed((1_000_003 * seed + start) % 2**63)  # every batch has its own numbers
             images, _ = synthesize(own, min(batch_size, count - start), device=device)
-        yield images
+        yield images.contiguous()  # which every network takes
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def measure_generated_images(
     labels = torch.arange(classes).repeat_interleave(per_class)
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
     images = copy.deepcopy(generator).to(device)(noise.to(device), labels.to(device))  # its statistics move
-    frame = measure_images(images, labels, teacher, spec)
+    frame = measure_images(images.contiguous(), labels, teacher, spec)
     frame.insert(1, "sample", list(range(per_class)) * classes)
     return frame
 
