@@ -109,7 +109,7 @@ class Game:
         self.student = quantized(teacher, config)
         for parameter in self.student.parameters():  # also of a teacher that was frozen
             parameter.requires_grad_(parameter.is_floating_point())
-        self.classes = self._check_networks()
+        self.classes = self._check_networks(teacher)
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
         classes, size = getattr(self.generator, "classes", self.classes), config.image_size
@@ -130,14 +130,14 @@ class Game:
         self.codes = list[Tensor]()  # of all weights, after the last epoch and the one before
 
     @torch.no_grad()
-    def _check_networks(self) -> int:
+    def _check_networks(self, teacher: nn.Module) -> int:
         """Return the number of classes; refuse now what no later step would notice."""
         shape = (1, 3, self.config.image_size, self.config.image_size)
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)  # the run's state stays
         with batchnorm_inputs(self.teacher) as norms:
             classes = count_classes(self.teacher, "the teacher", image)
         batchnorm_loss(norms)  # raises if there are none
-        check_copy(self.student, self.teacher, image)
+        check_copy(self.student, teacher, image)
         return classes
 
     def optimize_student(self) -> None:

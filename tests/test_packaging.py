@@ -127,7 +127,7 @@ def test_licence_is_mit() -> None:
 def test_lab_keeps_its_token_whatever_the_user_configured(tmp_path: Path) -> None:
     (tmp_path / "jupyter_server_config.py").write_text("c.IdentityProvider.token = ''\nc.ServerApp.ip = '0.0.0.0'\n")
     (line,) = [line.strip() for line in read("Makefile").splitlines() if "jupyter lab" in line]
-    line = line.replace("$(BIN)/jupyter", f"exec {sys.executable} -m jupyter").replace("$(ROOT)", "--allow-root")
+    line = line.replace("$(BIN)/jupyter", f"exec {sys.executable} -m jupyter").replace("$(AS_ROOT)", "--allow-root")
     command = line + " --no-browser --port=0"
     environment = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path)}
     with subprocess.Popen(command, shell=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as lab:

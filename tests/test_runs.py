@@ -415,6 +415,15 @@ class SeenLater(nn.Module):
         return (y + self.right(x)).mean((2, 3))
 
 
+class SeenThroughAView(SeenLater):
+    """A view of a tensor is changed in place; in channels_last the traced copy has no such view."""
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        rows = x.view(x.size(0), -1).mul_(2)
+        return self.left(x).mean((2, 3)) + rows[:, :3]
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
@@ -422,6 +431,7 @@ class SeenLater(nn.Module):
         (Answers(lambda x: x * math.nan), "the teacher gives no finite logits"),
         (Answers(seen_in_place), "computes something else even without quantization"),
         (SeenLater(), "computes something else even without quantization"),
+        (SeenThroughAView(), "computes something else even without quantization"),
     ],
 )  # fmt: skip
 def test_a_teacher_whose_answers_are_no_logits_is_refused(teacher, message):
