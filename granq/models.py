@@ -124,7 +124,7 @@ def run_once(model: nn.Module, network: str, images: Tensor) -> Any:
 
 
 def faster_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """Return channels_last if a network takes images (N, 3, H, W) in it: ``x.view(n, -1)`` of maps does not."""
+    """Return channels_last, unless a network takes images (N, 3, H, W) in torch's default only: ``x.view(n, -1)``."""
     try:
         run_once(model, "the network", images[:1].contiguous(memory_format=torch.channels_last))
     except UserError:

@@ -56,7 +56,7 @@ def trace_plain(model: nn.Module, fixed: dict[str, Any]) -> fx.Graph:
         layer.__class__ = _base(layer)  # type: ignore[assignment]
         vars(layer).pop("forward", None)
         vars(layer).update(tracer.settings.get(layer, {}))
-    for node in graph.find_nodes(op="call_method", target="view"):  # of maps in channels_last it is a copy, if anything
+    for node in graph.find_nodes(op="call_method", target="view"):  # maps in channels_last have none
         if not any(isinstance(value, torch.dtype) for value in node.args):
             node.target = "reshape"
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")  # parameters that nobody reads any more
