@@ -1,7 +1,9 @@
 """Timings: what is timed computes the same as the library, rows are complete, counts are right. No clock decides."""
 
+import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -190,6 +192,31 @@ def test_time_to_accuracy(benchmarks, tiny, monkeypatch):
     lines = bench.plot_time_to_accuracy(frame).get_lines()
     assert lines[0].get_ydata().tolist() == [40, 50, 60]
     assert lines[1].get_xdata() == pytest.approx(frame.seconds[3:] / 60)
+
+
+def test_evaluation_rows(benchmarks, monkeypatch):
+    import evaluation
+
+    monkeypatch.setattr(torch, "compile", lambda network: network)  # a minute of it
+    frame = evaluation.measure_latency_evaluation(repetitions=2, batch=2).set_index("method")
+    assert len(frame) == 6 and (frame.ratio_to_full_precision[frame.index.str.startswith("full")] == 1).all()
+    assert (frame.ratio_to_default[["full precision", "quantized"]] == 1).all()
+    as_committed(frame.reset_index(), "evaluation_latency")
+
+
+def test_a_whole_command_is_a_row(benchmarks, monkeypatch, tmp_path):
+    import good_student as bench
+
+    (tmp_path / "warmup").mkdir()
+    (tmp_path / "warmup/config.json").write_text('{"config": {"epochs": 2, "iterations": 300}}')
+    said = SimpleNamespace(stdout=json.dumps({"scheme": "strict", "last_top1": 90.7, "out": str(tmp_path)}))
+    asked = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: asked.append(command) or said)
+    for _ in range(2):
+        frame = bench.main(tmp_path / "table.csv", ["--seed", "1"])
+    assert frame[["scheme", "last_top1", "generator_iterations"]].to_numpy().tolist() == [["strict", 90.7, 600]] * 2
+    assert asked[0][-4:] == ["quantize", "--seed", "1", "--json"]
+    as_committed(frame, "good_student")
 
 
 def test_gpu_parts_run_without_a_gpu(benchmarks, tmp_path, capsys, monkeypatch):

@@ -233,6 +233,8 @@ def test_auto_allocates_resumes_and_is_repeated(
     row = json.loads(capsys.readouterr().out)
     assert (row["bits"], row["auto_bits"], row["epochs"], row["warmup_epochs"]) == ("W3A3", 3.0, 2, 0)
     assert method_name(row) == "foldable + auto 3.0" and row["generator"] == str(tmp_path / "a/warmup")
+    warm, rest = (torch.load(tmp_path / name / "checkpoint.pt")["seconds"] for name in ("a/warmup", "a"))
+    assert row["seconds"] == pytest.approx(warm + rest, abs=0.11)  # the warm-up is a part of the run
     saved = granq.load_run(tmp_path / "a", network=network)
     own = {name: tuple(pair) for name, pair in json.loads(row["layer_bits"]).items()}
     assert saved.config.layer_bits == own and set(own) == set(OWN)

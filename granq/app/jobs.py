@@ -96,9 +96,10 @@ class Job(QATConfig, Files):
         def evaluate(model: Any) -> float:
             return granq.top1_on(model, test, spec, device)
 
-        config, start = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields}), self.generator
+        config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
+        start, before = self.generator, 0.0
         if choose := bool(self.auto_bits and not self.layer_bits):
-            config, start, generator = self._choose_bits(config, teacher, device)
+            config, start, generator, before = self._choose_bits(config, teacher, device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         facts = source | {"teacher_top1": evaluate(teacher), "test_images": len(test)}
         facts |= {"spec": spec.model_dump(mode="json")}
@@ -109,6 +110,7 @@ class Job(QATConfig, Files):
         names = dataset_name(self.data), Path(self.network).name
         row = source | result.row(*names, facts["teacher_top1"], len(test))
         row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
+        row["seconds"] = round(row["seconds"] + before, 1)
         row["method"] = workbench.method_name(row)
         row |= {name: ",".join(map(str, facts["spec"][name])) for name in ("mean", "std")}
         image, _ = next(granq.batches(test, spec, batch_size=1))
@@ -120,21 +122,21 @@ class Job(QATConfig, Files):
         files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
 
-    def _choose_bits(self, c: QATConfig, teacher: Any, device: str) -> tuple[QATConfig, Path, Any]:
-        """Allocate bits on generated images. Return the settings of what is left of the run, its start and generator.
+    def _choose_bits(self, c: QATConfig, teacher: Any, device: str) -> tuple[QATConfig, Path, Any, float]:
+        """Allocate bits on generated images. Return what is left of the run (settings, start, generator), and seconds.
 
         Without ``--generator`` the warm-up comes first, as a run of its own in the folder.
         """
         from granq import convert, runs
 
-        folder, start = runs.RunFolder(self.out), self.generator or self.out / "warmup"
+        folder, start, seconds = runs.RunFolder(self.out), self.generator or self.out / "warmup", 0.0
         with folder.claimed():
             if not folder.config.is_file():
                 folder.write_config(c, {})  # so that it can be resumed from here on
             if not self.generator:
                 alone: Any = dict(recipe="gdfq", refined_images=0) if c.recipe == "match" else {}
                 warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
-                granq.train(teacher, warm, out=start, resume=start.exists())
+                seconds = granq.train(teacher, warm, out=start, resume=start.exists()).seconds
                 later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
                 left = {name: max(getattr(c, name) - c.warmup_epochs, 0) for name in ("epochs", "generator_epochs")}
                 c = c.change(warmup_epochs=0, milestones=later, **left)
@@ -147,7 +149,7 @@ class Job(QATConfig, Files):
                 image = convert.image_places(student := granq.quantize_model(teacher, c.scheme, 8, 8))
                 others = [name for name, place in convert.activation_places(student).items() if place not in image]
                 table = table[(table.part == "weights") | (table.bits == c.image_bits) | table.place.isin(others)]
-        return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator
+        return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator, seconds
 
 
 def execute(job: Job) -> dict[str, Any]:
