@@ -55,7 +55,7 @@ class Losses(BaseModel):
     """What generator and student minimize, and how fast. Weights as in docs/method.md, section 5."""
 
     recipe: Literal["adadfq", "gdfq", "match"] = Field("adadfq", description="whose losses; match is our own")
-    student_lr: Rate = Field(1e-4, description="peak learning rate of the student")
+    student_lr: Rate = Field(1e-4, description="peak learning rate of the student; of match 5e-4")
     generator_lr: Rate = Field(1e-3, description="learning rate of the generator")
     generator_epochs: int = Field(0, ge=0, description="epochs after which the generator no longer learns; 0: never")
     milestones: tuple[int, ...] = Field((), description="epochs at which both rates fall to a tenth")
@@ -65,7 +65,7 @@ class Losses(BaseModel):
     lambda_l: float = Field(0.1, description="lower margin of the entropy")
     lambda_u: float = Field(0.8, description="upper margin of the entropy")
     gamma: float = Field(1.0, description="weight of the BatchNorm loss")
-    refined_images: int = Field(0, ge=0, description="match: so many refined images, made once; 0: on new ones")
+    refined_images: int = Field(0, ge=0, description="match: images refined once, by default 32 batches; 0: new ones")
 
 
 class QATConfig(Losses, Quantization, Run):
