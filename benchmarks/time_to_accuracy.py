@@ -81,7 +81,7 @@ def main(
     network: str, teacher: Path, data: str, target: float, *, out: Path, schemes: tuple[str, ...] = tuple(BEST),
     mean: Channels = None, std: Channels = None, image_size: int | None = None, epochs: int = 10,
     iterations: int = 100, batch_size: int = 64, refined_images: int = 4096, bf16: bool = False,
-    paper_epochs: int = 5, seed: int = 0, device: str = "auto",
+    paper_epochs: int = 5, paper_batch_size: int | None = None, seed: int = 0, device: str = "auto",
 ) -> None:  # fmt: skip
     """Measure and draw; write ``--out`` (CSV) and the picture next to it.
 
@@ -89,6 +89,7 @@ def main(
         target: the best accuracy in percent of a run with the published settings.
         mean: of the three channels, from 0 to 1, as the network was trained with; likewise ``std``.
         paper_epochs: so many epochs of these settings after their warm-up, to know how long all of them take.
+        paper_batch_size: of the run that has the target, if it is not the published one.
     """
     spec = describe_data(data, network, image_size, mean=mean, std=std)
     model, spec = load_teacher(network, spec, teacher, resolve_device(device))
@@ -96,7 +97,8 @@ def main(
     length = dict(epochs=epochs, iterations=iterations, batch_size=batch_size, refined_images=refined_images)
     settings = {s: QATConfig.for_recipe(scheme=s, **{"weight_bits": 3, "act_bits": 3} | shared | length | BEST[s])
                 for s in schemes}  # fmt: skip
-    whole = QATConfig.paper("cifar100" if spec.classes == 100 else "cifar10", "", 3, **shared)
+    other = {"batch_size": paper_batch_size} if paper_batch_size else {}
+    whole = QATConfig.paper("cifar100" if spec.classes == 100 else "cifar10", "", 3, **shared, **other)
     settings["granq + paper"] = whole.change(epochs=whole.warmup_epochs + paper_epochs)
     frame = measure_time_to_accuracy(model, spec, load_split(spec, "test"), target, settings)
     paper = frame[frame.method == "granq + paper"]
