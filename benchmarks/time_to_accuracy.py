@@ -28,6 +28,7 @@ BEST: dict[str, dict[str, Any]] = {
     "strict": {"recipe": "match", "image_bits": 6},
     "foldable": {"recipe": "match", "image_bits": 6},
 }
+SHOWN = {*"recipe image_bits refined_images iterations batch_size bf16 seed".split()}
 
 
 def measure_time_to_accuracy(
@@ -38,7 +39,7 @@ def measure_time_to_accuracy(
     Returns:
         Columns method, epoch, seconds (wall clock since the beginning, generator and refined images included, measuring
         the accuracy not), test_top1, target, reached_seconds (of the first epoch that has ``target``; NaN without one),
-        scheme, recipe, seed, test_images, commit, python, torch, torchvision, device.
+        scheme, and the settings ``SHOWN``, test_images, commit, python, torch, torchvision, device.
     """
     frames = []
     for name, config in settings.items():
@@ -59,8 +60,8 @@ def measure_time_to_accuracy(
         train(teacher, config, evaluate=evaluate, pixels=pixel_bounds(spec), after_epoch=keep)
         frame = pd.DataFrame(rows)
         reached = frame.seconds[frame.test_top1 >= target].min()
-        facts = {"target": target, "reached_seconds": reached, "scheme": str(config.scheme), "recipe": config.recipe}
-        facts |= {"seed": config.seed, "test_images": len(test), "commit": commit()}
+        facts = {"target": target, "reached_seconds": reached, "scheme": str(config.scheme)}
+        facts |= config.model_dump(include=SHOWN) | {"test_images": len(test), "commit": commit()}
         frames.append(frame.assign(method=name, **facts, **versions(resolve_device(config.device))))
     return pd.concat(frames, ignore_index=True)
 
