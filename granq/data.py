@@ -111,6 +111,9 @@ def describe_data(
         if ".py:" in network and image_size is None:
             (w, h), last = (_open_image(_read_folder(test, names).samples[i][0]).size for i in (0, -1))
             image_size = w - w % 4 if (w, h) == last and 4 <= w == h <= 224 else 224
+            if (w, h) == last and w != h and max(w, h) <= 224:
+                said = f"{name} has images of {w}x{h} pixels, which are prepared as 224x224"
+                warnings.warn(f"{said}: give an image_size", stacklevel=2)
     else:
         one_of("dataset", name, [*_KNOWN, "folder:PATH"])
         root = {"digits": "", "imagenet": str(data_root() / name)}.get(name, str(data_root()))
@@ -176,7 +179,8 @@ def _read_folder(folder: Path, names: list[str], transform: Any = None) -> Any:
             return names, {name: names.index(name) for name in class_names(folder)}
 
     def shown(path: str) -> bool:
-        return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path.removeprefix(str(folder))
+        known = (*IMG_EXTENSIONS, ".gif", ".avif")
+        return path.lower().endswith(known) and f"{os.sep}." not in path.removeprefix(str(folder))
 
     try:
         return Folder(str(folder), transform, loader=_open_image, is_valid_file=shown)

@@ -57,10 +57,13 @@ def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: S
     """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ).
 
     Both are outputs of BatchNorms (N, C, H, W). What a ReLU after one cuts off both (``ceilings``) is no difference.
+    The variance is at least a thousandth of the layers' mean: a layer that is nearly constant hardly matters.
     """
-    terms = []
+    errors, variances = [], []
     for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):
         if ceiling is not None:
             t, s = (F.relu(x) if ceiling == math.inf else x.clamp(0, ceiling) for x in (t, s))  # relu is faster
-        terms.append(F.mse_loss(s, t) / channel_var_mean(t)[0].mean())
-    return torch.stack(terms).mean()
+        errors.append(F.mse_loss(s, t))
+        variances.append(channel_var_mean(t)[0].mean())
+    variance = torch.stack(variances)
+    return (torch.stack(errors) / variance.clamp_min(1e-3 * variance.mean())).mean()

@@ -223,7 +223,7 @@ def reestimate_batchnorm(student: nn.Module, teacher: nn.Module, images: Tensor)
     contrast to compare. The mean is the empirical bias correction of Nagel et al. (ICCV 2019). A BatchNorm
     that is called several times stays as it is: it would need statistics for each call.
     """
-    norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
+    norms = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None}
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}  # variance and mean, of every call
 
     def follow(name: str, x: Tensor, _: None) -> None:

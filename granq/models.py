@@ -4,7 +4,9 @@ import inspect
 import pickle
 import re
 import runpy
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Container
 from functools import partial
 from pathlib import Path
@@ -32,8 +34,8 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
     """Return a network in eval mode, with random weights unless ``pretrained``; such a one keeps its own classes.
 
     ``name`` is one of pytorchcv or torchvision (``torchvision:resnet18`` where both have it), ``timm:resnet18``, or
-    ``FILE.py:FUNCTION``, called with ``num_classes=classes``, or with ``classes``, or without, whichever it takes.
-    Raises UserError if nobody knows the name.
+    ``FILE.py:FUNCTION``, called with ``num_classes=classes``, or with ``classes``, or without, whichever it takes; the
+    file may import its neighbours. Raises UserError if nobody knows the name.
     """
     from pytorchcv.model_provider import _models, get_model
     from torchvision import models as torchvision  # takes a second
@@ -68,13 +70,18 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
 def _from_file(path: Path, function: str, classes: int) -> Any:
     if not path.is_file():
         raise UserError(f"file {str(path)!r} of network {function} does not exist")
-    found = runpy.run_path(str(path), run_name=f"network of {path}")
-    one_of(f"function of {path}", function, [name for name, value in found.items() if callable(value)])
-    parameters = inspect.signature(make := found[function]).parameters
-    if "num_classes" in parameters:
-        return make(num_classes=classes)
-    needed = [p for p in parameters.values() if p.kind < p.VAR_POSITIONAL and p.default is p.empty]
-    return make(classes) if len(needed) == 1 else make()
+    sys.path.insert(0, folder := str(path.parent.resolve()))
+    try:
+        found = runpy.run_path(str(path), run_name=f"network of {path}")
+        one_of(f"function of {path}", function, [name for name, value in found.items() if callable(value)])
+        parameters = dict(inspect.signature(make := found[function]).parameters)
+        given = {"num_classes": classes} if parameters.pop("num_classes", None) else {}
+        needed = [p.name for p in parameters.values() if p.kind < p.VAR_POSITIONAL and p.default is p.empty]
+        if len(needed) + len(given) > 1:
+            raise UserError(f"{function} of {path} also needs {', '.join(needed)}: name a function that does not")
+        return make(*[classes] * len(needed), **given)
+    finally:
+        sys.path.remove(folder)
 
 
 def save_teacher(path: Path, model: nn.Module, network: str, spec: DataSpec, top1: float) -> None:
@@ -100,10 +107,11 @@ def load_teacher(
     model = build_network(network, spec.classes, pretrained=path is None)
     own = model.state_dict()
     try:
-        model.load_state_dict(own if path is None else {_own_name(name, own): value for name, value in state.items()})
+        model.load_state_dict(own if path is None else _renamed(state, own, path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:250]
-        raise UserError(f"{path} holds no weights of {network} with {spec.classes} classes: {reason}") from error
+        said = f"{network} with {spec.classes} classes, as many as {spec.name} has"
+        raise UserError(f"{path} holds no weights of {said}: {reason}") from error
     if ".py:" in network and spec.name != "digits" and not (known or spec.given):
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
     facts = ("image_size", "crop_pct", "interpolation", *(() if spec.given else ("mean", "std")))
@@ -136,7 +144,9 @@ def count_classes(model: nn.Module, network: str, images: Tensor) -> int:
     """Return how many logits a network gives. Raises UserError unless they are finite (N, two classes or more)."""
     logits = run_once(model, network, images)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.isfinite().all():
-        raise UserError(f"{network} gives no finite logits (N, two classes or more)")
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        shown = f"(N, two classes or more), but {given} for {tuple(images.shape)}"
+        raise UserError(f"{network} gives no finite logits {shown}")
     return logits.shape[1]
 
 
@@ -156,6 +166,14 @@ def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no weights: it is a {type(state).__name__}, not a state dict")
     return state, {}
+
+
+def _renamed(state: dict[Any, Any], own: Container[str], path: Any) -> dict[str, Any]:
+    """Return weights under the names of a network, without the counter of ``AveragedModel``."""
+    names = {name: _own_name(name, own) for name in state if name != "n_averaged"}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise UserError(f"{path} holds two networks: {twice[0]} is in it more than once; save one of them alone")
+    return {own_name: state[name] for name, own_name in names.items()}
 
 
 def _own_name(name: Any, own: Container[str]) -> str:

@@ -44,10 +44,12 @@ class Conv(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> "Conv":
-        """Return those of a layer. Raises UserError unless it pads with zeros by a number of pixels."""
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise UserError("only numeric zero padding is executed in integers")
-        return cls(layer.stride, layer.padding, layer.dilation, layer.groups)
+        """Return those of a layer. Raises UserError unless it pads with zeros, as many on both sides."""
+        sides = layer._reversed_padding_repeated_twice  # left, right, top, bottom; also of padding="same"
+        before, after = sides[::2], sides[1::2]
+        if layer.padding_mode != "zeros" or before != after:
+            raise UserError(f"only equal zero padding on both sides is executed in integers, not that of {layer}")
+        return cls(layer.stride, tuple(before[::-1]), layer.dilation, layer.groups)
 
     def output_size(self, size: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
         spans = zip(size, self.padding, self.dilation, kernel, self.stride, strict=True)

@@ -231,7 +231,7 @@ def test_a_train_split_without_some_classes_is_labelled_like_the_test(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "wanted"), [((32, 32), 32), ((30, 30), 28), ((65, 65), 64), ((232, 232), 224), ((32, 40), 224)]
+    ("size", "wanted"), [((32, 32), 32), ((30, 30), 28), ((65, 65), 64), ((232, 232), 224), ((320, 400), 224)]
 )
 def test_images_of_a_network_of_ones_own_say_their_size(tmp_path, size, wanted):
     folder, network = f"folder:{tmp_path}", "somewhere/cifar/net.py:make"
@@ -242,6 +242,15 @@ def test_images_of_a_network_of_ones_own_say_their_size(tmp_path, size, wanted):
     assert describe_data(folder, network).image_size == 224  # of two sizes none is taken
     assert (spec.image_size, spec.mean) == (wanted, describe_data("imagenet").mean)  # the path is not the network
     assert describe_data(folder, network, 16).image_size == 16 and describe_data(folder, "resnet18").image_size == 224
+
+
+def test_small_images_that_are_no_squares_are_told(tmp_path):
+    for name in "ab":
+        picture(tmp_path / "test" / name / "0.gif", (64, 48))
+    with pytest.warns(UserWarning, match="images of 64x48 pixels, which are prepared as 224x224: give an image_size"):
+        assert describe_data(f"folder:{tmp_path}", "net.py:make").image_size == 224
+    spec = describe_data(f"folder:{tmp_path}", "net.py:make", 48)
+    assert len(load_split(spec, "test")) == 2
 
 
 def test_the_user_s_mean_and_deviation(folder):

@@ -30,7 +30,7 @@ from granq.generator import batchnorm_inputs, batchnorm_loss
 from granq.losses import layer_loss
 from granq.match import NORM_RATE, STEP_RATE, batchnorm_outputs, refined_images, relu_ceilings, widen_ranges
 from granq.ranges import LearnedSteps, best_quantile
-from granq.runs import begin
+from granq.runs import begin, train
 
 MATCH = QATConfig(
     epochs=2, warmup_epochs=1, iterations=2, batch_size=4, image_size=8, device="cpu", student_lr=0.1,
@@ -107,6 +107,9 @@ def test_layer_loss_by_hand():
         assert layer_loss([teacher], [student], [ceiling]).item() == pytest.approx(squares / 4 / variance)
     both = layer_loss([teacher] * 2, [student] * 2, [None, 6.0]).item()
     assert both == pytest.approx((33 / 4 / 5 + 10 / 4 / 1.5) / 2)
+    still = torch.ones(4, 1, 1, 1)  # a layer that its teacher has switched off: by a thousandth of the mean variance
+    both = layer_loss([teacher, still], [student, still + 0.1], [None, None]).item()
+    assert both == pytest.approx((33 / 4 / 5 + 0.01 / (1e-3 * 5 / 2)) / 2)
 
 
 class Residual(nn.Module):
@@ -266,6 +269,15 @@ def test_reestimated_batchnorm_sits_to_its_input_as_the_teacher_s_does(tiny):
     reestimate_batchnorm(same, tiny, images)
     torch.testing.assert_close(same.bn2.running_var, tiny.bn2.running_var)
     assert not torch.equal(student.bn1.running_mean, tiny.bn1.running_mean)  # the teacher's own were not touched
+
+
+def test_batchnorms_that_are_off_or_without_statistics_end_no_run(tiny):
+    nn.init.zeros_(tiny.bn2.weight)
+    tiny.bn1.running_mean = tiny.bn1.running_var = None  # while track_running_stats stays
+    config = QATConfig.for_recipe(
+        "match", "strict", epochs=2, warmup_epochs=1, iterations=2, batch_size=4, refined_images=8, image_size=8
+    )
+    assert train(tiny, config).history.student_loss.iloc[-1] < 10
 
 
 def test_a_batchnorm_that_is_called_twice_stays():

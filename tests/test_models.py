@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import pickle
+import sys
 import zipfile
 from argparse import Namespace
 from functools import partial
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import granq
 from granq import models
@@ -70,6 +72,22 @@ def test_a_network_from_a_file_of_ones_own(tmp_path, function, classes):
     assert network(torch.zeros(1, 3, 8, 8)).shape == (1, classes) and not network.training
 
 
+def test_a_network_s_file_imports_its_neighbours(tmp_path):
+    (tmp_path / "granq_test_blocks.py").write_text(FILE)
+    (tmp_path / "net.py").write_text("def make():\n    from granq_test_blocks import Net\n    return Net(2)\n")
+    before = list(sys.path)
+    assert build_network(f"{tmp_path / 'net.py'}:make", 2)(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
+    assert sys.path == before
+
+
+def test_a_function_that_needs_more_than_classes_is_told(tmp_path):
+    (tmp_path / "net.py").write_text("def make(depth, num_classes=10): ...\ndef other(depth, width): ...\n")
+    with pytest.raises(UserError, match="make of .*net.py also needs depth: name a function that does not"):
+        build_network(f"{tmp_path / 'net.py'}:make", 2)
+    with pytest.raises(UserError, match="other of .*net.py also needs depth, width"):
+        build_network(f"{tmp_path / 'net.py'}:other", 2)
+
+
 def test_a_teacher_goes_to_its_device():
     """Its classes are counted before that, on the CPU."""
     teacher, _ = load_teacher("resnet20_cifar10", describe_data("digits"), models.digits_teacher(), "meta")
@@ -120,11 +138,11 @@ def test_teachers_of_other_programs_are_read(tmp_path, folder):
 
 
 def test_weights_must_fit_network_and_classes(folder, teacher, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no weights of resnet20_cifar10 with 10 classes: .* size mismatch"):
+    with pytest.raises(UserError, match="weights of .* with 10 classes, as many as digits has: .* size mismatch"):
         load_teacher("resnet20_cifar10", describe_data("digits"), teacher)
     spec = describe_data(folder, "resnet20_cifar10")
     torch.save({"epoch": 3}, tmp_path / "t.pt")
-    with pytest.raises(UserError, match="no weights of resnet20_cifar10 with 2 classes: .* Missing key"):
+    with pytest.raises(UserError, match="weights of .* with 2 classes, as many as .* has: .* Missing key"):
         load_teacher("resnet20_cifar10", spec, tmp_path / "t.pt")
     monkeypatch.setattr("pytorchcv.model_provider.get_model", lambda name, **_: TinyNet(10).eval())
     with pytest.raises(UserError, match="tell 10 classes apart, but .* has 2"):
@@ -184,6 +202,22 @@ def test_a_network_s_own_names_stay(own, tmp_path, prefix):
     network(torch.zeros(1, 3, 8, 8))
     torch.save({"model": {f"{prefix}{k}": v for k, v in network.state_dict().items()}}, tmp_path / "t.pt")
     assert same_bits(load_teacher(name, own[1], tmp_path / "t.pt")[0], network)
+
+
+@pytest.mark.parametrize(("first", "second"), [("net.", "model."), ("", "module.")])
+def test_two_networks_in_one_file_are_refused(own, tmp_path, first, second):
+    """A network and its teacher, or its moving average: either name leads to the same layer."""
+    name, spec, network = own
+    state = {f"{prefix}{key}": value for prefix in (first, second) for key, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "t.pt")
+    with pytest.raises(UserError, match="holds two networks: 0.weight is in it more than once"):
+        load_teacher(name, spec, tmp_path / "t.pt")
+
+
+def test_a_moving_average_of_torch_is_read(own, tmp_path):
+    name, spec, network = own
+    torch.save(AveragedModel(network).state_dict(), tmp_path / "t.pt")
+    assert same_bits(load_teacher(name, spec, tmp_path / "t.pt")[0], network)
 
 
 @pytest.mark.parametrize("kind", ["argparse.Namespace", "multiarray.scalar", "BatchNorm2d"])

@@ -151,8 +151,11 @@ def test_conv_of_a_layer() -> None:
     x = torch.randn(2, 4, 9, 8)
     torch.testing.assert_close(F.conv2d(x, layer.weight, None, *Conv.of(layer)), layer(x))
     assert Conv.of(layer).output_size((9, 8), (3, 2)) == layer(x).shape[2:]
-    with pytest.raises(UserError, match="numeric zero padding"):
-        scaling.Conv.of(nn.Conv2d(4, 4, 3, padding="same"))
+    for padding, expected in (("same", (2, 1)), ("valid", (0, 0))):
+        assert Conv.of(nn.Conv2d(4, 4, (3, 2), padding=padding, dilation=(2, 2))).padding == expected
+    for padding, mode in (("same", "zeros"), (1, "circular")):  # an even kernel has one more on one side
+        with pytest.raises(UserError, match=r"equal zero padding .* not that of Conv2d\(4, 4"):
+            Conv.of(nn.Conv2d(4, 4, 2, padding=padding, padding_mode=mode))
 
 
 class Trace(TorchDispatchMode):
