@@ -72,7 +72,8 @@ def trace(model: nn.Module) -> fx.Graph:
         graph = trace_plain(model, fixed)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"torch.fx cannot trace {type(model).__name__} itself: {reason}") from error
+        wraps = "; its .module may be the network" * isinstance(getattr(model, "module", None), nn.Module)
+        raise UserError(f"torch.fx cannot trace {type(model).__name__} itself: {reason}{wraps}") from error
     for node in graph.nodes:  # fx calls what is fixed mask_1; who calls the copy calls it mask
         if node.op == "placeholder" and (name := str(node.target).rpartition("_")[0]) in fixed:
             node.target = name

@@ -228,6 +228,8 @@ def test_bad_input(tiny):
             quantize_model(nothing, "granq", 3, 3)
     with pytest.raises(ValueError, match="cannot trace Branching"):
         quantize_model(Branching(), "strict", 3, 3)
+    with pytest.raises(UserError, match="cannot trace DataParallel itself: .*; its .module may be the network"):
+        quantize_model(nn.DataParallel(tiny), "strict", 3, 3)
 
 
 @pytest.mark.parametrize("scheme", ["foldable", "layerwise"])
