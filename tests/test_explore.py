@@ -272,7 +272,7 @@ def test_the_integer_walk_adds_up(tiny: nn.Module, bits: int) -> None:
     chosen = dict(channel=2, pixel="row 3, column 4")
     texts = [str(item.get("text")) for kind, item in marks(granq.integer_walk(data), **chosen) if kind == "text"]
     assert any(f"sum of all products: {sums[2, 3, 4]:,} ".replace("-", "\u2212") in text for text in texts)
-    mantissa, shift = re.search(r"times ([\d,]+),\s+shifted right by (\d+)", " ".join(texts)).groups()
+    mantissa, shift = re.search(r"integers: ([\d,]+) / 2\^(\d+)", " ".join(texts)).groups()
     assert np.isclose(
         int(mantissa.replace(",", "")) / 2 ** int(shift), data.rescale[data.channel == 2].iloc[0], rtol=1e-8
     )

@@ -19,8 +19,7 @@ LINES = [
     "format(datum.sum - datum.zeros, ',') + ' from the codes, ' + format(datum.zeros, ',') + ' from the zero points'",
     "'times rescale ' + format(datum.rescale, '.6~g') + ', plus offset ' + format(datum.offset, '.4~g')",
     "'is ' + format(datum.value, '.6f') + '; the student computes ' + format(datum.student, '.6f')",
-    "'without floating point: times ' + format(datum.multiplier, ',') + ','",
-    "'shifted right by ' + datum.shift + ' bits'",
+    "'the factor in integers: ' + format(datum.multiplier, ',') + ' / 2^' + datum.shift",
     "datum.code === null ? '' : 'after what follows (BatchNorm, sum, ReLU) ' + format(datum.read, '.4~f')",
     "datum.code === null ? '' : 'the next layer reads code ' + datum.free"
     " + (datum.free === datum.code ? '' : ', clamped to ' + datum.code)",
@@ -58,7 +57,7 @@ def integer_walk(data: DataFrame) -> alt.VConcatChart:
     chart = alt.vconcat(*panels, text, spacing=6).resolve_scale(color="independent")
     told = "Integers in the window of one output value, of the filter, their products, the sum and what becomes of it."
     channels = menu("channel", data.channel.unique().tolist(), "output channel")
-    title = f"How does {short_layer(data.layer.iloc[0])} compute one value without floating point?"
+    title = f"How does {short_layer(data.layer.iloc[0])} add up one value in integers?"
     return finish(chart, title, told, channels, menu("pixel", rows["at"].unique()))
 
 
