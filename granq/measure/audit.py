@@ -81,7 +81,9 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     mixed = own and frame.low_bit.any()
     wide &= not mixed
     macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
-    text = f"{weights:.1f} % of weights and {macs:.1f} % of MACs really run at {'/'.join(map(str, bits))} bits"
+    true = float((frame.bits_per_weight * frame.weight_share).sum())
+    text = f"a weight takes {true:.1f} true bits; {weights:.1f} % of weights and {macs:.1f} % of MACs really run at "
+    text += f"{'/'.join(map(str, bits))} bits"
     if mixed:
         low = frame[frame.low_bit]
         average = (np.average(low.weight_bits, weights=low.weights), np.average(low.act_bits, weights=low.macs))
@@ -102,7 +104,7 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
         "macs_low_bit": float(macs),
         "weights_not_quantized": float(100 * frame.weight_share[~frame.weight_quantized].sum()),
         "macs_not_quantized": float(100 * off.macs_share.sum()),
-        "true_bits_per_weight": float((frame.bits_per_weight * frame.weight_share).sum()),
+        "true_bits_per_weight": true,
         "true_bits_per_activation": float((frame.bits_per_activation * frame.macs_share).sum()),
         "layers": int((frame.type != "products").sum()),
         "layers_input_quantized": int(frame.act_quantized.sum()),
