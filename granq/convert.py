@@ -20,7 +20,7 @@ from granq.graph import calls_of_layers, find_places, insert_call, is_image, lay
 from granq.hooks import Batch, eval_mode, images_of, temporarily
 from granq.plain import LAYERS, is_plain, is_rows, module_of
 from granq.quantizer import QParams, at_least_float32, fake_quantize_with, float_codes, min_max, qparams_from_range
-from granq.ranges import LearnedSteps, best_quantile, fake_quantize_learned, quantile_range
+from granq.ranges import LearnedStep, LearnedSteps, best_quantile, quantile_range
 from granq.schemes import Scheme, check_bits, get_scheme
 
 MOMENTUM = 0.9  # of tracked ranges
@@ -46,7 +46,7 @@ class Quantizer(nn.Module):
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         if self.learned is not None:
-            return fake_quantize_learned(x, qparams, self.bits)
+            return LearnedStep.apply(x, *qparams, self.bits)
         return fake_quantize_with(x, qparams, self.bits, self.clamp)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

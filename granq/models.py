@@ -7,11 +7,12 @@ import runpy
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from granq.data import DataSpec, ImageData, batches, load_split, normalize, predictions
 from granq.errors import UserError, one_of, require
 from granq.files import read_checkpoint, read_tensors, save_atomically, write_tensors
-from granq.hooks import eval_mode
+from granq.hooks import Batch, eval_mode, images_of, labels_of
 
 #: Under which training scripts keep weights. Of a network and its moving average the network is taken.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema")
@@ -182,18 +183,23 @@ def _own_name(name: Any, own: Container[str]) -> str:
     return name if name in own or rest == name else _own_name(rest, own)
 
 
-@torch.inference_mode()
 def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
     """Return the top-1 accuracy in percent over a dataset of uint8 images, in eval mode."""
-    right, total, layout = 0, 0, None
+    return 100 * float(right(model, batches(dataset, spec), device, total=-(-len(dataset) // 250)).mean())
+
+
+@torch.inference_mode()
+def right(model: nn.Module, pairs: Iterable[Batch], device: Any = None, total: int | None = None) -> np.ndarray:
+    """Return for every image of ``pairs`` (images, labels) whether it is classified rightly, in eval mode."""
+    hits, layout, device = list[Tensor](), None, device or next(model.parameters()).device
     with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
-        shown: Any = dict(total=-(-len(dataset) // 250), desc="accuracy", unit="batch", leave=False, delay=2)
-        for images, labels in tqdm(batches(dataset, spec), **shown):
-            images = images.to(device)
+        for batch in tqdm(pairs, "accuracy", total, unit="batch", leave=False, delay=2):
+            images, labels = images_of(batch).to(device), labels_of(batch)
+            if labels is None:
+                raise UserError("an accuracy needs labels: batches must be pairs (images, labels)")
             layout = layout or faster_layout(model, images)
-            right += int((predictions(model(images.contiguous(memory_format=layout))).cpu() == labels.flatten()).sum())
-            total += len(labels)
-    return 100 * right / max(total, 1)
+            hits.append(predictions(model(images.contiguous(memory_format=layout))).cpu() == labels.cpu())
+    return torch.cat(hits).numpy()
 
 
 def augment(images: Tensor, flip: bool = True) -> Tensor:

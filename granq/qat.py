@@ -127,7 +127,7 @@ class Game:
             self.optimizers["generator"] = adam
         self.optimize_student()
         self.epoch, self.rows, self.ptq_top1, self.seconds = 0, list[dict[str, float]](), math.nan, 0.0
-        self.codes = list[Tensor]()  # of all weights, after the last epoch and the one before
+        self.codes = torch.empty(0)  # of all weights, after the last epoch
 
     @torch.no_grad()
     def _check_networks(self, teacher: nn.Module) -> int:
@@ -199,7 +199,7 @@ class Game:
         if not all(math.isfinite(row.get(loss, 0.0)) for loss in ("generator_loss", "student_loss")):
             raise FloatingPointError(f"a loss is not finite in epoch {self.epoch + 1}; lower the learning rates")
         self.epoch += 1
-        row |= self._moved_codes()
+        row["codes_changed"] = self._codes_changed()
         row["test_top1"] = self._measure(evaluate) if training else math.nan
         if self.epoch == c.warmup_epochs:
             self._begin_training(evaluate)
@@ -209,20 +209,12 @@ class Game:
         return row
 
     @torch.no_grad()
-    def _moved_codes(self) -> dict[str, float]:
-        """Return the percentage of weights whose code changed in this epoch, and of these, that went back to the old.
-
-        NaN where there is nothing to compare. A weight that keeps its code does not learn, and one that goes back and
-        forth does not settle.
-        """
+    def _codes_changed(self) -> float:
+        """Return the percentage of weights whose code changed in this epoch; NaN where there is nothing to compare."""
         layers = [(q.weight, q.original) for q in layer_quantizers(self.student).values()]
         rows = [quantizer.codes(weight).flatten().to(torch.int16) for quantizer, weight in layers if quantizer]
-        codes = torch.cat([torch.empty(0, dtype=torch.int16, device=self.device), *rows])
-        moved = [codes != before for before in self.codes]
-        changed = moved[0] if moved else codes[:0]
-        back = ~moved[1][changed] if moved[1:] else codes[:0]
-        self.codes = [codes, *self.codes[:1]]
-        return {"codes_changed": 100 * changed.float().mean().item(), "codes_back": 100 * back.float().mean().item()}
+        before, self.codes = self.codes, torch.cat([torch.empty(0, dtype=torch.int16, device=self.device), *rows])
+        return 100 * (self.codes != before).float().mean().item() if len(before) else math.nan
 
     def _set_rates(self, iteration: int) -> None:
         """Learning rates decay tenfold at the milestones, and as the recipe says."""

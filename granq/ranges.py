@@ -41,16 +41,13 @@ class LearnedSteps(nn.Module):
         return QParams(torch.exp(-at_least_float32(self.log_step)), at_least_float32(self.zero_point))
 
 
-def fake_quantize_learned(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+class LearnedStep(torch.autograd.Function):
     """Quantize and dequantize ``x``, clamped, with a gradient for the scale as well.
 
     The gradient is one inside the range and zero where ``x`` was clamped; that of the step ``1 / s`` is the rounding
     error in steps inside the range, and the code itself outside (LSQ, Esser et al., ICLR 2020, equation 3).
     """
-    return _LearnedStep.apply(x, *qparams, bits)
 
-
-class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_inv: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         levels = float_codes(x, scale_inv, zero_point, bits, clamp=True).add_(zero_point)

@@ -15,6 +15,7 @@ from granq.convert import calibrate, quantize_model
 from granq.data import DataSpec
 from granq.generator import Generator
 from granq.measure import layer_error, running
+from granq.models import right
 from granq.quantizer import choose_qparams, fake_quantize
 
 LAYERS = ["conv1", "conv2", "point", "fc"]
@@ -370,7 +371,7 @@ def test_layers_of_any_other_kind_are_measured_as_they_are(tiny: nn.Module) -> N
 def test_labels_in_a_column_and_images_in_a_list_are_understood(tiny: nn.Module) -> None:
     x, labels = images()[0], torch.tensor([0, 1, 2, 0, 1])
     for measure in (
-        lambda y: running.right(tiny, [(x, y)]).tolist(),
+        lambda y: right(tiny, [(x, y)]).tolist(),
         lambda y: granq.measure_sensitivity(tiny, [(x, y)], "strict", 2, kinds=["alone"]).top1.tolist(),
     ):
         assert measure(labels) == measure(labels[:, None])

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from granq import GRANULARITIES, UserError, choose_qparams, dequantize, fake_quantize, quantize
-from granq.quantizer import QParams, fake_quantize_with, min_max
-from granq.ranges import best_quantile, fake_quantize_learned, quantile_range
+from granq.quantizer import fake_quantize_with, min_max
+from granq.ranges import LearnedStep, best_quantile, quantile_range
 
 X = torch.tensor([[0, 0.5, 1, 2], [0, 0.1, 0.2, 0.3]]).reshape(1, 2, 2, 2)
 SHAPES = {
@@ -83,7 +83,7 @@ def test_learned_steps_have_the_gradient_of_lsq(granularity):
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64).requires_grad_()
     inner = choose_qparams(x.detach() / 2, 3, granularity)  # half the range: values are clamped on both sides
     step = inner.scale.requires_grad_()
-    out = fake_quantize_learned(x, QParams(1 / step, inner.zero_point), 3)
+    out = LearnedStep.apply(x, 1 / step, inner.zero_point, 3)
     torch.testing.assert_close(out, fake_quantize_with(x, inner, 3))
     grad = torch.randn_like(out)
     grad_x, grad_step = torch.autograd.grad(out, (x, step), grad)

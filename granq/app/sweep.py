@@ -112,14 +112,7 @@ def execute(job: Job) -> None:
 
 
 def run_sweep(out: Path, jobs: int = 1, cluster: str = "", networks: Sequence[str] = ()) -> pd.DataFrame:
-    """Execute what the plan lacks, and return the status.
-
-    Args:
-        out: folder of ``write_plan``; workers on other machines must see it too.
-        jobs: runs at once on this machine, each with one thread; several have a process each.
-        cluster: address of the scheduler of a ``dask.distributed`` cluster, whose workers execute the runs instead.
-        networks: those of the plan that are code, ``FILE.py:FUNCTION``: only what is named here is executed.
-    """
+    """Execute what the plan lacks, and return the status. Code runs only if ``networks`` names it."""
     states = status(out).state
     left = [job for job, state in zip(read_plan(out), states, strict=True) if state not in ("done", "running")]
     if code := {job.network for job in left if ".py:" in job.network} - {*networks}:

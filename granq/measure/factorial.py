@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from granq.convert import calibrate, check_copy, quantize_model
@@ -20,6 +19,7 @@ from granq.errors import UserError
 from granq.files import write_csv
 from granq.hooks import images_of
 from granq.measure import running
+from granq.models import right
 from granq.schemes import Scheme
 
 WEIGHTS = ("full", "per_tensor", "per_out_channel", "per_kernel")
@@ -66,7 +66,7 @@ def measure_granularity_factorial(
     batch_size (largest), reference_top1 (of ``model`` on them), and ``facts``.
     """
     batches = list(batches)
-    reference = 100.0 * running.right(model, batches)
+    reference = 100.0 * right(model, batches)
     if len(reference) < 2:
         raise UserError("an interval over images needs two of them, this is one")
     known = {"images": len(reference), "batch_size": max(len(images_of(batch)) for batch in batches)} | (facts or {})
@@ -80,8 +80,7 @@ def measure_granularity_factorial(
         check_copy(student, model, images_of(batches[0])[:2])
         if cell.ranges == "static":
             calibrate(student, calibration(cell.seed))
-        with parametrize.cached():
-            correct = 100.0 * running.right(student, batches)
+        correct = 100.0 * right(student, batches)
         row = cell._asdict() | known
         for name, values in {"top1": correct, "lost": reference - correct}.items():
             row |= running.mean_and_interval(name, *np.unique(values, return_counts=True))

@@ -5,7 +5,7 @@ a layer* is the tensor that enters it, which is what a quantizer in front of it 
 (N, C, H, W), and the last of what a Linear reads.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from granq.data import predictions
 from granq.errors import UserError, one_of
 from granq.graph import layer_names
-from granq.hooks import Batch, eval_mode, images_of, labels_of, watch
+from granq.hooks import Batch, eval_mode, images_of, watch
 
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_channel", "per_sample", "per_sample_channel")
 BINS = 64
@@ -49,19 +48,6 @@ def run(
     if not count:
         raise UserError("there is no image to measure: batches is empty")
     return count
-
-
-def right(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> np.ndarray:
-    """Return for every image whether it is classified rightly."""
-    hits = list[Tensor]()
-
-    def after(batch: Batch, logits: Tensor) -> None:
-        if (labels := labels_of(batch)) is None:
-            raise UserError("an accuracy needs labels: batches must be pairs (images, labels)")
-        hits.append(predictions(logits).cpu() == labels.cpu())
-
-    run(model, batches, "accuracy", after=after)
-    return torch.cat(hits).numpy()
 
 
 def calls(model: nn.Module, batch: Batch, names: Iterable[str]) -> list[tuple[str, Tensor, Tensor]]:

@@ -25,6 +25,7 @@ from granq.graph import calls_of_layers, layer_names, plain_copy
 from granq.hooks import Batch, eval_mode, images_of, labels_of
 from granq.measure import running
 from granq.measure.audit import audit
+from granq.models import right
 from granq.plain import LAYERS, module_of
 from granq.runs import fingerprint
 from granq.schemes import Scheme, get_scheme
@@ -95,7 +96,7 @@ def measure_flips(model: nn.Module, other: nn.Module, batches: Sequence[tuple[Te
     Columns label, images, right, right_to_wrong, wrong_to_right (counts; ``right`` are those of ``model``).
     """
     batches = [*batches]  # a DataLoader may have another order each time
-    before, after = (running.right(network, batches) for network in (model, other))
+    before, after = (right(network, batches) for network in (model, other))
     labels = torch.cat([labels.flatten() for _, labels in batches]).cpu().numpy()
     flips = dict(right=before, right_to_wrong=before & ~after, wrong_to_right=after & ~before)
     return pd.DataFrame(dict(label=labels, images=1) | flips).groupby("label", as_index=False).sum()
@@ -235,8 +236,8 @@ def _sums(reference: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
     teacher, student = (running.where_float64_is(x).double() for x in (reference, logits))
     kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
     before, after = predictions(reference), predictions(logits)
-    was, right = (x == (-1 if labels is None else labels) for x in (before, after))
-    counts = (right.sum(), (was & ~right).sum(), (right & ~was).sum())
+    was, still = (x == (-1 if labels is None else labels) for x in (before, after))
+    counts = (still.sum(), (was & ~still).sum(), (still & ~was).sum())
     sums = (kl, (before == after).sum(), teacher.square().sum(), (teacher - student).square().sum(), *counts)
     return torch.stack([running.where_float64_is(x).double() for x in sums])
 

@@ -15,7 +15,6 @@ from granq.show.style import DASHES, GREY, Ax, Role, finish, plain_log, role, se
 TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student loss", "bn_loss": "BatchNorm distance",
                    "teacher_top1": "teacher on synthetic\nimages (%)", "diversity": "diversity of images",
                    "codes_changed": "codes that differ from\nan epoch before (%)",
-                   "codes_back": "of these, back at the\none before that (%)",
                    "test_top1": "student on test\nimages (%)"}  # fmt: skip
 CURVES = ("generator_loss", "bn_loss", "teacher_top1", "student_loss", "test_top1")  # of a short run
 TRUE_BITS_LABELS = {"true_bits_per_weight": "true bits\nper weight", "weights_low_bit": "weights really\nquantized (%)",
