@@ -150,5 +150,8 @@ def check_exercise(name: str, answer: Any) -> None:
     import exercises  # which imports this file
 
     hint = "" if answer is ... else exercises.CHECKS[name](answer)
-    said = "put your answer in place of the dots" if answer is ... else f"not yet. {hint}" if hint else "right."
-    print(f"{name}: {said}")
+    if answer is ... or hint:
+        print(f"{name}: {f'not yet. {hint}' if hint else 'put your answer in place of the dots'}")
+    else:
+        shown = answer if isinstance(answer, str | list) else f"{round(float(answer), 3):,.6g}"
+        print(f"{name}: right, {shown}.")

@@ -208,7 +208,7 @@ def test_an_exercise_is_told_right_from_wrong(lessons: Any, capsys: pytest.Captu
     for answer in (..., 2, 3.2):
         lessons.check_exercise("99-1", answer)
     waiting, wrong, right = capsys.readouterr().out.splitlines()
-    assert "your answer" in waiting and wrong.endswith("Count the levels.") and right == "99-1: right."
+    assert "your answer" in waiting and wrong.endswith("Count the levels.") and right == "99-1: right, 3.2."
 
 
 @pytest.mark.notebooks
@@ -239,8 +239,11 @@ def test_a_fresh_run_prints_the_same(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from lessons import execute
 
-    fresh = {cell.id: text_of(cell) for cell in execute(name).cells if tagged(cell, "stable")}
-    assert fresh == {cell.id: text_of(cell) for cell in read(name).cells if tagged(cell, "stable")}
+    fresh, committed = (
+        {cell.id: re.sub(r"right, .*", "right", text_of(cell)) for cell in cells if tagged(cell, "stable")}
+        for cells in (execute(name).cells, read(name).cells)
+    )
+    assert fresh == committed  # but for the numbers of right answers
 
 
 OTHER = [
