@@ -94,7 +94,7 @@ def main(
     spec = granq.describe_data("digits", network)  # 32 pixels; its images are not used
     model, _ = granq.load_teacher(network, spec.fit_classes(10), teacher)
     bits = dict(weight_bits=3, act_bits=3, batch_size=batch_size, warmup_epochs=0, refined_images=0)
-    config = granq.QATConfig.for_recipe(recipe="match", scheme=scheme, bf16=bf16, device="cpu", **bits)
+    config = granq.QATConfig(recipe="match", scheme=scheme, bf16=bf16, device="cpu", **bits)
     game = Game(model, config, Match(config))
     game._begin_training(None)
     images, labels = game.recipe.draw(game)

@@ -96,7 +96,7 @@ def main(
     model, spec = load_teacher(network, spec, teacher, resolve_device(device))
     shared: dict[str, Any] = dict(device=device, seed=seed, bf16=bf16, image_size=spec.image_size)
     length = dict(epochs=epochs, iterations=iterations, batch_size=batch_size, refined_images=refined_images)
-    settings = {s: QATConfig.for_recipe(scheme=s, **{"weight_bits": 3, "act_bits": 3} | shared | length | BEST[s])
+    settings = {s: QATConfig(scheme=s, **{"weight_bits": 3, "act_bits": 3} | shared | length | BEST[s])
                 for s in schemes}  # fmt: skip
     other = {"batch_size": paper_batch_size} if paper_batch_size else {}
     whole = QATConfig.paper("cifar100" if spec.classes == 100 else "cifar10", "", 3, **shared, **other)

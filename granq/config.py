@@ -47,8 +47,9 @@ class Quantization(BaseModel):
     @property
     def bits(self) -> str:
         """Return a name: W3A3, or W2.5A2.5 for an average."""
-        weights, activations = (self.auto_bits or bits for bits in (self.weight_bits, self.act_bits))
-        return f"W{weights:g}A{activations:g}"
+        scheme, given = get_scheme(self.scheme), (self.weight_bits, self.act_bits)
+        weights, activations = (self.auto_bits or bits for bits in given)
+        return f"W{weights if scheme.weights else 32:g}A{activations if scheme.activations else 32:g}"
 
 
 class Losses(BaseModel):
@@ -74,6 +75,13 @@ class QATConfig(Losses, Quantization, Run):
     Raises pydantic's ValidationError, a ValueError, for a wrong type, range or name, and for what contradicts itself.
     """
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_match(cls, given: dict[str, Any]) -> dict[str, Any]:
+        batch = given.get("batch_size", cls.model_fields["batch_size"].default)
+        own = {"student_lr": 5e-4, "refined_images": 32 * batch} if given.get("recipe") == "match" else {}
+        return own | given
+
     @model_validator(mode="after")
     def _consistent(self) -> "QATConfig":
         scheme, refined = get_scheme(self.scheme), self.refined_images
@@ -89,15 +97,8 @@ class QATConfig(Losses, Quantization, Run):
         return self
 
     def change(self, **changes: Any) -> Self:
-        """Return these settings with other values, checked again."""
-        return type(self)(**(dict(self) | changes))
-
-    @classmethod
-    def for_recipe(cls, recipe: str, scheme: str | Scheme = "granq", **changes: Any) -> "QATConfig":
-        """Return the short budget of a recipe."""
-        refined = 32 * changes.get("batch_size", cls.model_fields["batch_size"].default)
-        own = {"student_lr": 5e-4, "refined_images": refined} if recipe == "match" else {}
-        return cls(**{"recipe": recipe, "scheme": scheme} | own | changes)
+        """Return these settings with other values, checked again; what was never set follows the recipe."""
+        return type(self)(**({name: getattr(self, name) for name in self.model_fields_set} | changes))
 
     @classmethod
     def paper(cls, data: str, network: str, bits: int, **changes: Any) -> "QATConfig":

@@ -6,6 +6,7 @@ kernels with a scale each. Everything else lies under its state-dict key.
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from granq.config import QATConfig
-from granq.convert import WeightQuantizer, original_weight, weight_quantizer
+from granq.convert import WeightQuantizer, activation_places, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
 from granq.files import read_tensors, write_tensors
@@ -64,8 +65,15 @@ def _layers(student: fx.GraphModule) -> dict[str, Any]:
 
 @torch.no_grad()
 def save_packed(path: Path, saved: SavedRun) -> None:
-    """Write a student, its ranges set, and JSON facts. What ``load_student`` reads computes the same, bit for bit."""
-    layers, records = _layers(saved.student), dict[str, dict[str, float]]()
+    """Write a student, its ranges set, and JSON facts. What ``load_student`` reads computes the same, bit for bit.
+
+    Raises UserError if the settings lack a width of the student, or the facts the name of its network.
+    """
+    layers, records, c = _layers(saved.student), dict[str, dict[str, float]](), saved.config
+    quantizers: list[Any] = [*map(weight_quantizer, layers.values()), *activation_places(saved.student).values()]
+    said = {c.weight_bits, c.act_bits, c.image_bits, *chain(*c.layer_bits.values())}
+    if {quantizer.bits for quantizer in quantizers} - said or "network" not in saved.facts:
+        raise UserError("the settings must have the student's widths (layer_bits), and the facts its network")
     tensors = {  # without weights and their steps
         key: value
         for key, value in saved.student.state_dict().items()

@@ -101,7 +101,7 @@ def train(
         identity = fingerprint(config, own, images, game.teacher, generator)
         here = versions(game.device)
         with folder.claimed():
-            if resume and (saved := folder.load(identity, game.device)):
+            if resume and (saved := folder.load(identity, game.device, config)):
                 game.restore(saved)
                 write_csv(folder.history, pd.DataFrame(game.rows))  # a kill may have come before its last row
                 if (began := folder.measured_alike(facts or {}).get("versions")) != here:
@@ -223,13 +223,17 @@ class RunFolder:
         save_atomically(self.checkpoint, lambda path: torch.save(state, path))
         write_csv(self.history, pd.DataFrame(rows))
 
-    def load(self, identity: str | None = None, device: str = "cpu") -> dict[str, Any] | None:
+    def load(
+        self, identity: str | None = None, device: str = "cpu", config: QATConfig | None = None
+    ) -> dict[str, Any] | None:
         """Read the checkpoint; None if no epoch was finished. Raises UserError if it is damaged or of another run."""
         if not self.checkpoint.is_file():
             return None
         state = read_checkpoint(self.checkpoint, device)
         if identity and state.get("fingerprint") != identity:
-            raise UserError(f"{self.path} belongs to another teacher or other settings or images")
+            old, new = dict(self.read_config()["config"]), dict(config or ())
+            other = "".join(f"; {name} was {old[name]}" for name in new if old[name] != new[name])
+            raise UserError(f"{self.path} belongs to another teacher or other settings or images{other}")
         return state
 
 
@@ -265,7 +269,8 @@ def load_run(run: str | Path, device: str = "cpu", network: str = "") -> SavedRu
     """
     state, facts = _read_run(run)
     if missing := {"network", "spec", "data", "teacher_top1"} - facts.keys():
-        raise UserError(f"{run}/config.json lacks {', '.join(sorted(missing))}; it is not of granq quantize")
+        told = "; it is not of granq quantize, nor were these given to granq.train as facts"
+        raise UserError(f"{run}/config.json lacks {', '.join(sorted(missing))}{told}")
     spec = DataSpec.model_validate(facts["spec"])
     student = student_of(run, facts["network"], network, facts["config"], spec)
     load_weights(student, state["student"], run)

@@ -15,8 +15,10 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 class Scheme(BaseModel, frozen=True, extra="forbid"):
     """What is quantized, and how. Two schemes differ in what their fields say and in nothing else."""
 
-    weights: Granularity | None  #: of weights; None leaves them in full precision
-    activations: Granularity | None  #: of activations, likewise
+    #: of weights; None leaves them in full precision
+    weights: Literal["per_tensor", "per_out_channel", "per_kernel"] | None
+    #: of activations, likewise
+    activations: Literal["per_tensor", "per_channel", "per_sample", "per_sample_channel"] | None
     tracked: bool = False  #: ranges are a moving average, then frozen (static); otherwise each tensor's own (dynamic)
     places: Literal["relu", "inputs"] = "inputs"  #: after every ReLU and ReLU6, or in front of every layer
     clamp: bool = True  #: keep codes within their range

@@ -170,9 +170,9 @@ def test_recipe_match_follows_the_teacher_and_leaves_the_generator(tiny):
 
 
 def test_the_recipe_s_settings():
-    assert QATConfig.for_recipe("match", "foldable").refined_images == 2048
-    assert QATConfig.for_recipe("match", "granq", refined_images=0).refined_images == 0
-    assert QATConfig.for_recipe("gdfq") == QATConfig(recipe="gdfq")
+    assert QATConfig(recipe="match", scheme="foldable").refined_images == 2048
+    assert QATConfig(recipe="match", refined_images=0).refined_images == 0
+    assert QATConfig(recipe="match").student_lr == 5e-4 and QATConfig(recipe="gdfq").student_lr == 1e-4
 
 
 @pytest.mark.parametrize(("scheme", "learns"), [("foldable", True), ("strict", True), ("granq", False)])
@@ -274,9 +274,8 @@ def test_reestimated_batchnorm_sits_to_its_input_as_the_teacher_s_does(tiny):
 def test_batchnorms_that_are_off_or_without_statistics_end_no_run(tiny):
     nn.init.zeros_(tiny.bn2.weight)
     tiny.bn1.running_mean = tiny.bn1.running_var = None  # while track_running_stats stays
-    config = QATConfig.for_recipe(
-        "match", "strict", epochs=2, warmup_epochs=1, iterations=2, batch_size=4, refined_images=8, image_size=8
-    )
+    short = dict(epochs=2, warmup_epochs=1, iterations=2, batch_size=4, refined_images=8, image_size=8)
+    config = QATConfig(recipe="match", scheme="strict", **short)
     assert train(tiny, config).history.student_loss.iloc[-1] < 10
 
 

@@ -436,7 +436,7 @@ def test_a_network_that_views_its_maps_as_rows(tmp_path: Path) -> None:
     image = torch.randn(2, 3, 32, 32)
     assert models.faster_layout(teacher, image) == torch.contiguous_format
     assert models.faster_layout(TinyNet(), image) == torch.channels_last
-    short = dict(epochs=2, warmup_epochs=1, iterations=1, batch_size=4, device="cpu")
+    short = dict(epochs=2, warmup_epochs=1, iterations=1, batch_size=4, refined_images=0, device="cpu")
     for recipe, scheme in (("adadfq", "granq"), ("gdfq", "strict"), ("match", "foldable")):
         settings = granq.QATConfig(recipe=recipe, scheme=scheme, **short)
         result = granq.train(teacher, settings, evaluate=partial(top1_on, dataset=load_split(spec, "test"), spec=spec))

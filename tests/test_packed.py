@@ -303,3 +303,12 @@ def test_other_weights_in_a_loaded_student_are_rounded_too(tmp_path, scheme):
         granq.calibrate(loaded, [3 * images()])
         assert torch.allclose(granq.integer_model(loaded)(images()), loaded(images()), atol=1e-5)
     assert max(len(filter.unique()) for filter in layer.weight.flatten(1)) <= (8 if scheme == "strict" else 27)
+
+
+def test_what_would_come_back_as_another_student_is_not_saved(tmp_path):
+    """Widths that the settings do not have, and no network to build it from."""
+    student, config = student_of("foldable")
+    mixed = granq.quantize_model(granq.build_network("resnet20_cifar10", 10), "strict", 3, 3, bits={"output": (5, 3)})
+    for wrong in ((student, config.change(weight_bits=4), FACTS), (mixed, config, FACTS), (student, config, {})):
+        with pytest.raises(granq.UserError, match="widths"):
+            save(tmp_path / "s", *wrong)

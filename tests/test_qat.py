@@ -375,6 +375,8 @@ def test_a_run_with_another_loss_is_another_run(tiny, tmp_path):
     with pytest.raises(ValueError, match="another teacher or other settings"):
         train(tiny, TINY, out=tmp_path, resume=True)
     train(tiny, TINY, student_loss=own, out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="settings or images; epochs was 2; seed was 0$"):
+        train(tiny, TINY.change(epochs=4, seed=1), student_loss=own, out=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("recipe", ["adadfq", "gdfq"])

@@ -235,7 +235,8 @@ def test_networks_that_others_quantized(sharp: nn.Module) -> None:
     other.apply(torch.ao.quantization.disable_observer)
     other.train()  # as a trainer may hand it over
     assert type(other.conv2) is not nn.Conv2d
-    frame = measure_sensitivity(sharp, labelled(), other, kinds=["alone"], parts=["both"])
+    frame = measure_sensitivity(sharp, labelled(), other, kinds=["alone"])
+    assert {*frame.part} == {"both"}  # its layers round their inputs themselves
     mixed = copy.deepcopy(sharp)
     mixed.conv2 = other.conv2
     check(row_of(frame, layer="conv2"), sharp, mixed)

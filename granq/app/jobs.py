@@ -240,7 +240,7 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
     settings["image_size"] = granq.describe_data(data, network, asked.get("image_size")).image_size
     settings |= {name: value for name, value in asked.items() if name in QATConfig.model_fields}
     if asked.get("preset") != "paper":
-        return dict(QATConfig.for_recipe(**settings)) | asked
+        return dict(QATConfig(**settings)) | asked
     if recipe == "match":
         raise UserError("--preset paper is for recipes adadfq and gdfq; match takes --epochs and --iterations")
     name = network.rpartition(":")[2]  # a folder's name says nothing of the network

@@ -50,7 +50,7 @@ def measure_sensitivity(
     Args:
         batches: a list of images, or of pairs (images, labels).
         scheme: name or scheme; or a network that somebody quantized already, whose layers have the same names. If
-            ``quantize_model`` did not make it, only what its layers do themselves counts.
+            ``quantize_model`` did not make it, only what its layers do themselves counts, as part ``both``.
         bits: width of weights and activations, or several; without meaning for a network that is quantized already.
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.
@@ -77,7 +77,8 @@ def measure_sensitivity(
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
         sizes = _sizes(root, images_of(batches[0])[:2].to(next(model.parameters()).device))
-        for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
+        told = ["both"] if isinstance(scheme, nn.Module) and root is plain else parts  # layers may round their inputs
+        for kind, part in (unit for unit in product(kinds, told) if (*unit, k) not in found):
             noisy = Side(plain if part == "activations" else student, None if part == "weights" else student)
             clean = Side(noisy.layers if kind == "patched" else plain, None)
             sides = (clean, noisy) if kind == "alone" else (noisy, clean)
