@@ -75,15 +75,11 @@ class QATConfig(Losses, Quantization, Run):
     Raises pydantic's ValidationError, a ValueError, for a wrong type, range or name, and for what contradicts itself.
     """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_match(cls, given: dict[str, Any]) -> dict[str, Any]:
-        batch = given.get("batch_size", cls.model_fields["batch_size"].default)
-        own = {"student_lr": 5e-4, "refined_images": 32 * batch} if given.get("recipe") == "match" else {}
-        return own | given
-
     @model_validator(mode="after")
     def _consistent(self) -> "QATConfig":
+        if self.recipe == "match":
+            own = {"student_lr": 5e-4, "refined_images": 32 * self.batch_size}
+            vars(self).update({name: own[name] for name in own.keys() - self.model_fields_set})
         scheme, refined = get_scheme(self.scheme), self.refined_images
         image = scheme.activations and scheme.places == "inputs"
         if self.warmup_epochs > self.epochs:

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Container, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,15 @@ def _own_name(name: Any, own: Container[str]) -> str:
 
 def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
     """Return the top-1 accuracy in percent over a dataset of uint8 images, in eval mode."""
-    return 100 * float(right(model, batches(dataset, spec), device, total=-(-len(dataset) // 250)).mean())
+    hits = right(model, batches(dataset, spec), device, total=-(-len(dataset) // 250))
+    return 100 * int(hits.sum()) / len(hits)
 
 
 @torch.inference_mode()
 def right(model: nn.Module, pairs: Iterable[Batch], device: Any = None, total: int | None = None) -> np.ndarray:
     """Return for every image of ``pairs`` (images, labels) whether it is classified rightly, in eval mode."""
-    hits, layout, device = list[Tensor](), None, device or next(model.parameters()).device
+    hits, layout = list[Tensor](), None
+    device = device or next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
         for batch in tqdm(pairs, "accuracy", total, unit="batch", leave=False, delay=2):
             images, labels = images_of(batch).to(device), labels_of(batch)
@@ -199,6 +202,8 @@ def right(model: nn.Module, pairs: Iterable[Batch], device: Any = None, total: i
                 raise UserError("an accuracy needs labels: batches must be pairs (images, labels)")
             layout = layout or faster_layout(model, images)
             hits.append(predictions(model(images.contiguous(memory_format=layout))).cpu() == labels.cpu())
+    if not hits:
+        raise UserError("there is no image to measure: batches is empty")
     return torch.cat(hits).numpy()
 
 

@@ -6,7 +6,6 @@ kernels with a scale each. Everything else lies under its state-dict key.
 """
 
 import json
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,10 +69,13 @@ def save_packed(path: Path, saved: SavedRun) -> None:
     Raises UserError if the settings lack a width of the student, or the facts the name of its network.
     """
     layers, records, c = _layers(saved.student), dict[str, dict[str, float]](), saved.config
-    quantizers: list[Any] = [*map(weight_quantizer, layers.values()), *activation_places(saved.student).values()]
-    said = {c.weight_bits, c.act_bits, c.image_bits, *chain(*c.layer_bits.values())}
-    if {quantizer.bits for quantizer in quantizers} - said or "network" not in saved.facts:
-        raise UserError("the settings must have the student's widths (layer_bits), and the facts its network")
+    single: list[Any] = [*zip(*c.layer_bits.values(), strict=True)] or [(), ()]
+    weights = {cast(Any, weight_quantizer(layer)).bits for layer in layers.values()}
+    acts = {place.bits for place in activation_places(saved.student).values()}
+    if weights - {c.weight_bits, *single[0]} or acts - {c.act_bits, c.image_bits, *single[1]}:
+        raise UserError("the settings are of other widths than the student: weight_bits, act_bits, layer_bits")
+    if "network" not in saved.facts:
+        raise UserError("the facts lack the name of the student's network, which load_student builds")
     tensors = {  # without weights and their steps
         key: value
         for key, value in saved.student.state_dict().items()

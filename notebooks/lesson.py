@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
@@ -153,5 +154,5 @@ def check_exercise(name: str, answer: Any) -> None:
     if answer is ... or hint:
         print(f"{name}: {f'not yet. {hint}' if hint else 'put your answer in place of the dots'}")
     else:
-        shown = answer if isinstance(answer, str | list) else f"{round(float(answer), 3):,.6g}"
-        print(f"{name}: right, {shown}.")
+        number = not isinstance(answer, str | set) and np.ndim(answer) == 0
+        print(f"{name}: right, {f'{round(float(answer), 3):,.6g}' if number else answer}.")

@@ -173,6 +173,12 @@ def test_the_recipe_s_settings():
     assert QATConfig(recipe="match", scheme="foldable").refined_images == 2048
     assert QATConfig(recipe="match", refined_images=0).refined_images == 0
     assert QATConfig(recipe="match").student_lr == 5e-4 and QATConfig(recipe="gdfq").student_lr == 1e-4
+    assert QATConfig(recipe="match").change(batch_size=48).refined_images == 32 * 48
+    assert QATConfig(recipe="match").change(recipe="gdfq") == QATConfig(recipe="gdfq")
+    assert QATConfig().change(recipe="match") == QATConfig(recipe="match")
+    own = QATConfig(recipe="match", scheme=Scheme(weights="per_tensor", activations=None), milestones=(2, 3))
+    own = own.change(layer_bits={"fc": (4, 3)}, student_lr=0.1)
+    assert QATConfig.model_validate_json(own.model_dump_json()) == own and own.student_lr == 0.1
 
 
 @pytest.mark.parametrize(("scheme", "learns"), [("foldable", True), ("strict", True), ("granq", False)])

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import vl_convert
@@ -207,7 +208,11 @@ def test_an_exercise_is_told_right_from_wrong(lessons: Any, capsys: pytest.Captu
     exercises.exercise("99-1")(lambda answer: exercises.near(answer, 3.0, 0.5, "Count the levels."))
     for answer in (..., 2, 3.2):
         lessons.check_exercise("99-1", answer)
-    waiting, wrong, right = capsys.readouterr().out.splitlines()
+    exercises.exercise("99-2")(lambda answer: "")
+    for answer in (torch.tensor(1234.5), pd.Series(["a"]), {"b"}, "c"):
+        lessons.check_exercise("99-2", answer)
+    waiting, wrong, right, *more = capsys.readouterr().out.splitlines()
+    assert more[0] == "99-2: right, 1,234.5." and more[-2:] == ["99-2: right, {'b'}.", "99-2: right, c."]
     assert "your answer" in waiting and wrong.endswith("Count the levels.") and right == "99-1: right, 3.2."
 
 

@@ -309,6 +309,9 @@ def test_what_would_come_back_as_another_student_is_not_saved(tmp_path):
     """Widths that the settings do not have, and no network to build it from."""
     student, config = student_of("foldable")
     mixed = granq.quantize_model(granq.build_network("resnet20_cifar10", 10), "strict", 3, 3, bits={"output": (5, 3)})
-    for wrong in ((student, config.change(weight_bits=4), FACTS), (mixed, config, FACTS), (student, config, {})):
-        with pytest.raises(granq.UserError, match="widths"):
+    other = config.change(weight_bits=4)
+    for wrong in ((student, other, FACTS), (student, config.change(act_bits=4), FACTS), (mixed, config, FACTS)):
+        with pytest.raises(granq.UserError, match="other widths"):
             save(tmp_path / "s", *wrong)
+    with pytest.raises(granq.UserError, match="lack the name of the student's network"):
+        save(tmp_path / "s", student, config, {})

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.convert import ActQuantizer, activation_places, calibrate, check_copy, quantize_model
+from granq.convert import ActQuantizer, Quantizer, activation_places, calibrate, check_copy, quantize_model
 from granq.data import predictions
 from granq.errors import UserError, one_of
 from granq.files import write_csv
@@ -72,12 +72,13 @@ def measure_sensitivity(
     warm = (batches := list(batches))[:1] if calibration is None else list(calibration)
     known = _known(model, scheme, batches, warm) | (facts or {})
     rows, plain = running.kept_rows(out, known), full_precision(model, batches)
+    foreign = isinstance(scheme, nn.Module) and not any(isinstance(m, Quantizer) for m in scheme.modules())
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     for k in (bits,) if isinstance(bits, int) else bits:
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
         sizes = _sizes(root, images_of(batches[0])[:2].to(next(model.parameters()).device))
-        told = ["both"] if isinstance(scheme, nn.Module) and root is plain else parts  # layers may round their inputs
+        told = ["both"] if foreign else parts  # its layers may round their inputs themselves
         for kind, part in (unit for unit in product(kinds, told) if (*unit, k) not in found):
             noisy = Side(plain if part == "activations" else student, None if part == "weights" else student)
             clean = Side(noisy.layers if kind == "patched" else plain, None)

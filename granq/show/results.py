@@ -38,7 +38,7 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
         seeds = rows.pivot(index="epoch", columns="seed", values=quantity)
         look = role(str(names[0]))._replace(label=", ".join(map(str, names)), dash=DASHES[i % 4]).line
         if i and data.scheme.nunique() == 1:  # its color says nothing then
-            look |= {"color": sns.color_palette("colorblind")[i - 1]}
+            look |= {"color": sns.color_palette("colorblind")[(i - 1) % 10]}
         if data.epoch.nunique() > 40:  # lines are enough
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
