@@ -82,7 +82,7 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     wide &= not mixed
     macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     true = float((frame.bits_per_weight * frame.weight_share).sum())
-    text = "" if (frame.weight_bits + frame.act_bits).any() else "no quantizer of granq was found, others are not seen; "
+    text = "" if (frame.weight_bits + frame.act_bits).any() else "no quantizer of granq is in it, others are not seen; "
     text += f"a weight takes {true:.1f} true bits; {weights:.1f} % of weights and {macs:.1f} % of MACs really run at "
     text += f"{'/'.join(map(str, bits))} bits"
     if mixed:
