@@ -46,10 +46,11 @@ class Quantization(BaseModel):
 
     @property
     def bits(self) -> str:
-        """Return a name: W3A3, or W2.5A2.5 for an average."""
-        scheme, given = get_scheme(self.scheme), (self.weight_bits, self.act_bits)
-        weights, activations = (self.auto_bits or bits for bits in given)
-        return f"W{weights if scheme.weights else 32:g}A{activations if scheme.activations else 32:g}"
+        """Return a name: W3A3, W2.5A2.5 for an average, W3A32 for weights alone."""
+        scheme = get_scheme(self.scheme)
+        given = ((scheme.weights, self.weight_bits), (scheme.activations, self.act_bits))
+        weights, activations = (self.auto_bits or bits if quantized else 32 for quantized, bits in given)
+        return f"W{weights:g}A{activations:g}"
 
 
 class Losses(BaseModel):

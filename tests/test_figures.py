@@ -370,7 +370,8 @@ def test_training_curves_are_one_line_a_run() -> None:
     ax = plot_training_curves(pd.concat(twice, ignore_index=True), ax=plt.figure().gca())
     assert [line.get_label() for line in ax.lines] == ["granq, whole", "granq, frozen"]
     recipes = [history()[:3].assign(recipe=name) for name in ("match", "adadfq", None)]  # of an older history
-    assert len(plot_training_curves(pd.concat(recipes), ax=plt.figure().gca()).lines) == 3
+    lines = plot_training_curves(pd.concat(recipes), ax=plt.figure().gca()).lines
+    assert len(lines) == len({line.get_color() for line in lines}) == 3  # of one scheme: told apart by color, too
 
 
 def test_networks_are_not_averaged_and_names_of_users_can_be_told_apart(tiny: nn.Module) -> None:

@@ -311,7 +311,7 @@ def sweep(
     """Plan many runs of granq quantize, whose other options go here too, and execute what is not done yet.
 
     Args:
-        out: folder of the sweep; alone, it continues what is planned, but for networks in files
+        out: folder of the sweep; alone, it continues what is planned, unless a network is a FILE.py:FUNCTION
         network: one or more; --teacher then lists one file for each
         bits: such as 2,2 3,3
         seeds: {seed} in another option becomes the seed of its run, as in --generator runs/warm_{seed}

@@ -72,14 +72,14 @@ def measure_sensitivity(
     warm = (batches := list(batches))[:1] if calibration is None else list(calibration)
     known = _known(model, scheme, batches, warm) | (facts or {})
     rows, plain = running.kept_rows(out, known), full_precision(model, batches)
-    foreign = isinstance(scheme, nn.Module) and not any(isinstance(m, Quantizer) for m in scheme.modules())
+    if isinstance(scheme, nn.Module) and not any(isinstance(m, Quantizer) for m in scheme.modules()):
+        parts = ["both"]  # somebody else's layers may round their inputs themselves
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     for k in (bits,) if isinstance(bits, int) else bits:
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
         sizes = _sizes(root, images_of(batches[0])[:2].to(next(model.parameters()).device))
-        told = ["both"] if foreign else parts  # its layers may round their inputs themselves
-        for kind, part in (unit for unit in product(kinds, told) if (*unit, k) not in found):
+        for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
             noisy = Side(plain if part == "activations" else student, None if part == "weights" else student)
             clean = Side(noisy.layers if kind == "patched" else plain, None)
             sides = (clean, noisy) if kind == "alone" else (noisy, clean)
