@@ -27,6 +27,7 @@ _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _C
 IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt").read_text().split()
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
+PREPARATION = ("crop_pct", "squash", "interpolation")  #: what a run keeps of how images are prepared, their size apart
 ImageData = Any  #: a dataset of (uint8 image (3, size, size), label), with a length
 
 
@@ -39,6 +40,7 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     mean: tuple[Share, Share, Share]
     std: tuple[Deviation, Deviation, Deviation]
     crop_pct: float = Field(0.875, gt=0)  #: share of the short side that the square from the middle has
+    squash: bool = False  #: both sides are resized, so that an image loses its proportions
     interpolation: str = "bilinear"
     root: str = ""
     labels: tuple[str, ...] = ()  #: names of the class folders, unless ImageNet's ids
@@ -51,7 +53,7 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
     def prepared_as(self, old: "DataSpec") -> "DataSpec":
         """Return these data with the classes, crop and interpolation of a run's; a warning tells of other folders."""
         self.check_labels(old.labels)
-        return self.fit_classes(old.classes).model_copy(update=old.model_dump(include={"crop_pct", "interpolation"}))
+        return self.fit_classes(old.classes).model_copy(update=old.model_dump(include={*PREPARATION}))
 
     def check_labels(self, learned: Sequence[str]) -> None:
         """Warn if the class folders are called otherwise than those that a network learned."""
@@ -141,7 +143,7 @@ def published_images(network: str) -> dict[str, Any]:
         if known := timm.get_pretrained_cfg(own, allow_unregistered=True):
             cfg = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
             found = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
-            found["image_size"] = cfg["input_size"][-1]
+            found |= {"image_size": cfg["input_size"][-1], "squash": cfg["crop_mode"] == "squash"}
     elif network and source in ("", "torchvision"):
         from pytorchcv.model_provider import _models, get_model
         from torchvision import models as torchvision  # takes a second
@@ -197,11 +199,11 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
     from torchvision.transforms import v2
 
     small = spec.image_size <= 64
-    size = (spec.image_size,) * 2 if small else int(spec.image_size / spec.crop_pct + 1e-6)
-    resize = v2.Resize(size, v2.InterpolationMode(spec.interpolation))
+    side, squash = spec.image_size if small else int(spec.image_size / spec.crop_pct + 1e-6), small or spec.squash
+    resize = v2.Resize([side] * (1 + squash), v2.InterpolationMode(spec.interpolation))
 
     def shrink(image: Image.Image) -> Image.Image:  # what somebody shrank already is not enlarged again
-        return image if not small and spec.image_size <= min(image.size) <= resize.size[0] else resize(image)
+        return image if not squash and spec.image_size <= min(image.size) <= side else resize(image)
 
     transform = v2.Compose([shrink, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
     if spec.name in ("cifar10", "cifar100"):

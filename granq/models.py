@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from granq.data import DataSpec, ImageData, batches, load_split, normalize, predictions
+from granq.data import PREPARATION, DataSpec, ImageData, batches, load_split, normalize, predictions
 from granq.errors import UserError, one_of, require
 from granq.files import read_checkpoint, read_tensors, save_atomically, write_tensors
 from granq.hooks import Batch, eval_mode, images_of, labels_of
@@ -116,7 +116,7 @@ def load_teacher(
         raise UserError(f"{path} holds no weights of {said}: {reason}") from error
     if ".py:" in network and spec.name != "digits" and not (known or spec.given):
         warnings.warn(f"nothing says how {network} wants its images normalized: give mean and std", stacklevel=2)
-    facts = ("image_size", "crop_pct", "interpolation", *(() if spec.given else ("mean", "std")))
+    facts = ("image_size", *PREPARATION, *(() if spec.given else ("mean", "std")))
     spec = DataSpec(**dict(spec) | {key: known[key] for key in facts if key in known})
     spec.check_labels(known["labels"] if "labels" in known else ())  # headers of other programs may be lists
     spec = spec.fit_classes(count_classes(model, network, torch.zeros(1, 3, spec.image_size, spec.image_size)))

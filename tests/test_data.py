@@ -38,7 +38,7 @@ def test_descriptions(folder, monkeypatch):
     assert describe_data("digits").root == ""
     assert describe_data("cifar100").model_dump() | {"mean": 0, "std": 0} == {
         "name": "cifar100", "classes": 100, "image_size": 32, "mean": 0, "std": 0, "root": "/somewhere",
-        "crop_pct": 0.875, "interpolation": "bilinear", "labels": (), "given": False,
+        "crop_pct": 0.875, "squash": False, "interpolation": "bilinear", "labels": (), "given": False,
     }  # fmt: skip
     assert describe_data("imagenet").root == "/somewhere/imagenet"
     small, large = describe_data(folder, "resnet20_cifar10"), describe_data(folder, "resnet18", 64)
@@ -59,7 +59,7 @@ def test_what_cannot_be_described(name, size, message):
 
 @pytest.mark.parametrize(("network", "size"), [
     ("torchvision:resnet50", 224), ("torchvision:efficientnet_b1", 240), ("timm:tf_efficientnet_lite4", 380),
-    ("timm:resnet50", 224), ("inceptionv3", 296), ("resnet50", 224),
+    ("timm:resnet50", 224), ("timm:tf_efficientnetv2_b3", 240), ("inceptionv3", 296), ("resnet50", 224),
 ])  # fmt: skip
 def test_images_are_prepared_as_the_published_weights_want_them(folder, network, size):
     """By its publisher's own transform; InceptionV3's 299 pixels are no multiple of 4."""
@@ -81,9 +81,10 @@ def test_images_are_prepared_as_the_published_weights_want_them(folder, network,
 
 def test_a_run_keeps_the_crop_of_its_images(folder):
     """Of the day on which it was made; what a network's publisher says today may be something else."""
-    old = describe_data(folder, "resnet18").model_copy(update={"crop_pct": 0.5, "interpolation": "bicubic"})
+    prepared = {"crop_pct": 0.5, "squash": True, "interpolation": "bicubic"}
+    old = describe_data(folder, "resnet18").model_copy(update=prepared)
     new = describe_data(folder, "timm:resnet18").prepared_as(old)
-    assert (new.crop_pct, new.interpolation, new.classes) == (0.5, "bicubic", 2)
+    assert (new.model_dump(include={*prepared}), new.classes) == (prepared, 2)
 
 
 def test_folders_of_splits(tmp_path):

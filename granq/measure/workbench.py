@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from granq import models
 from granq.config import QATConfig
-from granq.data import DataSpec, batches, data_root, dataset_name, describe_data, load_split
+from granq.data import PREPARATION, DataSpec, batches, data_root, dataset_name, describe_data, load_split
 from granq.devices import commit, resolve_device, versions
 from granq.errors import UserError, one_of
 from granq.files import write_csv
@@ -81,8 +81,7 @@ class Workbench:
             mean, std = (spec.get("mean"), spec.get("std")) if mean is None and std is None else (mean, std)
         self._described, self._size = describe_data(self.data, network, size, mean=mean, std=std), image_size
         if self.runs:
-            old = {"crop_pct": 0.875, "interpolation": "bilinear"} | spec
-            self._described = self._described.model_copy(update={k: old[k] for k in ("crop_pct", "interpolation")})
+            self._described = self._described.model_copy(update={k: spec[k] for k in PREPARATION if k in spec})
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec]:
