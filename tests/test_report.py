@@ -104,6 +104,8 @@ def test_the_page_says_what_torch_computes(tiny: nn.Module, tmp_path: Path) -> N
     student = granq.quantize_model(tiny, "strict", 2, 2)
     same = tiny(images()).argmax(1) == student(images()).argmax(1)
     assert found["agreement"] == 100 * same.double().mean().item()
+    for key, network in (("top1", student), ("full_precision_top1", tiny)):
+        assert found[key] == 100 * (network(images()).argmax(1) == labels).float().mean().item()
     text = page.read_text(encoding="utf-8")
     assert found["bytes"] == page.stat().st_size < 5_000_000
     assert found["summary"] in text and f"{found['agreement']:.1f} %" in text and "&lt;me&gt;" in text
@@ -146,7 +148,7 @@ def test_what_cannot_be_traced_gets_the_rest(tmp_path: Path) -> None:
 
 def test_another_output_than_classes(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    found = granq.report(network, [images()], out=tmp_path / "page.html")
+    found = granq.report(network, [(images(), images()[:, 0] > 0)], out=tmp_path / "page.html")
     layers = rows_with(charts(tmp_path / "page.html")["Which-layer-is-guilty"], "sqnr_db")
     assert "agreement" not in found and "kl" not in layers
 

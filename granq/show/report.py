@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterable
 from html import escape
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -46,7 +45,8 @@ def report(
 
     Args:
         model: the full-precision network. What needs a trace is left out, and the page says so, if there is none.
-        batches: images (N, 3, H, W), or pairs (images, labels); if there are none, ``random_shapes`` of ``image_size``.
+        batches: images (N, 3, H, W), or pairs (images, labels), with which the page says accuracies; if there are none,
+            ``random_shapes`` of ``image_size``.
         out: the file, which is new.
         scheme: name or scheme; or the quantized network, a student or somebody else's, whose layers have the names of
             those of ``model``.
@@ -54,8 +54,8 @@ def report(
         images: how many at most.
         facts: provenance, at the end of the page; ``network`` and ``quantized`` also name both in its title.
 
-    Returns what the page says in numbers: images, agreement (percent of them), ``summarize_audit``, bytes. Raises
-    UserError if ``out`` exists, or for an unknown scheme or width.
+    Returns what the page says in numbers: images, agreement and accuracies (percent of them), ``summarize_audit``,
+    bytes. Raises UserError if ``out`` exists, or for an unknown scheme or width.
     """
     out, widths = Path(out), (bits, bits) if isinstance(bits, int) else bits
     if out.exists():
@@ -63,7 +63,13 @@ def report(
     name: Any = scheme if isinstance(scheme, str) else type(scheme).__name__
     if not isinstance(scheme, nn.Module):
         scheme, name = get_scheme(scheme), f"{name} W{check_bits(widths[0])}A{check_bits(widths[1])}"
-    drawn, source = list(islice((image for batch in batches for image in images_of(batch)), images)), "images"
+    drawn, labels, source = list[Tensor](), list[Tensor](), "images"
+    for batch in batches:
+        drawn += images_of(batch)[: images - len(drawn)]
+        if not isinstance(batch, Tensor) and isinstance(given := batch[-1], Tensor) and given.dim() == 1:
+            labels += given[: images - len(labels)]
+        if len(drawn) == images:
+            break
     if not drawn:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
@@ -71,7 +77,7 @@ def report(
     data = list(torch.stack(drawn).split(BATCH))
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     told |= {"images": f"{len(drawn)} {source}", "granq": version("granq")}
-    parts, found = _measure(model, data, scheme, widths, told)
+    parts, found = _measure(model, data, labels if len(labels) == len(drawn) else [], scheme, widths, told)
     if isinstance(scheme, Scheme) and scheme.tracked:
         told["static ranges"] = f"a moving average over these images in batches of {BATCH}"
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
@@ -84,8 +90,9 @@ def report(
 
 
 def _measure(
-    model: nn.Module, data: list[Tensor], scheme: Scheme | nn.Module, widths: tuple[int, int], told: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    model: nn.Module, data: list[Tensor], labels: list[Tensor], scheme: Scheme | nn.Module, widths: tuple[int, int],
+    told: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Return the parts of the page and its numbers."""
     try:
         logits = _logits(model, data)
@@ -109,10 +116,15 @@ def _measure(
     if student is not None:
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
-            same = predictions(logits) == predictions(_logits(student, data))
-            found["agreement"] = 100 * same.float().mean().item()
-            said = f"on {found['agreement']:.1f} % of {told['images']}"
-            parts["verdict"] += f". It predicts like the full-precision network {said}"
+            full, own = predictions(logits).cpu(), predictions(_logits(student, data)).cpu()
+            pairs = {"agreement": (own, full)}
+            said = ". It predicts like the full-precision network on {agreement:.1f} % of " + told["images"]
+            if labels:
+                truth = torch.stack(labels).cpu()
+                pairs |= {"top1": (own, truth), "full_precision_top1": (full, truth)}
+                said += ". It has {top1:.1f} % of them right, that network {full_precision_top1:.1f} %"
+            found |= {key: 100 * (a == b).float().mean().item() for key, (a, b) in pairs.items()}
+            parts["verdict"] += said.format(**found)
         rows = _errors(model, data, student, told["quantized"], layout is not None and logits is not None)
         parts["layers"] = _chart(layer_explorer(rows, layout))
         frame = frame.merge(rows[rows.channel.isna() & (rows["mode"] == "local")], "left", "layer")
