@@ -116,14 +116,9 @@ def _measure(
     if student is not None:
         parts["verdict"] = escape(found["summary"]) if ours else "Somebody else quantized it: its bits are not known"
         if logits is not None:
-            full, own = predictions(logits).cpu(), predictions(_logits(student, data)).cpu()
-            pairs = {"agreement": (own, full)}
+            found |= _answers(logits, _logits(student, data), labels)
             said = ". It predicts like the full-precision network on {agreement:.1f} % of " + told["images"]
-            if labels:
-                truth = torch.stack(labels).cpu()
-                pairs |= {"top1": (own, truth), "full_precision_top1": (full, truth)}
-                said += ". It has {top1:.1f} % of them right, that network {full_precision_top1:.1f} %"
-            found |= {key: 100 * (a == b).float().mean().item() for key, (a, b) in pairs.items()}
+            said += ". It has {top1:.1f} % of them right, that network {full_precision_top1:.1f} %" * bool(labels)
             parts["verdict"] += said.format(**found)
         rows = _errors(model, data, student, told["quantized"], layout is not None and logits is not None)
         parts["layers"] = _chart(layer_explorer(rows, layout))
@@ -148,6 +143,16 @@ def _logits(model: nn.Module, data: list[Tensor]) -> Any:
     running.run(model, data, "outputs", after=lambda _, output: outputs.append(output))
     classifies = isinstance(outputs[0], Tensor) and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
     return torch.cat(outputs) if classifies else None
+
+
+def _answers(full: Tensor, own: Tensor, labels: list[Tensor]) -> dict[str, float]:
+    """Return in percent how often two networks agree, and how often each is right, from logits (N, K)."""
+    kept, mine = predictions(full).cpu(), predictions(own).cpu()
+    pairs = {"agreement": (mine, kept)}
+    if labels:
+        truth = torch.stack(labels).cpu()
+        pairs |= {"top1": (mine, truth), "full_precision_top1": (kept, truth)}
+    return {key: 100 * (a == b).float().mean().item() for key, (a, b) in pairs.items()}
 
 
 def _errors(model: nn.Module, data: list[Tensor], student: nn.Module, name: str, with_kl: bool) -> DataFrame:
