@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from granq.errors import UserError
 from granq.graph import calls_of_layers, find_places, insert_call, is_image, layer_names, quantizable, to_module, trace
@@ -286,7 +287,7 @@ def image_places(model: nn.Module) -> list[ActQuantizer]:
     places = [m for m, n in calls if isinstance(m, ActQuantizer) and is_image(model, n.all_input_nodes[0])]
     if places:
         return places
-    raise UserError("the image is not quantized: needs a scheme with places 'inputs' and a layer that reads the image")
+    raise UserError("the image is not quantized: needs places 'inputs' and a layer that reads just it, padding apart")
 
 
 def tracking(model: nn.Module, on: bool = True) -> AbstractContextManager[None]:
@@ -304,13 +305,15 @@ def check_copy(copied: nn.Module, model: nn.Module, images: Tensor) -> None:
     """Raise UserError if a traced copy gives other values than ``model`` even without quantization."""
     images = images.to(next(model.parameters()).device)
     with eval_mode(model, copied), bypassed(copied):  # the copy in the faster layout, which ``synthesize`` draws in
-        wanted, got = model(images), copied(images.contiguous(memory_format=torch.channels_last))
-    near = 1e-3 * wanted.nan_to_num(0, 0, 0).abs().max() if isinstance(wanted, Tensor) else 0
-    if isinstance(wanted, Tensor) and not torch.allclose(got, wanted, 0, float(near), equal_nan=True):
-        raise UserError(
-            f"the copy of {type(model).__name__} computes something else even without quantization: torch.fx does not "
-            "see that a forward changes a tensor in place, asks for the type of a value, or draws random numbers"
-        )
+        outputs = model(images), copied(images.contiguous(memory_format=torch.channels_last))
+    for wanted, got in zip(*map(tree_leaves, outputs), strict=True):
+        if isinstance(wanted, Tensor) and wanted.is_floating_point() and wanted.numel():
+            near = 1e-3 * float(wanted.nan_to_num(0, 0, 0).abs().max())
+            if not torch.allclose(got, wanted, 0, near, equal_nan=True):
+                raise UserError(
+                    f"the copy of {type(model).__name__} computes something else even without quantization: the network"
+                    " may change its images or a tensor in place, ask for the type of a value, or draw random numbers"
+                )
 
 
 @torch.no_grad()
@@ -331,10 +334,10 @@ def calibrate(
     for place in places:
         place.running_min = place.running_max = torch.empty(0)
     with eval_mode(model), temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
-        for batch in batches if places else ():
-            model(images_of(batch).to(next(model.parameters()).device))
-    if not all(place.seen for place in places):
-        raise UserError("no images to calibrate on")
+        for images in filter(len, map(images_of, batches if places else ())):
+            model(images.to(next(model.parameters()).device))
+    if not all(place.seen and (place.running_max - place.running_min).isfinite().all() for place in places):
+        raise UserError("no images to calibrate on, or activations of them that are not finite")
 
 
 def set_image_range(model: nn.Module, low: Tensor, high: Tensor) -> None:

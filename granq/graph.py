@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from inspect import signature
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from granq.errors import UserError
-from granq.plain import LAYERS, changed_layers, is_plain, module_of, name_of, relu_ceiling, trace_plain
+from granq.plain import LAYERS, changed_layers, is_plain, module_of, name_of, of_image, relu_ceiling, trace_plain
 
 SHAPE = {"shape", "ndim", "size", "dim"}
 
@@ -32,8 +33,8 @@ def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
             raise UserError(f"scheme.skip names what holds no layer of the model: {one}")
         names = [name for name in names if model.get_submodule(name) not in below]
     for name in names:
-        if "weight" not in model.get_submodule(name)._parameters:
-            raise UserError(f"the weight of {name} is parametrized already: remove that first")
+        if "weight" not in (layer := model.get_submodule(name))._parameters or parametrize.is_parametrized(layer):
+            raise UserError(f"a parameter of {name} is parametrized already: remove that first")
     if hasattr(model, "act_quant"):
         raise UserError(f"{kind} has an act_quant of its own, the name of what quantizes activations: rename it")
     return names
@@ -63,8 +64,9 @@ def is_image(root: nn.Module, node: fx.Node) -> bool:
 
 def trace(model: nn.Module) -> fx.Graph:
     """Trace ``model`` or raise UserError. Arguments of its forward with a default None, a bool or a text are fixed."""
+    inner = "".join(f"; its .{name} may be the network" for name in ("module", "_orig_mod") if name in model._modules)
     if "forward" in vars(model):
-        raise UserError(f"the forward of this {type(model).__name__} was replaced, which torch.fx does not see")
+        raise UserError(f"the forward of this {type(model).__name__} was replaced, which torch.fx does not see{inner}")
     rest = list(signature(model.forward).parameters.items())[1:]  # the first is the image
     # fixed: otherwise ``if mask is not None`` would be true
     fixed = {name: p.default for name, p in rest if isinstance(p.default, type(None) | bool | str)}
@@ -72,8 +74,7 @@ def trace(model: nn.Module) -> fx.Graph:
         graph = trace_plain(model, fixed)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        wraps = "; its .module may be the network" * isinstance(getattr(model, "module", None), nn.Module)
-        raise UserError(f"torch.fx cannot trace {type(model).__name__} itself: {reason}{wraps}") from error
+        raise UserError(f"torch.fx cannot trace {type(model).__name__} itself: {reason}{inner}") from error
     for node in graph.nodes:  # fx calls what is fixed mask_1; who calls the copy calls it mask
         if node.op == "placeholder" and (name := str(node.target).rpartition("_")[0]) in fixed:
             node.target = name
@@ -84,10 +85,7 @@ def trace(model: nn.Module) -> fx.Graph:
 def find_places(graph: fx.Graph, root: nn.Module, where: str, layers: set[str]) -> list[fx.Node]:
     """Return the nodes whose value is quantized: ReLUs, or what ``layers`` (names) read, each once."""
     if where == "relu":
-        values = set[fx.Node]()  # what depends on the image; a ReLU of a parameter is no activation
-        for node in graph.nodes:
-            if node.op == "placeholder" or values.intersection(node.all_input_nodes):
-                values.add(node)
+        values = of_image(graph)  # a ReLU of a parameter is no activation
         return [node for node in graph.nodes if node.users and node in values and relu_ceiling(root, node) is not None]
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     return list(dict.fromkeys(node.all_input_nodes[0] for node in calls))

@@ -261,8 +261,9 @@ def learn_steps(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def batchnorm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the output of every call of a BatchNorm2d of ``model`` during one forward, for ``layer_loss``."""
-    norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    """Collect the output of every call of a BatchNorm2d of a traced model during one forward, for ``layer_loss``."""
+    calls = cast(fx.GraphModule, model).graph.find_nodes(op="call_module")  # one inside of a layer is none
+    norms = {str(node.target) for node in calls if isinstance(module_of(model, node), nn.BatchNorm2d)}
     seen: list[Tensor] = []
     with watch(model, norms, lambda name, x, output: seen.append(output.clone())):  # a ReLU may work in place
         yield seen

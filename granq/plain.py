@@ -129,13 +129,24 @@ def name_of(root: nn.Module, node: fx.Node) -> str:
     return type(module).__name__ if module else str(getattr(node.target, "__name__", node.target))
 
 
+def of_image(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose value depends on an input of the network, not on parameters alone."""
+    values = set[fx.Node]()
+    for node in graph.nodes:
+        if node.op == "placeholder" or values.intersection(node.all_input_nodes):
+            values.add(node)
+    return values
+
+
 def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
-    made, passed = node, set[str]()
-    while made.all_input_nodes and not ((module := module_of(root, made)) and module.state_dict()):
+    made, passed, values = node, set[str](), of_image(node.graph)
+    while not isinstance(module_of(root, made), _CHANNELS) and (
+        read := [n for n in made.all_input_nodes if n in values]
+    ):
         widens = made.target is operator.getitem and isinstance(made.args[1], tuple) and None in made.args[1]
         passed.add("unsqueeze" if widens else name_of(root, made))
-        made = made.all_input_nodes[0]
+        made = read[0]
     last, joined, moved = node, False, False
     while last.users and not isinstance(module_of(root, last), _CHANNELS):
         last = next(iter(last.users))
@@ -156,7 +167,7 @@ def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
 def _joins_maps(root: nn.Module, node: fx.Node) -> bool:
     """Say whether ``node`` pools or flattens maps: a Linear after it says nothing of what was before."""
     module, name = module_of(root, node), name_of(root, node)
-    if name == "mean":
+    if name in ("mean", "sum", "max", "amax", "logsumexp"):
         dims = node.kwargs.get("dim", (*node.args, None, None)[1])
         return not {3, -1}.isdisjoint(dims if isinstance(dims, list | tuple) else [dims])
     if name == "flatten":

@@ -137,6 +137,8 @@ class Game:
         with batchnorm_inputs(self.teacher) as norms:
             classes = count_classes(self.teacher, "the teacher", image)
         batchnorm_loss(norms)  # raises if there are none
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.teacher.modules()):
+            raise UserError("the teacher has SyncBatchNorm, which no recipe sees: make BatchNorm2d of it first")
         check_copy(self.student, teacher, image)
         return classes
 

@@ -1,9 +1,10 @@
 import copy
+import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import TinyNet, same_tensors
 from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
@@ -403,7 +404,7 @@ def test_a_weight_that_is_read_without_a_call_stays_and_keeps_its_keys():
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
 def test_a_parametrized_weight_is_refused(tiny, wrap):
     wrap(tiny.conv1)
-    with pytest.raises(ValueError, match="the weight of conv1 is parametrized already"):
+    with pytest.raises(ValueError, match="parameter of conv1 is parametrized already"):
         quantize_model(tiny, "strict", 3, 3)
     assert not audit(tiny, torch.randn(2, 3, 8, 8)).low_bit.any()
 
@@ -729,3 +730,88 @@ def test_a_statement_in_place_is_followed_whatever_it_computes():
     student = quantize_model(model := Swish().eval(), "strict", 8, 8)
     check_copy(student, model, images)
     assert "hardswish" in student.act_quant
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda y: {"out": y, "aux": [1, None]}, lambda y: (y.argmax(1), y), lambda y: [y[:0], y]]
+)
+def test_a_copy_is_compared_in_all_that_it_returns(wrap):
+    class Wrapped(Adding):
+        def forward(self, x):
+            return wrap(super().forward(x))
+
+    class Right(TinyNet):
+        def forward(self, x):
+            return wrap(super().forward(x))
+
+    x = torch.randn(4, 3, 8, 8)
+    model = Right().eval()
+    granq.check_copy(quantize_model(model, "strict", 3, 3), model, x)
+    model = Wrapped().eval()
+    with pytest.raises(UserError, match="computes something else even without quantization"):
+        granq.check_copy(quantize_model(model, "strict", 3, 3), model, x)
+
+
+def test_a_network_may_change_its_images_in_place(tiny):
+    class InPlace(TinyNet):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5).div_(0.25))
+
+    model, x = InPlace().eval(), torch.randn(4, 3, 8, 8)
+    model.load_state_dict(tiny.state_dict())
+    before, student = x.clone(), quantize_model(model, "strict", 8, 8)
+    frame = granq.measure_layer_error(model, [x], {"mine": student})
+    assert torch.equal(x, before) and frame.sqnr_db.min() > 20
+    with pytest.raises(UserError, match="may change its images"):
+        granq.check_copy(student, model, x)
+
+
+def test_another_parametrized_parameter_leaves_the_given_network_alone(tiny):
+    nn.utils.parametrize.register_parametrization(tiny.conv1, "bias", nn.Tanh())
+    with pytest.raises(UserError, match="parameter of conv1 is parametrized already"):
+        quantize_model(tiny, "strict", 8, 8)
+    tiny(torch.randn(2, 3, 8, 8))
+
+
+def test_empty_batches_and_values_that_are_not_finite(tiny):
+    x = torch.randn(4, 3, 8, 8)
+    one, two = (quantize_model(tiny, "foldable", 4, 4) for _ in range(2))
+    calibrate(one, [x])
+    calibrate(two, [x[:0], x, x[:0]])
+    assert same_tensors(one.state_dict(), two.state_dict())
+    for images in (x[:0], x * math.nan):
+        with pytest.raises(UserError, match="no images to calibrate on, or activations of them that are not finite"):
+            calibrate(two, [images])
+    with pytest.raises(UserError, match="values that are not finite"):
+        audit(one, x * math.nan)
+
+
+class ChannelsNorm(nn.Module):
+    """A LayerNorm over the channels of maps, as ConvNeXt writes it, whose first factor is a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-6).sqrt()
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "pool", [lambda x: x.amax((2, 3)), lambda x: x.sum((2, 3)), lambda x: x.view(2, 4, -1).mean(2)]
+)
+@pytest.mark.parametrize("norm", [ChannelsNorm, lambda: nn.PReLU(4)])
+def test_maps_are_maps_whatever_parameters_were_multiplied_in(pool, norm):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), norm(), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(pool(self.norm(self.conv(x)).relu()))
+
+    student = quantize_model(Net(), "per_channel", 3, 3)
+    calibrate(student, [torch.randn(2, 3, 8, 8)])
+    (place,) = granq.convert.activation_places(student).values()
+    assert place.running_max.shape == (1, 4, 1, 1)

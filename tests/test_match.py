@@ -27,6 +27,7 @@ from granq import (
 )
 from granq.convert import activation_places, original_weight, weight_quantizer
 from granq.generator import batchnorm_inputs, batchnorm_loss
+from granq.graph import plain_copy
 from granq.losses import layer_loss
 from granq.match import NORM_RATE, STEP_RATE, batchnorm_outputs, refined_images, relu_ceilings, widen_ranges
 from granq.ranges import LearnedSteps, best_quantile
@@ -147,8 +148,8 @@ def test_layers_are_compared_alike_whether_or_not_they_are_overwritten():
 
 def test_outputs_of_batchnorms_in_the_order_of_calls(tiny):
     images = torch.randn(2, 3, 8, 8)
-    with batchnorm_outputs(tiny) as seen:
-        tiny(images)
+    with batchnorm_outputs(traced := plain_copy(tiny, traced=True)) as seen:
+        traced(images)
     first = tiny.bn1(tiny.conv1(images))
     assert len(seen) == 2 and torch.equal(seen[0], first)
     assert torch.equal(seen[1], tiny.bn2(tiny.conv2(first.relu())))
@@ -388,3 +389,28 @@ def test_a_constant_channel_keeps_its_variance():
     reestimate_batchnorm(nets["student"], nets["teacher"], x)
     torch.testing.assert_close(nets["student"][1].running_var, torch.tensor([2.0, 3.0, 4.0, 5 * 1.5**2]))
     torch.testing.assert_close(nets["student"](x).mean((0, 2, 3))[:3], wanted[:3], rtol=1e-4, atol=1e-4)
+
+
+class NormInside(nn.Conv2d):
+    """A convolution that torch.fx does not open, with a BatchNorm of its own, as detection networks have them."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        if x.numel() == 0:
+            raise ValueError
+        return self.norm(super().forward(x)).relu()
+
+
+def test_a_batchnorm_inside_of_a_layer_is_not_compared(tiny):
+    tiny.conv2 = NormInside(4, 4, 3, 1, 1)
+    with pytest.warns(UserWarning, match="in full precision, as they compute something else: conv2"):
+        assert len(train(tiny, MATCH).history) == 2
+
+
+def test_synchronized_batchnorm_is_refused(tiny):
+    tiny.bn2 = nn.SyncBatchNorm(tiny.bn2.num_features)
+    with pytest.raises(UserError, match="SyncBatchNorm, which no recipe sees"):
+        train(tiny, MATCH)

@@ -204,13 +204,13 @@ def test_a_relu_is_what_behaves_like_one(activation, ceiling):
 
 
 def test_a_network_that_is_quantized_already_is_refused(tiny):
-    with pytest.raises(UserError, match="weight of conv1 is parametrized already"):
+    with pytest.raises(UserError, match="parameter of conv1 is parametrized already"):
         quantize(quantize(tiny, "strict", 3, 3), "strict", 3, 3)
 
 
 def test_a_weight_that_a_hook_computes_is_refused(tiny):
     nn.utils.spectral_norm(tiny.conv2)
-    with pytest.raises(UserError, match="weight of conv2 is parametrized already"):
+    with pytest.raises(UserError, match="parameter of conv2 is parametrized already"):
         quantize(tiny, "strict", 3, 3)
 
 

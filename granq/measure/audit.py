@@ -56,7 +56,8 @@ def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to audit")
     if (weight := next(model.parameters())).dtype.itemsize < 4:  # so few values do not tell where they come from
         raise UserError(f"the audit needs float32, got {weight.dtype}: pass model.float()")
-    example = example.to(weight.device)
+    if not (example := example.to(weight.device)).isfinite().all():  # NaN comes from nowhere
+        raise UserError("the example holds values that are not finite")
     if any(place.tracked and not place.seen for place in convert.activation_places(model).values()):
         model = copy.deepcopy(model)  # the ranges of the original stay unset
         convert.calibrate(model, [example])

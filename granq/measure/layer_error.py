@@ -96,7 +96,7 @@ class _Errors:
                 self._add(scheme, "accumulated", name, next(calls[name]), out)
 
             with watch(student, self.layers, visit):
-                student(images)
+                student(images_of(images).clone())
         self.clean.clear()
 
     def _add(self, scheme: str, mode: str, name: str, reference: Tensor, value: Tensor) -> None:

@@ -43,7 +43,7 @@ def run(
             images = images_of(batch).to(device)
             if images.dim() != 4:  # such as one image, of a tensor in place of a list of batches
                 raise UserError(f"batches must hold images (N, 3, H, W), got {tuple(images.shape)}")
-            after(batch, model(images))
+            after(batch, model(images.clone()))  # a forward may change its images in place
             count += len(images)
     if not count:
         raise UserError("there is no image to measure: batches is empty")
