@@ -103,9 +103,9 @@ def run(device: str, dry: bool, out: Path, seconds: float) -> pd.DataFrame:
     config = QATConfig.paper("cifar10", "resnet20_cifar10", 3, device=device, **short)
     graphed = device.startswith("cuda")
     game: Game = (GraphedGame if graphed else Game)(teacher, config, AdaDFQ(config))
-    facts = {"full_precision_top1": top1_on(teacher.to(device), test, spec, device), "test_images": len(test)}
+    facts = {"full_precision_top1": top1_on(teacher.to(device), test, spec), "test_images": len(test)}
     facts |= {"batch": config.batch_size, "seed": config.seed, "graphed": graphed, "commit": commit()}
-    evaluate = partial(top1_on, dataset=test, spec=spec, device=device)
+    evaluate = partial(top1_on, dataset=test, spec=spec)
     frame, spent, slowest = pd.DataFrame(), time.monotonic(), 0.0
     while game.epoch < config.epochs:
         late = time.monotonic() + 3 * slowest > end  # of this epoch, the next, and the measurement

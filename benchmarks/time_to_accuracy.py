@@ -48,7 +48,7 @@ def measure_time_to_accuracy(
         def evaluate(student: nn.Module) -> float:
             nonlocal measured
             start = time.perf_counter()
-            top1 = top1_on(student, test, spec, resolve_device(config.device))  # noqa: B023 (called in this turn only)
+            top1 = top1_on(student, test, spec)  # noqa: B023 (called in this turn only)
             measured += time.perf_counter() - start
             return top1
 

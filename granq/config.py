@@ -67,7 +67,7 @@ class Losses(BaseModel):
     lambda_l: float = Field(0.1, description="lower margin of the entropy")
     lambda_u: float = Field(0.8, description="upper margin of the entropy")
     gamma: float = Field(1.0, description="weight of the BatchNorm loss")
-    refined_images: int = Field(0, ge=0, description="match: images refined once, by default 32 batches; 0: new ones")
+    refined_images: int = Field(0, ge=0, description="match: images refined once, by default 32 batches; 0: drawn anew")
 
 
 class QATConfig(Losses, Quantization, Run):

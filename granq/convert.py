@@ -151,10 +151,10 @@ class ActQuantizer(Quantizer):
         return self.from_range(self.running_min, self.running_max)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in ("running_min", "running_max") if self.tracked else ():
+        for name, own in (("running_min", self.running_min), ("running_max", self.running_max)) if self.tracked else ():
             # a teacher's checkpoint has no ranges: keep ours; a student's has them in their own shape
-            setattr(self, name, state_dict.setdefault(prefix + name, getattr(self, name)).clone())
-            if self.granularity == "per_tensor" and getattr(self, name).numel() > 1:
+            setattr(self, name, found := state_dict.setdefault(prefix + name, own).to(own.device, copy=True))
+            if self.granularity == "per_tensor" and found.numel() > 1:
                 args[-1].append(f"{prefix}{name} holds the ranges of channels, not of the tensor")
         super()._load_from_state_dict(state_dict, prefix, *args)
 

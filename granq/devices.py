@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,11 @@ def resolve_device(device: str) -> str:
     if device not in ("auto", *here):
         raise UserError(f"there is no device {device!r} here, but auto, {', '.join(here)}")
     return here[0] if device == "auto" else device
+
+
+def own_random_state(device: str) -> AbstractContextManager[None]:
+    """Leave the random numbers of the CPU and of ``device`` as they are, whatever is drawn within the block."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if device.startswith("cuda") else [])
 
 
 def versions(device: str = "cpu") -> dict[str, str]:

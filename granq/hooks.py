@@ -27,14 +27,14 @@ def labels_of(batch: Batch) -> Tensor | None:
 @contextmanager
 def temporarily(objects: Iterable[Any], **values: Any) -> Iterator[None]:
     """Give every object these attributes within the block; afterwards it has those of before."""
-    before = [(one, {name: getattr(one, name) for name in values}) for one in objects]
+    before = [(one, name, getattr(one, name)) for one in objects for name in values]
     try:
-        for one, _ in before:
-            vars(one).update(values)
+        for one, name, _ in before:
+            setattr(one, name, values[name])  # not vars(one): the mode of a ScriptModule lies in C++
         yield
     finally:
-        for one, old in before:
-            vars(one).update(old)
+        for one, name, old in before:
+            setattr(one, name, old)
 
 
 def eval_mode(*models: nn.Module) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from granq.config import QATConfig
 from granq.convert import ActQuantizer, activation_places, calibrate, layer_quantizers, set_image_range
+from granq.devices import own_random_state
 from granq.errors import UserError
 from granq.fast import channel_var_mean
 from granq.generator import batchnorm_inputs, batchnorm_loss, synthesize
@@ -105,7 +106,7 @@ def refined_images(game: Game) -> tuple[Tensor, Tensor]:
     """Make the images that a run trains on, with labels. They depend on seed and generator only, also when resumed."""
     c, generator = game.config, copy.deepcopy(game.generator)  # drawing moves the running statistics of its norms
     batches = []
-    with game.own_random_state():
+    with own_random_state(game.device):
         torch.manual_seed(c.seed)
         numbers = range(c.refined_images // c.batch_size)
         for number in tqdm(numbers, desc="refining images", unit="batch", leave=False, delay=2):

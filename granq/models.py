@@ -184,17 +184,17 @@ def _own_name(name: Any, own: Container[str]) -> str:
     return name if name in own or rest == name else _own_name(rest, own)
 
 
-def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec, device: str = "cpu") -> float:
-    """Return the top-1 accuracy in percent over a dataset of uint8 images, in eval mode."""
-    hits = right(model, batches(dataset, spec), device, total=-(-len(dataset) // 250))
+def top1_on(model: nn.Module, dataset: ImageData, spec: DataSpec) -> float:
+    """Return the top-1 accuracy in percent over a dataset of uint8 images, in eval mode, on the model's device."""
+    hits = right(model, batches(dataset, spec), total=-(-len(dataset) // 250))
     return 100 * int(hits.sum()) / len(hits)
 
 
 @torch.inference_mode()
-def right(model: nn.Module, pairs: Iterable[Batch], device: Any = None, total: int | None = None) -> np.ndarray:
+def right(model: nn.Module, pairs: Iterable[Batch], total: int | None = None) -> np.ndarray:
     """Return for every image of ``pairs`` (images, labels) whether it is classified rightly, in eval mode."""
     hits, layout = list[Tensor](), None
-    device = device or next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     with eval_mode(model), parametrize.cached():  # weights are quantized once, not once a batch
         for batch in tqdm(pairs, "accuracy", total, unit="batch", leave=False, delay=2):
             images, labels = images_of(batch).to(device), labels_of(batch)
@@ -269,7 +269,7 @@ def train_teacher(
             now |= {"settings": settings, "epoch": epoch + 1, "rng": torch.get_rng_state()}
             save_atomically(checkpoint, partial(torch.save, now))
     teacher = averaged.module.eval()
-    return teacher, top1_on(teacher, load_split(spec, "test"), spec, device)
+    return teacher, top1_on(teacher, load_split(spec, "test"), spec)
 
 
 def _continue(checkpoint: Path, settings: dict[str, Any], parts: dict[str, Any], device: str) -> int:

@@ -9,7 +9,6 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from granq.config import QATConfig
 from granq.convert import calibrate, check_copy, layer_quantizers, quantize_model, tracking
-from granq.devices import resolve_device
+from granq.devices import own_random_state, resolve_device
 from granq.errors import UserError
 from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.graph import plain_copy
@@ -26,7 +25,7 @@ from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, m
 from granq.models import count_classes
 from granq.quantizer import at_least_float32
 
-CALIBRATION = 20  # batches that set static ranges if there is no warm-up: of a moving average of 0.9, 88 percent
+CALIBRATION = 20  # batches that set static ranges if there is no warm-up: 1 - 0.9^20, 88 % of the average, are theirs
 Evaluate = Callable[[nn.Module], float]
 
 
@@ -113,7 +112,7 @@ class Game:
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
         classes, size = getattr(self.generator, "classes", self.classes), config.image_size
-        with torch.no_grad(), self.own_random_state():  # what is wrong would be found late, or never
+        with torch.no_grad(), own_random_state(self.device):  # what is wrong would be found late, or never
             own, labels = copy.deepcopy(self.generator).cpu(), torch.tensor([0, min(classes, self.classes) - 1])
             drawn = own(torch.randn(2, LATENT), labels).shape
         if (classes, *drawn) != (self.classes, 2, 3, size, size):
@@ -235,13 +234,9 @@ class Game:
         self.optimize_student()
         self.ptq_top1 = self._measure(evaluate)
 
-    def own_random_state(self) -> AbstractContextManager[None]:
-        """Leave the random numbers of a run as they are, whatever is drawn within the block."""
-        return torch.random.fork_rng([torch.cuda.current_device()] if self.device.startswith("cuda") else [])
-
     def _measure(self, evaluate: Evaluate | None) -> float:
         """Evaluate a copy of the student: modes, statistics and ranges stay, and the random numbers of a run, too."""
-        with self.own_random_state():
+        with own_random_state(self.device):
             return float(evaluate(copy.deepcopy(self.student))) if evaluate else math.nan
 
     def state(self) -> dict[str, Any]:

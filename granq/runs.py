@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from granq.config import QATConfig
 from granq.data import DataSpec, dataset_name
-from granq.devices import commit, resolve_device, versions
+from granq.devices import commit, own_random_state, resolve_device, versions
 from granq.errors import UserError
 from granq.files import read_checkpoint, save_atomically, to_json, write_csv
 from granq.generator import Generator, build_generator
@@ -61,7 +61,6 @@ class Result:
         return facts | versions(resolve_device(c.device)) | {"commit": commit()}
 
 
-@torch.random.fork_rng([])  # what a notebook draws next must not depend on whether a run was made or read
 def train(
     teacher: nn.Module, config: QATConfig, *, evaluate: Evaluate | None = None, out: str | Path | None = None,
     resume: bool = False, facts: dict[str, Any] | None = None, generator: nn.Module | None = None,
@@ -89,29 +88,39 @@ def train(
     folder = RunFolder(out) if out else None
     if folder:
         folder.check_free(resume)
-    game = begin(teacher, config, student_loss, generator=generator, pixels=pixels)  # refuses before the folder is made
-    if folder is None:
-        _run(game, evaluate, after_epoch)
-    else:
-        own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
-        spec = (facts or {}).get("spec", {})
-        data = dataset_name(str(spec.get("name", "")))  # wherever they lie today
-        bounds = [end.flatten().tolist() for end in pixels or () if config.recipe == "match"]
-        images = str([data, *(spec.get(key) for key in ("classes", "image_size", "mean", "std")), *bounds])
-        identity = fingerprint(config, own, images, game.teacher, generator)
-        here = versions(game.device)
-        with folder.claimed():
-            if resume and (saved := folder.load(identity, game.device, config)):
-                game.restore(saved)
-                write_csv(folder.history, pd.DataFrame(game.rows))  # a kill may have come before its last row
-                if (began := folder.measured_alike(facts or {}).get("versions")) != here:
-                    warnings.warn(f"{out} began with {began}, not with {here}: the last bits may differ", stacklevel=2)
-            else:  # nothing is trained yet: a config that is there may be of another teacher
-                folder.write_config(config, (facts or {}) | {"versions": here})
-            _run(game, evaluate, after_epoch, folder, identity)
+    with own_random_state(resolve_device(config.device)):  # a notebook draws on as if no run had been made
+        game = begin(
+            teacher, config, student_loss, generator=generator, pixels=pixels
+        )  # refuses before the folder is made
+        if folder is None:
+            _run(game, evaluate, after_epoch)
+        else:
+            identity = _identity(game, facts or {}, generator, student_loss, pixels)
+            here = versions(game.device)
+            with folder.claimed(resume):
+                if resume and (saved := folder.load(identity, game.device, config)):
+                    game.restore(saved)
+                    write_csv(folder.history, pd.DataFrame(game.rows))  # a kill may have come before its last row
+                    if (began := folder.measured_alike(facts or {}).get("versions")) != here:
+                        warnings.warn(
+                            f"{out} began with {began}, not with {here}: the last bits may differ", stacklevel=2
+                        )
+                else:  # nothing is trained yet: a config that is there may be of another teacher
+                    folder.write_config(config, (facts or {}) | {"versions": here})
+                _run(game, evaluate, after_epoch, folder, identity)
     history = pd.DataFrame(game.rows)
     tops = [*history.test_top1[~history.warmup.astype(bool)]] or [game.ptq_top1]
     return Result(game.student, game.generator, config, history, game.ptq_top1, tops[-1], max(tops), game.seconds)
+
+
+def _identity(game: Game, facts: dict[str, Any], generator: Any, student_loss: Any, pixels: Any) -> str:
+    """Return a hash of all that a run must have in common with the one that it continues."""
+    own = getattr(student_loss, "__qualname__", type(student_loss).__name__) if student_loss else ""
+    spec = facts.get("spec", {})
+    data = dataset_name(str(spec.get("name", "")))  # wherever they lie today
+    bounds = [end.flatten().tolist() for end in pixels or () if game.config.recipe == "match"]
+    images = str([data, *(spec.get(key) for key in ("classes", "image_size", "mean", "std")), *bounds])
+    return fingerprint(game.config, own, images, game.teacher, generator)
 
 
 def begin(teacher: nn.Module, config: QATConfig, student_loss: StudentLoss | None = None, **more: Any) -> Game:
@@ -141,7 +150,7 @@ def _run(
             if folder:
                 folder.save(game.state() | {"fingerprint": identity}, game.rows)
             if after_epoch:
-                with game.own_random_state():
+                with own_random_state(game.device):
                     after_epoch(game)
 
 
@@ -187,15 +196,16 @@ class RunFolder:
             return True
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Hold the folder within the block. Raises UserError if another process holds it."""
+    def claimed(self, resume: bool = True) -> Iterator[None]:
+        """Hold the folder within the block. Raises UserError if another process holds it, or filled it meanwhile."""
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             held = self.lock.acquire(timeout=1)  # not 0: ``in_use`` holds it for an instant
         except Timeout:
             raise UserError(f"{self.path} is in use by another process; wait for it or choose another --out") from None
         with held:
-            for torn in self.path.glob(".c*.tmp"):  # of a process that was killed while it saved
+            self.check_free(resume)
+            for torn in self.path.glob(".[ch]*.tmp"):  # of a process that was killed while it saved
                 torn.unlink(missing_ok=True)
             yield
 

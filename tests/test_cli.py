@@ -555,7 +555,8 @@ def test_an_own_network_is_not_audited_without_its_data(own, capsys):
 
 def test_sensitivity_at_the_size_of_the_network(own, folder, tmp_path, monkeypatch, capsys):
     sizes, counts = [], []
-    monkeypatch.setattr(granq, "top1_on", lambda model, test, *_: counts.append(len(test)) or 50.0)
+    hits = lambda model, pairs: counts.append(sum(len(x) for x, _ in pairs)) or torch.ones(1)  # noqa: E731
+    monkeypatch.setattr(granq.models, "right", hits)
     monkeypatch.setattr(granq, "measure_sensitivity", lambda model, images, *_, **__: sizes.append(images[0][0].shape))
     given = f"sensitivity --data {folder} --network {own} --teacher {tmp_path / 't.pth'} --out {tmp_path / 's.csv'}"
     with pytest.raises(AttributeError):  # of the table, which was not measured

@@ -134,3 +134,11 @@ def test_watch_sees_what_is_passed_by_name():
 def test_a_batch_is_images_or_a_pair():
     images = torch.zeros(2, 3, 4, 4)
     assert images_of(images) is images_of((images, torch.zeros(2))) is images_of([images, 1]) is images
+
+
+def test_a_scripted_network_is_put_into_eval_mode():
+    with pytest.warns(FutureWarning, match="deprecated"):
+        network = torch.jit.script(nn.Dropout(0.5).train())
+    with eval_mode(network):
+        assert torch.equal(network(torch.ones(99)), torch.ones(99))
+    assert network.training

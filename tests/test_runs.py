@@ -22,7 +22,7 @@ import torch
 from conftest import Bomb, same_bits, same_tensors
 from torch import nn
 
-from granq import QATConfig, Scheme, UserError, activation_places, describe_data, devices, load_run, train
+from granq import QATConfig, Scheme, UserError, activation_places, describe_data, devices, load_run, runs, train
 from granq.files import save_atomically
 from granq.qat import Game
 from granq.runs import RunFolder, begin, fingerprint, generator_trouble, same_network
@@ -551,3 +551,15 @@ def test_a_history_that_lacks_its_last_row_gets_it_back(tmp_path):
     (tmp_path / "history.csv").write_text("".join(whole.splitlines(keepends=True)[:-1]))
     train(network(), SHORT, out=tmp_path, resume=True)
     assert (tmp_path / "history.csv").read_text() == whole
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_kept(tmp_path, monkeypatch):
+    def slow(*args, **more):
+        monkeypatch.undo()
+        train(network(), SHORT, out=tmp_path / "run")
+        return begin(*args, **more)
+
+    monkeypatch.setattr(runs, "begin", slow)
+    with pytest.raises(UserError, match="is no empty folder"):
+        train(network(), SHORT.change(seed=1), out=tmp_path / "run")
+    assert RunFolder(tmp_path / "run").read_config()["config"].seed == 0

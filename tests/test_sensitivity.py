@@ -19,7 +19,7 @@ from granq.measure.allocation import allocate_bits
 from granq.measure.layer_error import measure_layer_error
 from granq.measure.remedies import measure_remedies
 from granq.measure.sensitivity import KINDS, PARTS, measure_flips, measure_sensitivity
-from granq.schemes import SCHEMES
+from granq.schemes import SCHEMES, Scheme
 from granq.show.layers import plot_sensitivity
 
 LAYERS = ("conv1", "conv2", "point", "fc")  # conv2 and point read one place
@@ -504,3 +504,30 @@ def test_predictions_need_two_classes(tiny: nn.Module, end: nn.Module) -> None:
 def test_names_that_were_read_as_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="read as numbers"):
         allocate_bits(table().assign(layer=1.1), 3.0)
+
+
+def test_alone_changes_a_layer_and_no_batchnorm(tiny: nn.Module) -> None:
+    """A trained student's BatchNorm differs from the teacher's, which would hide what a layer does."""
+    images = torch.randn(8, 3, 8, 8)
+    student = quantize_model(tiny, "strict", 8, 8)
+    clean = measure_sensitivity(tiny, [images], student, kinds=["alone"], parts=["both"])
+    with torch.no_grad():
+        student.bn1.running_var *= 4
+    moved = measure_sensitivity(tiny, [images], student, kinds=["alone"], parts=["both"])
+    pd.testing.assert_series_equal(moved.kl, clean.kl)
+    rest = measure_sensitivity(tiny, [images], student, kinds=["all_but"], parts=["both"])
+    assert (rest.kl > 10 * clean.kl.max()).all()
+
+
+def test_bits_of_a_scheme_of_weights_alone(tiny: nn.Module) -> None:
+    scheme, images = Scheme(weights="per_out_channel", activations=None), torch.randn(8, 3, 8, 8)
+    table = measure_sensitivity(tiny, [images], scheme, (2, 4), kinds=["alone"], parts=["weights", "activations"])
+    assert {*table.grid} == {"per_out_channel"}
+    assert {*allocate_bits(table, 4.0).values()} == {(4, 0)}
+
+
+def test_an_empty_fact_is_continued(tiny: nn.Module, tmp_path) -> None:
+    for kinds in (["alone"], ["alone", "all_but"]):
+        how: Any = {"kinds": kinds, "parts": ["both"], "facts": {"note": ""}, "out": tmp_path / "rows.csv"}
+        table = measure_sensitivity(tiny, [torch.ones(2, 3, 8, 8)], "strict", 4, **how)
+    assert {*table.kind} == {"alone", "all_but"}

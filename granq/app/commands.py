@@ -92,7 +92,7 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
     c, old = saved.config, saved.spec
     spec = granq.describe_data(data, network, c.image_size, mean=old.mean, std=old.std).prepared_as(old)
     test = granq.load_split(spec, "test")
-    top1 = granq.top1_on(saved.student, test, spec, device)
+    top1 = granq.top1_on(saved.student, test, spec)
     then: Result = {"data": "", "top1": top1, "images": len(test)} | saved.facts
     facts: Result = {"network": network or then["network"], "scheme": str(c.scheme), "top1": top1}
     known = then.get("test_images", then["images"]), dataset_name(then["data"])
@@ -210,17 +210,14 @@ def _grown_table(
 
     The teacher's accuracy is that of the first ``images`` in the order of seed 0, which are measured, too.
     """
-    import torch
-
     if out.exists() and not resume:
         raise UserError(f"{out} already exists; choose another --out, or pass --resume to add what it lacks")
     widths = [check_bits(int(b) if b.isdecimal() else 0) for b in dict.fromkeys(bits.split(","))]
     shared = granq.Workbench("full", runs=[run] if run else [], **source)
-    order = torch.randperm(len(shared.test), generator=torch.Generator().manual_seed(0)).tolist()[:images]
-    part = torch.utils.data.Subset(shared.test, order)
-    shared.top1 = granq.top1_on(shared.teacher, part, shared.spec, shared.device)
+    right = granq.models.right(shared.teacher, shared.sample(0, images or len(shared.test)))
+    shared.top1 = 100 * int(right.sum()) / len(right)
     facts = {name: fact for name, fact in shared.facts().items() if name not in ("budget", "seed")}
-    return widths, shared, facts | {"teacher_images": len(order)}
+    return widths, shared, facts | {"teacher_images": len(right)}
 
 
 def export(

@@ -94,7 +94,7 @@ class Job(QATConfig, Files):
             warnings.warn(f"{self.network} sees pixels {seen}; generators draw mean 0, deviation 1", stacklevel=2)
 
         def evaluate(model: Any) -> float:
-            return granq.top1_on(model, test, spec, device)
+            return granq.top1_on(model, test, spec)
 
         config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
         start, before = self.generator, 0.0

@@ -18,7 +18,7 @@ from granq.integer import IntegerInput, IntegerLayer
 from granq.measure import running
 from granq.measure.running import ACTIVATION_GRANULARITIES, BINS
 from granq.plain import module_of
-from granq.quantizer import choose_qparams, fake_quantize, fake_quantize_with, min_max, qparams_from_range, quantize
+from granq.quantizer import choose_qparams, fake_quantize, min_max, qparams_from_range, quantize
 
 
 def measure_activation_distortion(
@@ -45,7 +45,7 @@ def measure_activation_distortion(
 
         full, signal = bins(x), bins(x, x.flatten().double().square())
         for k, granularity in product(bits, granularities):
-            value = fake_quantize_with(x, choose_qparams(x, k, granularity), k)
+            value = fake_quantize(x, k, granularity)
             error = bins(x, (value - x).flatten().double().square())
             running.merge(sums, (name, k, granularity), torch.stack([full, bins(value), error, signal]))
 
@@ -215,7 +215,7 @@ def measure_channel_scales(
         running.merge(lowest, name, low.amin(0), torch.minimum)
         running.merge(highest, name, high.amax(0), torch.maximum)
 
-    count = running.run(model, batches, f"channel scales, {source}", layer_names(model), visit)
+    count = running.run(model, batches, "channel scales", layer_names(model), visit)
     frames = {}
     for name, low in lowest.items():
         static = qparams_from_range(low, highest[name], bits).scale.double()

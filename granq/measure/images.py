@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from granq.data import DataSpec
+from granq.devices import own_random_state
 from granq.generator import LATENT, synthesize
 from granq.graph import layer_names
 from granq.hooks import Batch, eval_mode
@@ -58,7 +59,7 @@ def generated_batches(generator: nn.Module, seed: int, count: int = 1024, batch_
     """Yield images as a run sees them, BatchNorm with the batch's statistics; generator and random state stay."""
     own, device = copy.deepcopy(generator).train(), str(next(generator.parameters()).device)
     for start in range(0, count, batch_size):
-        with torch.random.fork_rng(), torch.no_grad():
+        with own_random_state(device), torch.no_grad():
             torch.manual_seed((1_000_003 * seed + start) % 2**63)  # every batch has its own numbers
             images, _ = synthesize(own, min(batch_size, count - start), device=device)
         yield images.contiguous()  # which every network takes

@@ -75,7 +75,7 @@ def kept_rows(out: Path | None, known: dict[str, Any]) -> list[dict[Any, Any]]:
     if rows and (lacking := known.keys() - rows[0].keys()):
         raise UserError(f"{out} lacks the columns {', '.join(sorted(lacking))}; choose another file")
     for name in known.keys() - {"torch", "device", "commit"} if rows else ():
-        old, new = rows[0][name], known[name]
+        old, new = "" if known[name] == "" and pd.isna(rows[0][name]) else rows[0][name], known[name]
         if not (old == new if isinstance(new, str | int) else np.isclose(old, new, rtol=1e-3, equal_nan=True)):
             raise UserError(f"{out} was measured with {name} {old}, not {new}; choose another file")
     return rows

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.convert import ActQuantizer, Quantizer, activation_places, calibrate, check_copy, quantize_model
+from granq.convert import ActQuantizer, Quantizer, calibrate, check_copy, quantize_model
 from granq.data import predictions
 from granq.errors import UserError, one_of
 from granq.files import write_csv
@@ -49,8 +49,8 @@ def measure_sensitivity(
 
     Args:
         batches: a list of images, or of pairs (images, labels).
-        scheme: name or scheme; or a network that somebody quantized already, whose layers have the same names. If
-            ``quantize_model`` did not make it, only what its layers do themselves counts, as part ``both``.
+        scheme: name or scheme; or a network that is quantized already, whose layers have the same names. For ``alone``
+            BatchNorm is that of ``model``; of what ``quantize_model`` did not make its own, with part ``both`` only.
         bits: width of weights and activations, or several; without meaning for a network that is quantized already.
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.
@@ -72,12 +72,12 @@ def measure_sensitivity(
     warm = (batches := list(batches))[:1] if calibration is None else list(calibration)
     known = _known(model, scheme, batches, warm) | (facts or {})
     rows, plain = running.kept_rows(out, known), full_precision(model, batches)
-    if isinstance(scheme, nn.Module) and not any(isinstance(m, Quantizer) for m in scheme.modules()):
-        parts = ["both"]  # somebody else's layers may round their inputs themselves
+    ours = not isinstance(scheme, nn.Module) or any(isinstance(m, Quantizer) for m in scheme.modules())
+    parts = parts if ours else ["both"]  # somebody else's layers may round their inputs themselves
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     for k in (bits,) if isinstance(bits, int) else bits:
         student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
-        root = student if isinstance(student, fx.GraphModule) and activation_places(student) else plain
+        root = student if ours and isinstance(student, fx.GraphModule) else plain
         sizes = _sizes(root, images_of(batches[0])[:2].to(next(model.parameters()).device))
         for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
             noisy = Side(plain if part == "activations" else student, None if part == "weights" else student)
@@ -156,10 +156,13 @@ def compare(
 
 
 class _Mixed(fx.Interpreter):
-    """Runs a graph with the layers of ``rest``, but for the one called ``name``, which comes from ``own``."""
+    """Runs a graph with the layers of ``rest``, but for the one called ``name``, which comes from ``own``.
+
+    All other modules and parameters are those of ``rest``, too, unless somebody else made it: then those of ``root``.
+    """
 
     def __init__(self, root: fx.GraphModule, rest: Side) -> None:
-        self.rest, self.own, self.name, self.fed = rest, rest, "", iter(list[Tensor]())
+        self.root, self.rest, self.own, self.name, self.fed = root, rest, rest, "", iter(list[Tensor]())
         graph, self.owner = copy.deepcopy(root.graph), dict[fx.Node, str]()
         for node in list(graph.nodes):
             if isinstance(module_of(root, node), LAYERS):
@@ -171,7 +174,8 @@ class _Mixed(fx.Interpreter):
                     self.owner[call] = self.owner[node]
                     if not place.users:
                         graph.erase_node(place)
-        super().__init__(root, graph=graph)
+        ours = any(isinstance(module, Quantizer) for module in root.modules())
+        super().__init__(rest.layers if ours else root, graph=graph)
 
     def outputs(
         self, images: Tensor, own: Side, names: Sequence[str], inputs: dict[str, list[Tensor]]
@@ -199,7 +203,7 @@ class _Mixed(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute the value of ``n``: a layer or a quantizer of its side, or what the graph says."""
-        module, is_own = module_of(self.module, n), self.owner.get(n) == self.name
+        module, is_own = module_of(self.root, n), self.owner.get(n) == self.name
         side, (args, kwargs) = self.own if is_own else self.rest, self.fetch_args_kwargs_from_env(n)
         if isinstance(module, ActQuantizer):
             return side.places.get_submodule(str(n.target))(*args) if side.places else args[0].clone()

@@ -132,7 +132,7 @@ class Workbench:
 
     def evaluate(self, model: nn.Module) -> float:
         """Return top-1 on the test split in percent."""
-        return models.top1_on(model, self.test, self.spec, self.device)
+        return models.top1_on(model, self.test, self.spec)
 
     @cached_property
     def zero_shot(self) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame]:
@@ -158,7 +158,7 @@ class Workbench:
     def _short_run(self) -> RunFolder:
         """Make the run of these settings and this teacher, once: it is kept in ``data_root``."""
         config, drawn = self.config(), list[pd.DataFrame]()
-        identity = fingerprint(config, str(versions(self.device)), self.spec, self.teacher)[:16]
+        identity = fingerprint(config, str([versions(self.device), commit()]), self.spec, self.teacher)[:16]
         run = RunFolder(data_root() / "runs" / identity)
 
         def snapshot(game: Game) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from granq.convert import Quantizer, activation_places, check_copy
 from granq.data import predictions
-from granq.devices import commit, versions
+from granq.devices import commit, own_random_state, versions
 from granq.errors import UserError
 from granq.files import save_atomically
 from granq.graph import layer_names
@@ -71,7 +71,7 @@ def report(
         if len(drawn) == images:
             break
     if not drawn:
-        with torch.random.fork_rng([]):
+        with own_random_state(str(next(model.parameters()).device)):
             torch.manual_seed(0)
             drawn, source = list(random_shapes(images, image_size)), "random shapes, seed 0"
     data = list(torch.stack(drawn).split(BATCH))
