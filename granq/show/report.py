@@ -114,7 +114,7 @@ def _measure(
     start = (places[-1].bits, places[-1].granularity) if places else (3, "per_tensor")
     parts["ranges"] = _chart(range_explorer(measure_ranges(model, data), start[0]))
     if student is not None:
-        parts["verdict"] = f"Here {escape(found['summary'])}" if ours else "Somebody else quantized it: its bits are unknown"
+        parts["verdict"] = f"Here {escape(found['summary'])}" if ours else "Somebody else quantized it, in unknown bits"
         if logits is not None:
             found |= _answers(logits, _logits(student, data), labels)
             said = ". It predicts like the full-precision network on {agreement:.1f} % of " + told["images"]
