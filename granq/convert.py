@@ -219,7 +219,7 @@ def _quantize_activations(
             raise UserError(f"{' and '.join(asked.values())} read one place, which cannot have {set(asked)} bits")
         if width := image_bits if image_bits and is_image(student, node) else next(iter(asked), act_bits):
             name = f"{node.name}_" if hasattr(quantizers, node.name) else node.name  # values, keys: a dictionary's own
-            quantizers[name] = ActQuantizer(check_bits(width), scheme, rows)
+            quantizers[name] = ActQuantizer(check_bits(width), scheme, rows).to(next(student.parameters()).device)
             insert_call(graph, node, f"act_quant.{name}", scheme.places, layers)
 
 
@@ -287,7 +287,7 @@ def image_places(model: nn.Module) -> list[ActQuantizer]:
     places = [m for m, n in calls if isinstance(m, ActQuantizer) and is_image(model, n.all_input_nodes[0])]
     if places:
         return places
-    raise UserError("the image is not quantized: needs places 'inputs' and a layer that reads just it, padding apart")
+    raise UserError("the image is not quantized: needs places 'inputs' and a layer that reads it, bare or padded")
 
 
 def tracking(model: nn.Module, on: bool = True) -> AbstractContextManager[None]:
@@ -332,7 +332,7 @@ def calibrate(
         raise UserError("batches is one tensor, whose parts are single images: pass a list of batches")
     places = [place for place in activation_places(model).values() if place.tracked and place.learned is None]
     for place in places:
-        place.running_min = place.running_max = torch.empty(0)
+        place.running_min = place.running_max = place.running_min.new_empty(0)
     with eval_mode(model), temporarily(places, tracking=True, quantile=quantile), bypassed(model, full_precision):
         for images in filter(len, map(images_of, batches if places else ())):
             model(images.to(next(model.parameters()).device))

@@ -27,7 +27,7 @@ _KNOWN = {"digits": (10, _DIGITS), "cifar10": (10, _CIFAR), "cifar100": (100, _C
 IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt").read_text().split()
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
-PREPARATION = ("crop_pct", "squash", "interpolation")  #: what a run keeps of how images are prepared, their size apart
+PREPARATION = ("crop_pct", "squash", "interpolation")  #: of images, besides size and normalization
 ImageData = Any  #: a dataset of (uint8 image (3, size, size), label), with a length
 
 
@@ -51,7 +51,7 @@ class DataSpec(BaseModel, frozen=True, extra="forbid"):
         return self.model_dump(mode="json", exclude={"root", "given"}) | {"name": self.name.split(":")[0]}
 
     def prepared_as(self, old: "DataSpec") -> "DataSpec":
-        """Return these data with the classes, crop and interpolation of a run's; a warning tells of other folders."""
+        """Return these data with the classes and the preparation of a run's; a warning tells of other folders."""
         self.check_labels(old.labels)
         return self.fit_classes(old.classes).model_copy(update=old.model_dump(include={*PREPARATION}))
 

@@ -22,7 +22,7 @@ def resolve_device(device: str) -> str:
 
 def own_random_state(device: str) -> AbstractContextManager[None]:
     """Leave the random numbers of the CPU and of ``device`` as they are, whatever is drawn within the block."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if device.startswith("cuda") else [])
+    return torch.random.fork_rng([device] if device.startswith("cuda") else [])
 
 
 def versions(device: str = "cpu") -> dict[str, str]:

@@ -262,9 +262,8 @@ def learn_steps(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def batchnorm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the output of every call of a BatchNorm2d of a traced model during one forward, for ``layer_loss``."""
-    calls = cast(fx.GraphModule, model).graph.find_nodes(op="call_module")  # one inside of a layer is none
-    norms = {str(node.target) for node in calls if isinstance(module_of(model, node), nn.BatchNorm2d)}
+    """Collect the output of every call of a BatchNorm2d in the graph of a traced model, for ``layer_loss``."""
+    norms = {str(n.target) for n in cast(Any, model).graph.nodes if isinstance(module_of(model, n), nn.BatchNorm2d)}
     seen: list[Tensor] = []
     with watch(model, norms, lambda name, x, output: seen.append(output.clone())):  # a ReLU may work in place
         yield seen

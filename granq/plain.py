@@ -141,9 +141,9 @@ def of_image(graph: fx.Graph) -> set[fx.Node]:
 def is_rows(root: nn.Module, node: fx.Node) -> bool | None:
     """Say whether the last dimension of a value holds its features, by who reads or made it; else ``None``."""
     made, passed, values = node, set[str](), of_image(node.graph)
-    while not isinstance(module_of(root, made), _CHANNELS) and (
-        read := [n for n in made.all_input_nodes if n in values]
-    ):
+    while (read := [n for n in made.all_input_nodes if n in values]) and (
+        not (module := module_of(root, made)) or isinstance(module, nn.PReLU) or not module.state_dict()
+    ):  # an LSTM or attention makes features of its own
         widens = made.target is operator.getitem and isinstance(made.args[1], tuple) and None in made.args[1]
         passed.add("unsqueeze" if widens else name_of(root, made))
         made = read[0]

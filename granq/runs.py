@@ -89,9 +89,8 @@ def train(
     if folder:
         folder.check_free(resume)
     with own_random_state(resolve_device(config.device)):  # a notebook draws on as if no run had been made
-        game = begin(
-            teacher, config, student_loss, generator=generator, pixels=pixels
-        )  # refuses before the folder is made
+        # refuses before the folder is made
+        game = begin(teacher, config, student_loss, generator=generator, pixels=pixels)
         if folder is None:
             _run(game, evaluate, after_epoch)
         else:
@@ -102,9 +101,7 @@ def train(
                     game.restore(saved)
                     write_csv(folder.history, pd.DataFrame(game.rows))  # a kill may have come before its last row
                     if (began := folder.measured_alike(facts or {}).get("versions")) != here:
-                        warnings.warn(
-                            f"{out} began with {began}, not with {here}: the last bits may differ", stacklevel=2
-                        )
+                        warnings.warn(f"{out} began with {began}, not {here}: the last bits may differ", stacklevel=2)
                 else:  # nothing is trained yet: a config that is there may be of another teacher
                     folder.write_config(config, (facts or {}) | {"versions": here})
                 _run(game, evaluate, after_epoch, folder, identity)

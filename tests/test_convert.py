@@ -815,3 +815,18 @@ def test_maps_are_maps_whatever_parameters_were_multiplied_in(pool, norm):
     calibrate(student, [torch.randn(2, 3, 8, 8)])
     (place,) = granq.convert.activation_places(student).values()
     assert place.running_max.shape == (1, 4, 1, 1)
+
+
+def test_what_makes_features_of_its_own_gives_rows():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.rnn, self.fc = nn.Conv2d(3, 4, 3), nn.LSTM(36, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.fc(self.rnn(self.conv(x).flatten(2))[0].relu().mean(1))
+
+    student = quantize_model(Net(), "per_channel", 3, 3)
+    calibrate(student, [torch.randn(2, 3, 8, 8)])
+    (place,) = granq.convert.activation_places(student).values()
+    assert place.rows and place.running_max.shape == (1, 5)

@@ -69,7 +69,7 @@ def test_a_student_computes_what_it_does_on_the_cpu(tiny, scheme):
 @pytest.mark.parametrize("recipe", ["adadfq", "gdfq", "match"])
 @pytest.mark.usefixtures("deterministic")
 def test_same_seed_same_bits_and_a_resumed_run_too(tiny, tmp_path, recipe):
-    config = CONFIG.change(recipe=recipe, scheme="foldable" if recipe == "match" else "granq")
+    config = CONFIG.change(recipe=recipe, scheme={"adadfq": "layerwise", "gdfq": "granq", "match": "foldable"}[recipe])
 
     def stop(game):
         if game.epoch == 2:

@@ -98,7 +98,7 @@ def test_ranges_are_those_of_channels_and_filters(tiny: nn.Module) -> None:
 
 def test_the_page_says_what_torch_computes(tiny: nn.Module, tmp_path: Path) -> None:
     labels, page = torch.arange(6) % 3, tmp_path / "new/page.html"
-    batches = [(images()[:4], labels[:4]), (images()[4:], labels[4:])]
+    batches = [(images()[:4], labels[:4, None], torch.ones(4)), (images()[4:], labels[4:])]
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     found = granq.report(tiny, batches, out=page, scheme="strict", bits=2, facts={"made by": "<me>"})
     student = granq.quantize_model(tiny, "strict", 2, 2)

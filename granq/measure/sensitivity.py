@@ -49,8 +49,8 @@ def measure_sensitivity(
 
     Args:
         batches: a list of images, or of pairs (images, labels).
-        scheme: name or scheme; or a network that is quantized already, whose layers have the same names. For ``alone``
-            BatchNorm is that of ``model``; of what ``quantize_model`` did not make its own, with part ``both`` only.
+        scheme: name or scheme; or a network that is quantized already, with layers of the same names. Its BatchNorm
+            counts but in ``alone`` and ``activations``. What ``quantize_model`` did not make has part ``both`` only.
         bits: width of weights and activations, or several; without meaning for a network that is quantized already.
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.
@@ -174,8 +174,7 @@ class _Mixed(fx.Interpreter):
                     self.owner[call] = self.owner[node]
                     if not place.users:
                         graph.erase_node(place)
-        ours = any(isinstance(module, Quantizer) for module in root.modules())
-        super().__init__(rest.layers if ours else root, graph=graph)
+        super().__init__(rest.layers if any(isinstance(m, Quantizer) for m in root.modules()) else root, graph=graph)
 
     def outputs(
         self, images: Tensor, own: Side, names: Sequence[str], inputs: dict[str, list[Tensor]]

@@ -5,6 +5,7 @@ import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +81,9 @@ class Workbench:
             size = size or spec.get("image_size")
             mean, std = (spec.get("mean"), spec.get("std")) if mean is None and std is None else (mean, std)
         self._described, self._size = describe_data(self.data, network, size, mean=mean, std=std), image_size
-        if self.runs:
-            self._described = self._described.model_copy(update={k: spec[k] for k in PREPARATION if k in spec})
+        if self.runs and spec:  # what an old run does not say, was not done
+            kept = {k: spec.get(k, DataSpec.model_fields[k].default) for k in PREPARATION}
+            self._described = self._described.model_copy(update=kept)
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, DataSpec]:
@@ -158,7 +160,9 @@ class Workbench:
     def _short_run(self) -> RunFolder:
         """Make the run of these settings and this teacher, once: it is kept in ``data_root``."""
         config, drawn = self.config(), list[pd.DataFrame]()
-        identity = fingerprint(config, str([versions(self.device), commit()]), self.spec, self.teacher)[:16]
+        identity = fingerprint(
+            config, str([versions(self.device), version("granq"), commit()]), self.spec, self.teacher
+        )[:16]
         run = RunFolder(data_root() / "runs" / identity)
 
         def snapshot(game: Game) -> None:

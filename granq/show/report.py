@@ -45,8 +45,7 @@ def report(
 
     Args:
         model: the full-precision network. What needs a trace is left out, and the page says so, if there is none.
-        batches: images (N, 3, H, W), or pairs (images, labels), with which the page says accuracies; if there are none,
-            ``random_shapes`` of ``image_size``.
+        batches: images (N, 3, H, W), with labels for accuracies; without any ``random_shapes`` of ``image_size``.
         out: the file, which is new.
         scheme: name or scheme; or the quantized network, a student or somebody else's, whose layers have the names of
             those of ``model``.
@@ -66,8 +65,9 @@ def report(
     drawn, labels, source = list[Tensor](), list[Tensor](), "images"
     for batch in batches:
         drawn += images_of(batch)[: images - len(drawn)]
-        if not isinstance(batch, Tensor) and isinstance(given := batch[-1], Tensor) and given.dim() == 1:
-            labels += given[: images - len(labels)]
+        given = batch[1] if not isinstance(batch, Tensor) and len(batch) > 1 else None
+        if isinstance(given, Tensor) and given.numel() == len(batch[0]) and not given.is_floating_point():
+            labels += given.flatten()[: images - len(labels)]
         if len(drawn) == images:
             break
     if not drawn:
