@@ -93,7 +93,7 @@ def test_a_stopped_run_is_continued_from_its_checkpoint(folder, teacher, tmp_pat
 @pytest.mark.filterwarnings("ignore")  # dask's own, about a worker that went away
 def test_a_cluster_loses_a_worker_and_no_row(folder, teacher, tmp_path):
     distributed = pytest.importorskip("distributed", reason="extra: pip install 'granq[cluster]'")
-    names = planned(tmp_path, folder, teacher, ("layerwise", "granq"), (0,), TINY.replace("--epochs 2", "--epochs 8"))
+    names = planned(tmp_path, folder, teacher, ("layerwise", "granq"), (0,), TINY.replace("--epochs 2", "--epochs 4"))
     killed = []
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
 
@@ -111,7 +111,7 @@ def test_a_cluster_loses_a_worker_and_no_row(folder, teacher, tmp_path):
     assert killed and list(status.state) == ["done"] * 2  # the worker had a run: none in this process
     assert sorted(pd.read_csv(tmp_path / "results.csv").out) == sorted(str(tmp_path / name) for name in names)
     for name in names:
-        assert list(pd.read_csv(tmp_path / name / "history.csv").epoch) == [*range(1, 9)]
+        assert list(pd.read_csv(tmp_path / name / "history.csv").epoch) == [*range(1, 5)]
 
 
 def test_workers_with_several_threads_are_refused(folder, teacher, tmp_path):
