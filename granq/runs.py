@@ -107,7 +107,8 @@ def train(
                 _run(game, evaluate, after_epoch, folder, identity)
     history = pd.DataFrame(game.rows)
     tops = [*history.test_top1[~history.warmup.astype(bool)]] or [game.ptq_top1]
-    return Result(game.student, game.generator, config, history, game.ptq_top1, tops[-1], max(tops), game.seconds)
+    best = max(tops, key=lambda top: (top == top, top))  # NaN: an epoch without evaluate
+    return Result(game.student, game.generator, config, history, game.ptq_top1, tops[-1], best, game.seconds)
 
 
 def _identity(game: Game, facts: dict[str, Any], generator: Any, student_loss: Any, pixels: Any) -> str:

@@ -563,3 +563,14 @@ def test_a_run_that_another_process_finished_meanwhile_is_kept(tmp_path, monkeyp
     with pytest.raises(UserError, match="is no empty folder"):
         train(network(), SHORT.change(seed=1), out=tmp_path / "run")
     assert RunFolder(tmp_path / "run").read_config()["config"].seed == 0
+
+
+def test_the_best_epoch_is_the_best_of_those_that_were_measured(tmp_path):
+    def stop(game):
+        if game.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), TINY, out=tmp_path, after_epoch=stop)
+    result = train(network(), TINY, out=tmp_path, resume=True, evaluate=lambda student: 50.0)
+    assert (result.best_top1, result.last_top1) == (50, 50) and math.isnan(result.history.test_top1[2])
