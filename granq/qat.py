@@ -135,9 +135,9 @@ class Game:
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)  # the run's state stays
         with batchnorm_inputs(self.teacher) as norms:
             classes = count_classes(self.teacher, "the teacher", image)
-        batchnorm_loss(norms)  # raises if there are none
         if any(isinstance(module, nn.SyncBatchNorm) for module in self.teacher.modules()):
             raise UserError("the teacher has SyncBatchNorm, which no recipe sees: make BatchNorm2d of it first")
+        batchnorm_loss(norms)  # raises if there are none
         check_copy(self.student, teacher, image)
         return classes
 

@@ -71,11 +71,13 @@ def kept_rows(out: Path | None, known: dict[str, Any]) -> list[dict[Any, Any]]:
     """Return the rows of a CSV that is to be continued. Raises UserError if what is ``known`` was not so for them."""
     texts = dict.fromkeys(["layer", *(name for name, value in known.items() if isinstance(value, str))], str)
     how: Any = dict(dtype=texts, keep_default_na=False, na_values=[""])  # a layer "1.10" is no number
-    rows = pd.read_csv(out, **how).to_dict("records") if out and out.is_file() and out.stat().st_size else []
+    rows = list[dict[Any, Any]]()
+    if out and out.is_file() and out.stat().st_size:
+        rows = pd.read_csv(out, **how).fillna(dict.fromkeys(texts, "")).to_dict("records")
     if rows and (lacking := known.keys() - rows[0].keys()):
         raise UserError(f"{out} lacks the columns {', '.join(sorted(lacking))}; choose another file")
     for name in known.keys() - {"torch", "device", "commit"} if rows else ():
-        old, new = "" if known[name] == "" and pd.isna(rows[0][name]) else rows[0][name], known[name]
+        old, new = rows[0][name], known[name]
         if not (old == new if isinstance(new, str | int) else np.isclose(old, new, rtol=1e-3, equal_nan=True)):
             raise UserError(f"{out} was measured with {name} {old}, not {new}; choose another file")
     return rows

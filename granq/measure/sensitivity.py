@@ -50,7 +50,7 @@ def measure_sensitivity(
     Args:
         batches: a list of images, or of pairs (images, labels).
         scheme: name or scheme; or a network that is quantized already, with layers of the same names. Its BatchNorm
-            counts but in ``alone`` and ``activations``. What ``quantize_model`` did not make has part ``both`` only.
+            counts, but not in ``alone`` and ``activations``. Networks of others have part ``both`` only.
         bits: width of weights and activations, or several; without meaning for a network that is quantized already.
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.

@@ -160,9 +160,8 @@ class Workbench:
     def _short_run(self) -> RunFolder:
         """Make the run of these settings and this teacher, once: it is kept in ``data_root``."""
         config, drawn = self.config(), list[pd.DataFrame]()
-        identity = fingerprint(
-            config, str([versions(self.device), version("granq"), commit()]), self.spec, self.teacher
-        )[:16]
+        software = str([versions(self.device), version("granq"), commit()])
+        identity = fingerprint(config, software, self.spec, self.teacher)[:16]
         run = RunFolder(data_root() / "runs" / identity)
 
         def snapshot(game: Game) -> None:

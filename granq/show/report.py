@@ -45,7 +45,7 @@ def report(
 
     Args:
         model: the full-precision network. What needs a trace is left out, and the page says so, if there is none.
-        batches: images (N, 3, H, W), with labels for accuracies; without any ``random_shapes`` of ``image_size``.
+        batches: images (N, 3, H, W), with labels for accuracies; without any, ``random_shapes`` of ``image_size``.
         out: the file, which is new.
         scheme: name or scheme; or the quantized network, a student or somebody else's, whose layers have the names of
             those of ``model``.
