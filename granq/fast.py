@@ -23,16 +23,18 @@ class _ChannelVarMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = x.mean((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        full = x.to(torch.promote_types(x.dtype, torch.float32))  # arithmetic of two dtypes is slow
+        mean = full.mean((0, 2, 3))
         ctx.save_for_backward(x, mean)
-        return (x - mean[:, None, None]).square_().mean((0, 2, 3)), mean
+        return (full - mean[:, None, None]).square_().mean((0, 2, 3)), mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         slope, shift = 2 * grads[0] / count, grads[1] / count  # the mean inside the variance changes nothing
-        return torch.addcmul((shift - slope * mean)[:, None, None], x, slope[:, None, None]).to(x.dtype)
+        full = x.to(mean.dtype)
+        return torch.addcmul((shift - slope * mean)[:, None, None], full, slope[:, None, None]).to(x.dtype)
 
 
 #: Biased variance and mean of every channel, (N, C, H, W) -> (C,), (C,), in float32 at least.

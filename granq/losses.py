@@ -60,10 +60,13 @@ def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: S
     The variance is at least a thousandth of the layers' mean: a layer that is nearly constant hardly matters.
     """
     errors, variances = [], []
-    for t, s, ceiling in zip(map(at_least_float32, teacher), map(at_least_float32, student), ceilings, strict=True):
+    for t, s, ceiling in zip(teacher, student, ceilings, strict=True):
         if ceiling is not None:
             t, s = (F.relu(x) if ceiling == math.inf else x.clamp(0, ceiling) for x in (t, s))  # relu is faster
-        errors.append(F.mse_loss(s, t))
+        t, s = at_least_float32(t), at_least_float32(s)
+        difference = s - t  # times a constant it has half the gradient of its square; that of F.mse_loss is slow
+        errors.append((difference.detach() * difference).sum() / t.numel())
         variances.append(channel_var_mean(t)[0].mean())
     variance = torch.stack(variances)
-    return (torch.stack(errors) / variance.clamp_min(1e-3 * variance.mean())).mean()
+    loss = (torch.stack(errors) / variance.clamp_min(1e-3 * variance.mean())).mean()
+    return 2 * loss - loss.detach()

@@ -90,15 +90,14 @@ class Match(GDFQ):
     def step(self, game: Game) -> dict[str, Tensor]:
         with torch.no_grad(), game.autocast():
             images, labels = self.draw(game)
-            with batchnorm_inputs(game.teacher) as norms, batchnorm_outputs(game.teacher) as wanted:
+            with batchnorm_outputs(game.teacher) as wanted:
                 t = at_least_float32(game.teacher(images))
         with batchnorm_outputs(game.student) as got, game.autocast():
             s = at_least_float32(game.student(images))
         self.ceilings = self.ceilings or relu_ceilings(game.student)
         loss = layer_loss(wanted, got, self.ceilings) + self.student_loss(t, s, labels)
         game.update("student", game.student_params, loss)
-        with torch.no_grad():
-            return {"student_loss": loss.detach()} | describe_images(images, t, labels, batchnorm_loss(norms))
+        return {"student_loss": loss.detach()} | describe_images(images, t, labels)
 
 
 @torch.no_grad()

@@ -172,8 +172,8 @@ class Game:
             self.update("generator", self.generator_params, generator_loss, retain_graph=train_student)
         if train_student:
             self.update("student", self.student_params, student_loss)
-        losses = {"generator_loss": generator_loss.detach(), "student_loss": student_loss.detach()}
-        return losses | describe_images(images, t.detach(), labels, bn)
+        losses = {"generator_loss": generator_loss, "student_loss": student_loss, "bn_loss": bn}
+        return {k: loss.detach() for k, loss in losses.items()} | describe_images(images, t.detach(), labels)
 
     def update(self, name: str, params: list[nn.Parameter], loss: Tensor, retain_graph: bool = False) -> None:
         """Take one step of an optimizer; gradients of no other parameters are computed."""
@@ -263,10 +263,10 @@ class Game:
             setattr(self, k, state[k])
 
 
-def describe_images(images: Tensor, teacher: Tensor, labels: Tensor, bn: Tensor) -> dict[str, Tensor]:
-    """Return what a history says of images: distance to the statistics, teacher's accuracy in percent, diversity."""
+def describe_images(images: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return what a history says of images: the teacher's accuracy in percent, and their diversity."""
     hits = (teacher.argmax(1) == labels).float().mean() * 100
-    return {"bn_loss": bn.detach(), "teacher_top1": hits, "diversity": diversity(images.detach())}
+    return {"teacher_top1": hits, "diversity": diversity(images.detach())}
 
 
 def diversity(images: Tensor) -> Tensor:

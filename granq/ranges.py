@@ -23,10 +23,11 @@ def quantile_range(x: Tensor, granularity: str, quantile: float) -> tuple[Tensor
     Positive and negative values are counted apart: after a ReLU most are zero, and say nothing of the range.
     """
     rows = x.transpose(0, 1).flatten(1) if granularity == "per_channel" else x.reshape(1, -1)
-    rows, shape = rows.sort(1).values, (1, -1, *(1,) * (x.dim() - 2))
-    above, below = ((1 - quantile) * side.sum(1, True) for side in (rows > 0, rows < 0))
-    low = rows.gather(1, below.long()).view(shape)
-    return low, rows.gather(1, rows.shape[1] - 1 - above.long()).view(shape)
+    above, below = (((1 - quantile) * side.sum(1, True)).long() for side in (rows > 0, rows < 0))
+    high = rows.topk(int(above.max()) + 1).values.gather(1, above)
+    low = rows.topk(int(below.max()) + 1, largest=False).values.gather(1, below)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    return low.view(shape), high.view(shape)
 
 
 class LearnedSteps(nn.Module):
@@ -56,8 +57,9 @@ class LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (x, levels, scale_inv) = grad_outputs, ctx.saved_tensors
-        error = (x * scale_inv).neg_().add_(levels)  # levels - s x, in steps; beyond half a step it was clamped
-        inside = error.abs() <= 0.501
-        slope = torch.where(inside, error, levels).mul_(grad)  # d value / d step, and step = 1 / s
-        return torch.where(inside, grad, 0), slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None
+        x, levels, scale_inv = ctx.saved_tensors
+        grad, scaled = grad_outputs[0].to(levels.dtype), x * scale_inv
+        # what lies beyond half a step was clamped; a mask of booleans would take five times as long on a CPU
+        inside = torch.ops.aten.hardtanh_backward(grad, levels - scaled, -0.501, 0.501)
+        slope = (levels * grad).sub_(scaled.mul_(inside))  # d value / d step, and step = 1 / s
+        return inside.to(x.dtype), slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None

@@ -106,11 +106,15 @@ def test_layer_loss_by_hand():
     # squares 0, 1, 16, 16; after a ReLU 0, 0, 16, 1; after a ReLU6 0, 0, 9, 1
     for ceiling, squares, variance in ((None, 33, 5), (math.inf, 17, 1.5), (6.0, 10, 1.5)):
         assert layer_loss([teacher], [student], [ceiling]).item() == pytest.approx(squares / 4 / variance)
-    both = layer_loss([teacher] * 2, [student] * 2, [None, 6.0]).item()
-    assert both == pytest.approx((33 / 4 / 5 + 10 / 4 / 1.5) / 2)
+    student.requires_grad_()
+    both = layer_loss([teacher] * 2, [student] * 2, [None, 6.0])
+    assert both.item() == pytest.approx((33 / 4 / 5 + 10 / 4 / 1.5) / 2)
+    (slope,) = torch.autograd.grad(both, student)  # twice the differences 0, -1, 4, 4 and 0, 0, (cut off), 1
+    wanted = [(2 * a / 4 / 5 + 2 * b / 4 / 1.5) / 2 for a, b in ((0, 0), (-1, 0), (4, 0), (4, 1))]
+    torch.testing.assert_close(slope.flatten(), torch.tensor(wanted))
     still = torch.ones(4, 1, 1, 1)  # a layer that its teacher has switched off: by a thousandth of the mean variance
-    both = layer_loss([teacher, still], [student, still + 0.1], [None, None]).item()
-    assert both == pytest.approx((33 / 4 / 5 + 0.01 / (1e-3 * 5 / 2)) / 2)
+    both = layer_loss([teacher, still], [student, still + 0.1], [None, None])
+    assert both.item() == pytest.approx((33 / 4 / 5 + 0.01 / (1e-3 * 5 / 2)) / 2)
 
 
 class Residual(nn.Module):
