@@ -19,6 +19,7 @@ from tyro.conf import arg
 import granq  # its names are imported at first use: the command line answers without torch
 from granq.config import QATConfig
 from granq.errors import UserError
+from granq.schemes import Scheme
 
 Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PATH")]
 Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION")]
@@ -134,8 +135,9 @@ class Job(QATConfig, Files):
             if not folder.config.is_file():
                 folder.write_config(c, {})  # so that it can be resumed from here on
             if not self.generator:
-                alone: Any = dict(recipe="gdfq", refined_images=0) if c.recipe == "match" else {}
-                warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **alone)
+                none = Scheme(weights=None, activations=None)  # this recipe's generator does not look at the student
+                alone: Any = dict(recipe="gdfq", scheme=none, image_bits=0, refined_images=0)
+                warm = c.change(epochs=c.warmup_epochs, auto_bits=0.0, **(alone if c.recipe == "match" else {}))
                 seconds = granq.train(teacher, warm, out=start, resume=start.exists()).seconds
                 later = tuple(max(epoch - c.warmup_epochs, 0) for epoch in c.milestones)
                 left = {name: max(getattr(c, name) - c.warmup_epochs, 0) for name in ("epochs", "generator_epochs")}
