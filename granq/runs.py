@@ -34,6 +34,7 @@ RECIPES: dict[str, type[AdaDFQ]] = {"adadfq": AdaDFQ, "gdfq": GDFQ, "match": Mat
 StudentLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOW_DIVERSITY, LOW_RECOGNITION = 0.1, 2.0  # share of the variance; times the accuracy of guessing, half way up at most
 RISE = 5e-4  # of the student's loss, as a share of it; a generator that stopped let it rise by 1e-4
+LEAVING = 1.5  # times the lowest bn_loss: two runs that ended in NaN passed it, all others stayed at 1.3
 
 
 @dataclass
@@ -156,9 +157,13 @@ def generator_trouble(rows: list[dict[str, float]], classes: int) -> str:
     """Say what is wrong with the generator after the last of ``rows``; empty if nothing is (docs/reliability.md)."""
     row, guess, said = rows[-1], 100 / classes, ""
     losses = [row["student_loss"] for row in rows if not row["warmup"]]
+    seen = [row["bn_loss"] for row in rows if not row["warmup"] and "bn_loss" in row]
     if row["diversity"] < LOW_DIVERSITY:
         said = f"the generator has collapsed: only {row['diversity']:.0%} of the variance is between its images; "
         said += "lower generator_lr or take another seed"
+    elif seen and seen[-1] > LEAVING * min(seen):
+        said = f"the generator leaves the teacher's BatchNorm statistics (bn_loss {seen[-1]:.3g}, before "
+        said += f"{min(seen):.3g}): its images teach the student wrong; generator_epochs stops the generator"
     elif losses and row["teacher_top1"] < min(LOW_RECOGNITION * guess, (100 + guess) / 2):
         said = f"the teacher gives only {row['teacher_top1']:.0f} % of its images the label they were drawn for "
         said += f"(guessing: {guess:.0f} %); train the generator longer (warmup_epochs, iterations)"

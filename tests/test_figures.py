@@ -11,6 +11,7 @@ import torch
 from conftest import TinyNet
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from torch import nn
 
 from granq.convert import quantize_model
@@ -480,6 +481,19 @@ def test_layers_that_are_called_by_numbers(tmp_path):
     maps = plot_granularity_maps(read["granularity_maps"], layer="2", ax=plt.figure().gca())
     wanted = frames["granularity_maps"].query("layer == '2' and granularity == 'per_sample_channel'").scale
     assert np.allclose(np.sort(maps.images[0].get_array(), None), np.sort(wanted))
+
+
+def test_a_legend_takes_as_many_lines_as_it_needs(tmp_path, monkeypatch) -> None:
+    """Names of runs belong to users; what does not even fit alone is cut off."""
+    seen: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure))
+    for letters in (1, 20, 400):
+        runs = [history().assign(run=f"{k}" * letters, bits="W3A3", generator="plays on") for k in range(4)]
+        pd.concat(runs).to_csv(tmp_path / "paper_run.csv", index=False)
+        redraw_figures(["paper_run"], str(tmp_path))
+    legends = [legend for figure in seen[::2] for legend in figure.legends]
+    assert [legend.get_window_extent().width < seen[0].bbox.width for legend in legends] == [True, True, False]
+    assert legends[0]._ncols > legends[1]._ncols > legends[2]._ncols == 1
 
 
 def test_texts_of_a_csv_stay_texts(tmp_path, monkeypatch):

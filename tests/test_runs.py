@@ -317,6 +317,14 @@ def test_a_generator_that_the_student_cannot_follow():
     assert generator_trouble(rows, 10) == ""
 
 
+def test_a_generator_that_leaves_the_statistics():
+    warm = dict(diversity=0.5, warmup=True, teacher_top1=99.0, generator_loss=1.0, student_loss=0.0, bn_loss=0.1)
+    rows = [warm] + [warm | dict(warmup=False, bn_loss=loss) for loss in (0.3, 0.2)]
+    assert generator_trouble([*rows, rows[1]], 10) == ""  # 1.5 times the lowest of the game; the warm-up has none
+    gone = rows[1] | dict(bn_loss=0.31, teacher_top1=9.0)  # whatever the teacher says of such images
+    assert "statistics (bn_loss 0.31, before 0.2)" in generator_trouble([*rows, gone], 10)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc: runs on Linux")
 def test_memory_and_open_files_stay_flat():
     game = begin(network(), TINY.change(scheme="layerwise"))

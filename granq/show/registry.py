@@ -72,8 +72,12 @@ class Figure(NamedTuple):
                         plt.setp(list(line[1:]), text, "")
             labels = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
             if labels and axes.size > 1:
-                ncols = min(len(labels), 5 if len("".join(labels)) < 80 else 3)
-                figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=ncols)
+                for lines in range(1, len(labels) + 1):  # as few as fit
+                    ncols = -(-len(labels) // lines)
+                    legend = figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=ncols)
+                    if ncols == 1 or legend.get_window_extent().width < figure.bbox.width:
+                        break
+                    legend.remove()
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
 
@@ -216,8 +220,9 @@ def make_figures(names: Sequence[str], workbench: Workbench) -> list[str]:
     return todo
 
 
-def redraw_figures(names: Sequence[str], folder: Path) -> list[str]:
+def redraw_figures(names: Sequence[str], folder: str | Path) -> list[str]:
     """Draw figures again from the CSV files in ``folder``, by default all that are there, and return their names."""
+    folder = Path(folder)
     names = names or [name for name in FIGURES if (folder / f"{name}.csv").is_file()]
     if not names:
         raise UserError(f"{folder} holds no CSV of a figure; granq figures measures them")
