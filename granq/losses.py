@@ -56,8 +56,9 @@ def gdfq_student_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tenso
 def layer_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], ceilings: Sequence[float | None]) -> Tensor:
     """Mean over layers of the squared difference over the teacher's variance within channels (as FitNets, BRECQ).
 
-    Both are outputs of BatchNorms (N, C, H, W). What a ReLU after one cuts off both (``ceilings``) is no difference.
-    The variance is at least a thousandth of the layers' mean: a layer that is nearly constant hardly matters.
+    Both are outputs of BatchNorms (N, C, H, W), the teacher's without gradients. What a ReLU after one cuts off both
+    (``ceilings``) is no difference. The variance is at least a thousandth of the layers' mean: a layer that is nearly
+    constant hardly matters.
     """
     errors, variances = [], []
     for t, s, ceiling in zip(teacher, student, ceilings, strict=True):

@@ -59,7 +59,7 @@ class LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, levels, scale_inv = ctx.saved_tensors
         grad, scaled = grad_outputs[0].to(levels.dtype), x * scale_inv
-        # what lies beyond half a step was clamped; a mask of booleans would take five times as long on a CPU
+        # what lies beyond half a step was clamped; an operation on booleans would be slow on a CPU
         inside = torch.ops.aten.hardtanh_backward(grad, levels - scaled, -0.501, 0.501)
         slope = (levels * grad).sub_(scaled.mul_(inside))  # d value / d step, and step = 1 / s
         return inside.to(x.dtype), slope.sum_to_size(scale_inv.shape) / -scale_inv.square(), None, None

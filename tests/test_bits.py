@@ -272,6 +272,17 @@ def test_auto_allocates_resumes_and_is_repeated(
     assert all(torch.equal(value, state[key]) for key, value in saved.student.state_dict().items())
 
 
+def test_what_a_scheme_cannot_do_is_said_before_the_warm_up(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise granq.UserError("conv1 is called twice")
+
+    monkeypatch.setattr(granq, "quantize_model", refuses)
+    assert main([*small, "--bits", "auto:3.0", "--out", str(tmp_path / "run")]) == 2
+    assert "conv1 is called twice" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_auto_on_a_given_generator_keeps_the_epochs(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ class Job(QATConfig, Files):
         """
         from granq import convert, runs
 
+        student = granq.quantize_model(teacher, c.scheme, 8, 8, c.image_bits or None)  # refused now, not after hours
         folder, start, seconds = runs.RunFolder(self.out), self.generator or self.out / "warmup", 0.0
         with folder.claimed():
             if not folder.config.is_file():
@@ -144,12 +145,12 @@ class Job(QATConfig, Files):
                 c = c.change(warmup_epochs=0, milestones=later, **left)
             images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
             how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
-            how["quantile"] = None if c.recipe == "match" else 1.0  # as the recipe will set its ranges
+            how["quantile"] = None if c.recipe == "match" else 1.0  # nearly as the recipe sets its ranges
             how |= {"out": self.out / "sensitivity.csv"}  # what is measured stays so when the run is resumed
             widths = sorted({*BIT_CHOICES, c.image_bits} - {0})
             table = granq.measure_sensitivity(teacher, images, c.scheme, widths, **how)
             if c.image_bits:  # of the image nothing is to be chosen
-                image = convert.image_places(student := granq.quantize_model(teacher, c.scheme, 8, 8))
+                image = convert.image_places(student)
                 others = [name for name, place in convert.activation_places(student).items() if place not in image]
                 table = table[(table.part == "weights") | (table.bits == c.image_bits) | table.place.isin(others)]
         return c.change(layer_bits=granq.allocate_bits(table, c.auto_bits)), start, generator, seconds

@@ -227,8 +227,8 @@ def _known(
         count = running.run(network, batches, "logits", after=add)
     name = type(scheme).__name__ if other else str(scheme)
     tracked = warm if not isinstance(scheme, nn.Module) and get_scheme(scheme).tracked else ()
-    norms = [f"{images_of(batch).norm().item():.4g}" for batch in tracked]
-    start = fingerprint(str([*norms, quantile] if norms else norms), *other)[:8]
+    ranges = [f"{images_of(batch).norm().item():.4g}" for batch in tracked] + [quantile] * bool(tracked)
+    start = fingerprint(str(ranges), *other)[:8]
     return {"images": count, "scheme": name, "logit_norm": sum(squares) ** 0.5, "start": f"#{start}"}
 
 
