@@ -145,7 +145,6 @@ class Job(QATConfig, Files):
                 c = c.change(warmup_epochs=0, milestones=later, **left)
             images = [*granq.generated_batches(generator := granq.load_generator(start, device), c.seed, BIT_IMAGES)]
             how: Any = dict(kinds=["alone"], parts=["weights", "activations"], calibration=images)
-            how["quantile"] = None if c.recipe == "match" else 1.0  # nearly as the recipe sets its ranges
             how |= {"out": self.out / "sensitivity.csv"}  # what is measured stays so when the run is resumed
             widths = sorted({*BIT_CHOICES, c.image_bits} - {0})
             table = granq.measure_sensitivity(teacher, images, c.scheme, widths, **how)

@@ -43,7 +43,7 @@ class Side(NamedTuple):
 def measure_sensitivity(
     model: nn.Module, batches: Sequence[Batch], scheme: str | Scheme | nn.Module, bits: int | Sequence[int] = 0, *,
     kinds: Sequence[str] = KINDS, parts: Sequence[str] = PARTS, calibration: Sequence[Batch] | None = None,
-    quantile: float | None = 1.0, facts: dict[str, Any] | None = None, out: Path | None = None,
+    facts: dict[str, Any] | None = None, out: Path | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure what the quantization of every layer does to the output of the network.
 
@@ -55,7 +55,7 @@ def measure_sensitivity(
         kinds: ``alone``: only this layer is quantized. ``all_but``: all but this layer. ``patched``: all are, and this
             layer reads what it would read in the full-precision network.
         parts: what is quantized: ``weights``, ``activations`` (by the quantizer in front, for this layer) or ``both``.
-        calibration, quantile: of tracked ranges, see ``calibrate``; by default the **first batch** of ``batches``.
+        calibration: images for schemes with tracked ranges; by default the **first batch** of ``batches``.
         facts: provenance, repeated in every row.
         out: CSV, replaced after every kind, part and width. Those that it already holds are not measured again.
 
@@ -70,13 +70,13 @@ def measure_sensitivity(
         one_of("kind", kind, KINDS)
         one_of("part", part, PARTS)
     warm = (batches := list(batches))[:1] if calibration is None else list(calibration)
-    known = _known(model, scheme, batches, warm, quantile) | (facts or {})
+    known = _known(model, scheme, batches, warm) | (facts or {})
     rows, plain = running.kept_rows(out, known), full_precision(model, batches)
     ours = not isinstance(scheme, nn.Module) or any(isinstance(m, Quantizer) for m in scheme.modules())
     parts = parts if ours else ["both"]  # somebody else's layers may round their inputs themselves
     found = {(row["kind"], row["part"], row["bits"]) for row in rows}
     for k in (bits,) if isinstance(bits, int) else bits:
-        student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm, quantile)
+        student = scheme if isinstance(scheme, nn.Module) else prepare(model, scheme, (k, k), warm)
         root = student if ours and isinstance(student, fx.GraphModule) else plain
         sizes = _sizes(root, images_of(batches[0])[:2].to(next(model.parameters()).device))
         for kind, part in (unit for unit in product(kinds, parts) if (*unit, k) not in found):
@@ -214,9 +214,8 @@ class _Mixed(fx.Interpreter):
 
 
 def _known(
-    model: nn.Module, scheme: str | Scheme | nn.Module, batches: Sequence[Batch], warm: Sequence[Batch],
-    quantile: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    model: nn.Module, scheme: str | Scheme | nn.Module, batches: Sequence[Batch], warm: Sequence[Batch]
+) -> dict[str, Any]:
     """Return what tells a table from others: the number of images, the scheme, the norm of all logits, the start."""
     squares, other = list[float](), [scheme] if isinstance(scheme, nn.Module) else []
 
@@ -227,8 +226,7 @@ def _known(
         count = running.run(network, batches, "logits", after=add)
     name = type(scheme).__name__ if other else str(scheme)
     tracked = warm if not isinstance(scheme, nn.Module) and get_scheme(scheme).tracked else ()
-    ranges = [f"{images_of(batch).norm().item():.4g}" for batch in tracked] + [quantile] * bool(tracked)
-    start = fingerprint(str(ranges), *other)[:8]
+    start = fingerprint(str([f"{images_of(batch).norm().item():.4g}" for batch in tracked]), *other)[:8]
     return {"images": count, "scheme": name, "logit_norm": sum(squares) ** 0.5, "start": f"#{start}"}
 
 
