@@ -19,7 +19,7 @@ def min_max_channels_last(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Ten
 
 
 class _ChannelVarMean(torch.autograd.Function):
-    """``torch.var_mean`` is slow on channels_last with few channels; in float32 this backward is one pass over it."""
+    """``torch.var_mean`` is slow on channels_last with few channels; in float32 this backward reads ``x`` once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:

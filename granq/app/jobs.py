@@ -130,7 +130,7 @@ class Job(QATConfig, Files):
         """
         from granq import convert, runs
 
-        student = granq.quantize_model(teacher, c.scheme, 8, 8, c.image_bits or None)  # refused now, not after hours
+        student = granq.quantize_model(teacher, c.scheme, 8, 8, c.image_bits or None)  # refuses now, not after hours
         folder, start, seconds = runs.RunFolder(self.out), self.generator or self.out / "warmup", 0.0
         with folder.claimed():
             if not folder.config.is_file():
