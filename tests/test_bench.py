@@ -287,10 +287,11 @@ def test_a_bundle_holds_teacher_and_images(benchmarks, folder, teacher, tmp_path
         gpu.teacher_and_test(dry=False)
 
 
-def test_analysis_rows(benchmarks):
+def test_analysis_rows(benchmarks, tmp_path):
     from analysis import measure_latency_analysis
 
-    frame = measure_latency_analysis("resnet20_cifar10", 2, batch=2, image_size=32, repetitions=1)
+    (tmp_path / "net.py").write_text("from conftest import TinyNet\n\n\ndef make(): return TinyNet(1000)\n")
+    frame = measure_latency_analysis(f"{tmp_path / 'net.py'}:make", 2, batch=2, image_size=8, repetitions=1)
     assert list(frame.method) == ["forward", "layer_error", "sensitivity", "report"] and frame.ratio_to_forwards[0] == 1
     as_committed(frame, "analysis_latency")
 

@@ -488,7 +488,7 @@ def test_a_legend_takes_as_many_lines_as_it_needs(tmp_path, monkeypatch) -> None
     seen: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure))
     for letters in (1, 20, 400):
-        runs = [history().assign(run=f"{k}" * letters, bits="W3A3", generator="plays on") for k in range(4)]
+        runs = [history().assign(run=f"{k}" * letters, bits="W3A3", generator="goes on") for k in range(4)]
         pd.concat(runs).to_csv(tmp_path / "paper_run.csv", index=False)
         redraw_figures(["paper_run"], str(tmp_path))
     legends = [legend for figure in seen[::2] for legend in figure.legends]

@@ -183,8 +183,8 @@ def test_export(tmp_path, tiny):
 def test_eight_bits_in_onnxruntime(tmp_path, make):
     """Weights and codes are uint8; codes and logits are the twin's, but for values on a tie, one code apart."""
     student, right = quantize_model(with_statistics(make()), "foldable", 8, 8), list[torch.Tensor]()
-    calibrate(student, [torch.randn(4, 3, 32, 32) for _ in range(2)])
-    twin, x = integer_model(student), torch.randn(3, 3, 32, 32)
+    calibrate(student, [torch.randn(4, 3, 16, 16) for _ in range(2)])
+    twin, x = integer_model(student), torch.randn(3, 3, 16, 16)
     logits, *codes = run_exported(twin, x, tmp_path / "n.onnx", "QuantizeLinear")
     stored = [(tuple(t.dims), t.data_type) for t in onnx.load(tmp_path / "n.onnx").graph.initializer]
     for module in twin.modules():

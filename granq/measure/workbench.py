@@ -144,7 +144,7 @@ class Workbench:
         for run in runs:
             c = (facts := run.read_config())["config"]
             told = dict(scheme=str(c.scheme), bits=c.bits, seed=c.seed, recipe=c.recipe, run=run.path.name)
-            told["generator"] = f"generator {f'stops at {c.generator_epochs}' if c.generator_epochs else 'plays on'}"
+            told["generator"] = f"generator {f'stops at {c.generator_epochs}' if c.generator_epochs else 'goes on'}"
             told["trained_on"] = facts.get("versions", {}).get("device", "")
             histories.append(pd.read_csv(run.history).assign(**told))
         if (drawn := runs[0].path / "images.csv").is_file():

@@ -23,8 +23,8 @@ def plot_activation_distortion(
     """Draw ``measure_activation_distortion`` at one ``layer`` and ``bits``: every granularity and full precision.
 
     ``"distribution"`` is the share of values above each activation, in which quantization levels are stairs, without
-    the bin of the zeros and the last 0.2 % of the values. ``"error"`` is by activation value, where at least 1 value
-    in 100,000 lies. The title of the former holds the SQNR in the order of the legend.
+    the bin of the zeros. ``"error"`` is by activation value, where at least 1 value in 100,000 lies. Both leave out the
+    last 0.2 % of the values. The title of the former holds the SQNR in the order of the legend.
     """
     ax = ax or plt.gca()
     rows = select(data, layer=layer, bits=bits).copy()
@@ -33,18 +33,19 @@ def plot_activation_distortion(
     above = rows[["density_full_precision", "density_quantized"]].mul(rows.bin_right - rows.bin_left, axis=0)
     rows[["full", "quantized"]] = above[::-1].groupby(rows.granularity).cumsum()
     groups = [(in_words(str(name)), part) for name, part in rows.groupby("granularity", sort=False)]
+    full = groups[0][1].full.to_numpy()
+    ax.set_xlim(edges[0], edges[max(1, int((full > 0.002).sum()))])
     if quantity == "error":
         for look, part in groups:
             part = part[part.density_full_precision * (part.bin_right - part.bin_left) >= 1e-5]
             ax.plot((part.bin_left + part.bin_right) / 2, part.rms_error, markevery=8, **look.line)
         ax.set_ylim(0)
     else:
-        full = groups[0][1].full.to_numpy()
         ax.stairs(full, edges, fill=True, color="#d9d9dc", label="full precision")
         for look, part in groups:
             style = dict(color=look.color, linestyle=look.dash, linewidth=1, label=look.label)
             ax.stairs(part.quantized, edges, baseline=None, **style)
-        ax.set(xlim=(edges[0], edges[max(1, int((full > 0.002).sum()))]), ylim=(0, 1.15 * full[1] or 1))
+        ax.set_ylim(0, 1.15 * full[1] or 1)
         title += "\nSQNR " + ", ".join(f"{part.sqnr_db.iloc[0]:.1f}" for _, part in groups) + " dB"
     ax.set(xlabel="activation", ylabel=DISTORTION_LABELS[quantity], title=title)
     return finish(ax, legend, fontsize=6)
@@ -136,7 +137,8 @@ def plot_data_flow(data: DataFrame, *, ax: Ax = None) -> Axes:
         ax.annotate("", (end, rows / 2), (start, rows / 2), arrowprops={"arrowstyle": "->"})
     ax.set_yticks([0.5 + y for y in range(rows)], [f"$x^{{{c + 1}}}$" for c in vectors.index], fontsize=6)
     ax.set(xlim=(0, 102), ylim=(rows, -2), xticks=[])
-    ax.set_title(f"{short_layer(data.layer.iloc[0])}, one image, {data.bits.iloc[0]} bits, one scale a channel", pad=2)
+    where = f"{short_layer(data.layer.iloc[0])}, one image, {data.bits.iloc[0]} bits"
+    ax.set_title(f"{where}, a scale $s$ = 1 / step for each channel", pad=2)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return ax

@@ -134,7 +134,7 @@ FIGURES: dict[str, Figure] = {
         "Which layer is guilty?",
         lambda w: layer_error.measure_layer_error(
             w.teacher, w.real(), list(SCHEMES), w.budget.bits, calibration=list(itertools.islice(w.real(1), 2))),
-        layers.plot_layer_error, (6.8, 5.6), {"metric": layers.METRIC_LABELS},
+        layers.plot_layer_error, (6.8, 4.6), {"metric": ("sqnr_db", "mse")},
         {"mode": layer_error.MODES}, {"sharex": True, "sharey": "row"}),
     "sensitivity": Figure(
         "Which layer costs the output of the network?",
@@ -175,7 +175,7 @@ FIGURES: dict[str, Figure] = {
         {"quantity": results.CURVES}),
     "paper_run": Figure(
         "Does the paper's run hold up?", lambda w: w.zero_shot[1], results.plot_training_curves, (6.8, 2.2), {},
-        {"quantity": ("test_top1", "diversity", "student_loss", "codes_changed")}),
+        {"quantity": ("test_top1", "diversity", "student_loss", "codes_changed")}, {"sharex": True}),
     "synthetic_images": Figure(
         "What does the generator draw?",
         lambda w: w.zero_shot[2].query("label < 10").assign(name=lambda d: np.take(w.spec.label_names(), d.label)),

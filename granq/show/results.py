@@ -16,16 +16,19 @@ TRAINING_LABELS = {"generator_loss": "generator loss", "student_loss": "student 
                    "teacher_top1": "teacher on synthetic\nimages (%)", "diversity": "diversity of images",
                    "codes_changed": "codes that differ from\nan epoch before (%)",
                    "test_top1": "student on test\nimages (%)"}  # fmt: skip
-CURVES = ("generator_loss", "bn_loss", "teacher_top1", "student_loss", "test_top1")  # of a short run
+CURVES = ("generator_loss", "bn_loss", "teacher_top1", "test_top1")  # of a short run
 TRUE_BITS_LABELS = {"true_bits_per_weight": "true bits\nper weight", "weights_low_bit": "weights really\nquantized (%)",
                     "true_bits_per_activation": "true bits\nper activation",
                     "macs_low_bit": "MACs really\nat low bits (%)"}  # fmt: skip
 SCALING_LABELS = {"median_ms": "time (ms)", "peak_mb": "peak memory (MB)", "scale_multiplications": "multiplications"}
-_PUBLISHED = Role("published, own teachers", "#6b6b70", "_")
+_PUBLISHED = Role("published, each with\nits own teacher", "#6b6b70", "_")
 
 
 def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend: bool = True, ax: Ax = None) -> Axes:
-    """Draw histories of runs, a line for each scheme, bits, recipe and seed; the generator's warm-up is shaded."""
+    """Draw histories of runs, a line for each scheme, bits, recipe and seed; the generator's warm-up is shaded.
+
+    Of ``student_loss``, whose zero means nothing, the change since the first trained epoch is drawn.
+    """
     ax = ax or plt.gca()
     data = DataFrame({"scheme": "student", "seed": 0, quantity: float("nan")}, data.index).assign(**data)
     warmup = data.warmup.astype(bool)
@@ -36,18 +39,23 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
     runs = data[~warmup if quantity == "student_loss" else slice(None)].groupby(told, sort=False, dropna=False)
     for i, (names, rows) in enumerate(runs):
         seeds = rows.pivot(index="epoch", columns="seed", values=quantity)
+        seeds = seeds - seeds.bfill().iloc[0] if quantity == "student_loss" else seeds
         look = role(str(names[0]))._replace(label=", ".join(map(str, names)), dash=DASHES[i % 4]).line
         if i and data.scheme.nunique() == 1:  # its color says nothing then
             look |= {"color": sns.color_palette("colorblind")[(i - 1) % 10]}
         if data.epoch.nunique() > 40:  # lines are enough
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
+        for seed, line in seeds.items() if seeds.shape[1] > 1 and quantity == "test_top1" else ():
+            ax.annotate(f"seed {seed}", (line.last_valid_index(), line.dropna().iloc[-1]), fontsize=5)
     ends = data.epoch.where(warmup, 0).groupby([data[key] for key in (*told, "seed")]).max()
     if ends.max() == ends.min() > 0:  # all runs have one warm-up
         until = ends.max() + 0.5
         ax.axvspan(data.epoch.min() - 0.5, until, color="#ececee", zorder=0, label="warm-up: generator alone")
-    ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity])
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4 if data.epoch.nunique() > 40 else 6))
+    ax.set(xlabel="epoch", title=TRAINING_LABELS[quantity] + "\nsince its first epoch" * (quantity == "student_loss"))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    if quantity == "test_top1" and "teacher_test_top1" in data:
+        ax.axhline(data.teacher_test_top1.iloc[0], color=GREY, linestyle=":", label="teacher", zorder=0)
     ax.ticklabel_format(axis="y", useOffset=False)
     return finish(ax, legend)
 
@@ -95,7 +103,8 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
     if len(measured[["dataset", "network"]].drop_duplicates()) != 1:
         raise UserError("plot_accuracy_bits needs measured rows, and all of one dataset and network")
     measured, widths = measured.sort_values("bits", kind="stable"), sorted(measured.bits.unique())
-    for look, rows, x in side_by_side(measured, "scheme", "bits", 0.7 / measured.scheme.nunique()):
+    worst_first = measured.scheme.map(measured.groupby("scheme").last_top1.mean()).sort_values(kind="stable").index
+    for look, rows, x in side_by_side(measured.loc[worst_first], "scheme", "bits", 0.7 / measured.scheme.nunique()):
         ax.scatter(x - 0.02, rows.ptq_top1, s=16, **look.points | {"facecolors": "none", "label": "_"})
         ax.scatter(x + 0.02, rows.last_top1, s=16, **look.points)
     if len(published := published[published.bits.isin(widths)]):
@@ -103,16 +112,15 @@ def plot_accuracy_bits(data: DataFrame, *, ax: Ax = None) -> Axes:
         ax.scatter(x, published.last_top1, s=40, linewidths=0.8, **_PUBLISHED.points)
     teacher, n = measured.teacher_top1.mean(), _seeds(measured.groupby(["scheme", "bits"]).seed.nunique())
     ax.axhline(teacher, color=GREY, linestyle=":", label=f"teacher, {teacher:.1f} %", zorder=0)
-    ax.scatter([], [], s=16, facecolors="none", edgecolors="black", label="open: before training")
     network = measured.network.iloc[0].rpartition(":")[2]
     ax.set_title(f"{measured.dataset.iloc[0]}, {network}, {n} seeds")
     ax.set(xlim=(-0.6, len(widths) - 0.4), ylabel="test top-1 (%)")
     ax.set_xticks(range(len(widths)), widths)
-    return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1))
+    return finish(ax, True, loc="upper left", bbox_to_anchor=(1, 1), title="open: before training")
 
 
 def _seeds(counts: pd.Series) -> str:
-    return f"n {'=' if counts.nunique() == 1 else '≥'} {counts.min():.0f}"
+    return "n = " + " or ".join(f"{n:.0f}" for n in sorted(counts.unique()))
 
 
 def results_table(data: DataFrame) -> DataFrame:
@@ -139,14 +147,14 @@ def results_table(data: DataFrame) -> DataFrame:
 def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = None) -> Axes:
     """Draw ``results_table``: points lost against each method's own teacher, measured filled, published open.
 
-    Methods that differ only in steps or in the bits of the image share a line; a number says the least and the most
-    that they lose. Bars are 95 % intervals over the test images. Rows whose teacher no source states cannot be placed;
-    the title counts them.
+    Methods that differ only in the bits of the image share a line; a number says the least and the most that they
+    lose. Bars are 95 % intervals over the test images. Rows whose teacher no source states cannot be placed; the title
+    counts them, and says the best.
     """
     ax = ax or plt.gca()
     every = select(data.drop(columns=["dataset", "network"], errors="ignore"), bits=bits)
     rows = every.dropna(subset="drop")
-    kinds = rows.method.str.replace(r", \d+ steps| \+ image \d bits", "", regex=True)
+    kinds = rows.method.str.replace(r" \+ image \d bits", "", regex=True)
     kinds = kinds.str.replace(r"auto \S+", "bits by layer", regex=True).str.replace(" + ", ", ")
     lines = {kind: -y for y, kind in enumerate(kinds.unique())}
     for kind, row in zip(kinds, rows.to_dict("records"), strict=True):
@@ -160,11 +168,12 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
         ax.annotate(text, (ends[kind], lines[kind]), (5, 0), textcoords="offset points", va="center", fontsize=6)
     ax.set_yticks([*lines.values()], [*lines], fontsize=7)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
-    ax.margins(x=0.12)  # for the numbers
+    ax.margins(x=0.15)  # for the numbers
     ax.set_xlabel("points lost, open: published" if (every.kind == "published").any() else "points lost")
-    left = f"\n{len(every) - len(rows)} published ones without a teacher left out" if len(every) > len(rows) else ""
+    hidden = every.top1[every["drop"].isna()]
+    left = f"\nwithout {len(hidden)} published ones of unknown\nteachers (best: {hidden.max():.1f} %)"
     # in the middle it would leave a narrow panel
-    ax.set_title(f"{every.bits.iloc[0]}, {_seeds(every.n.dropna())} where measured{left}", loc="right")
+    ax.set_title(f"{every.bits.iloc[0]}, measured: {_seeds(every.n.dropna())}{left * any(hidden)}", loc="right")
     return ax
 
 
@@ -185,7 +194,7 @@ def plot_granularity_factorial(
         cbar_kws={"label": "points below the best"}, xticklabels=True, yticklabels=True, ax=ax,
     )  # fmt: skip
     ax.tick_params(labelsize=6)
-    widest = f"\nat most ±{(rows.top1_high - rows.top1_low).max() / 2:.1f}" if "top1_high" in rows else ""
+    widest = f"\n95 %: ±{(rows.top1_high - rows.top1_low).max() / 2:.1f} or less" if "top1_high" in rows else ""
     ax.set(xlabel="activations", ylabel="weights", title=f"{rows.bits.iloc[0]} bits, {ranges}{widest}")
     return ax
 
@@ -201,9 +210,9 @@ def plot_true_bits(
     nominal = "act_bits" if quantity.endswith("activation") and "act_bits" in data else "weight_bits"
     promised = data[nominal].unique() if quantity.startswith("true_bits") else [100]
     for x in promised:
-        ax.axvline(x, color=GREY, linestyle=":", zorder=0)
+        ax.axvline(x, color=GREY, linestyle=":", label="what the name says", zorder=0)
     ax.set_yticks(range(len(networks)), networks)
-    ax.set(ylim=(len(networks) - 0.5, -0.5), xlabel=TRUE_BITS_LABELS[quantity])
+    ax.set(xlim=(0, None), ylim=(len(networks) - 0.5, -0.5), xlabel=TRUE_BITS_LABELS[quantity])
     return finish(ax, legend)
 
 
@@ -223,7 +232,9 @@ def plot_accuracy_true_bits(
     title = f"{rows.dataset.iloc[0]}, {rows.network.iloc[0]}" if "dataset" in rows else ""
     ax.set(xlabel="true bits per weight", ylabel=f"test top-1 (%)\n{rows.training.iloc[0]}", title=title)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks := (2, 4, 8, 16, 32), map(str, ticks))  # from the smallest width to full precision
+    ticks = (2, 4, 8, 16, 32) if rows.true_bits_per_weight.max() > 5 else (2, 3, 4, 5)  # to full precision, or near
+    ax.set_xticks(ticks, map(str, ticks), minor=False)
+    ax.set_xticks([], minor=True)
     return finish(ax, legend)
 
 
@@ -250,9 +261,12 @@ def plot_scaling_latency(
     ax = ax or plt.gca()
     other = {"channels": "batch", "batch": "channels"}[against]
     rows = data[data[other] == data[other].mode().iloc[0]].sort_values(against)
-    for name, part in rows.groupby("execution", sort=False):
-        spread = _quartiles(part) if quantity == "median_ms" else None
-        ax.errorbar(part[against], part[quantity], spread, capsize=2, **role(str(name)).line)
+    for i, (name, part) in enumerate(rows.groupby("execution", sort=False)):
+        spread, look = _quartiles(part) if quantity == "median_ms" else None, role(str(name))
+        if name == "layer-wise" or "accumulation" in look.label:  # for which torch has no fast kernel on the CPU
+            look = look._replace(label=f"{name}, int32")
+        wide = {"linewidth": 2.8 - 0.36 * i, "markersize": 7 - 0.8 * i}  # so that lines on each other are seen
+        ax.errorbar(part[against], part[quantity], spread, capsize=2, **look.line | wide)
     ax.set_yscale("symlog" if quantity == "scale_multiplications" else "log")  # some executions need none
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
