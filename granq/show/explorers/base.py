@@ -112,13 +112,27 @@ def quantized(chart: Any, low: str, high: str, clamped: str = "true") -> Any:
     return chart.transform_calculate(value="(datum.code + datum.z) / datum.s")
 
 
+def _settings(spec: dict[str, Any]) -> str:
+    """Return in words how the controls are set: a picture has none."""
+    told = []
+    for param in spec["params"]:
+        bind, value = param.get("bind", {}), param.get("value")
+        value = next(iter(value[0].values())) if isinstance(value, list) else value  # of a selection
+        if "labels" in bind:
+            value = bind["labels"][bind["options"].index(value)]
+        if "name" in bind:
+            told.append(f"{bind['name'].strip()}: {value}" if value != "" else "interactive in JupyterLab")
+    return " · ".join(told)
+
+
 def _mimebundle(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a notebook keeps, and its metadata: Vega-Lite for JupyterLab 4, and a picture for GitHub.
 
     JupyterLab 4 knows the mimetype of version 5 only, and draws version 6 under it. There Vega-Embed's own style would
     make the chart's container as small as the chart.
     """
-    png = vl_convert.vegalite_to_png(spec | {"background": "white"}, scale=2)
+    title = {"text": spec["title"], "subtitle": textwrap.wrap(_settings(spec), 100)}
+    png = vl_convert.vegalite_to_png(spec | {"background": "white", "title": title}, scale=2)
     spec = spec | {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
     picture = base64.b64encode(png).decode()
     data = {"application/vnd.vegalite.v5+json": spec, "image/png": picture, "text/plain": spec["description"]}

@@ -200,10 +200,11 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
         return panel(64, cells, mark.encode(down, x=alt.value({"expr": "width + 8"}))).properties(title=name)
 
     maps = alt.vconcat(*map(grid, names.values()))
+    loose: Any = dict(nice=False, padding=6)  # the outermost points are whole
     looks = alt.Scale(domain=list(names.values()), range=[color(name) for name in names])
     points = chosen.transform_filter(f"datum.{one} == row").mark_point(filled=True, size=30, opacity=1).encode(
-        alt.X("channel:Q", title=f"channel of this {one}", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
-        alt.Y("scale:Q", title=step, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g", tickCount=5)),
+        alt.X("channel:Q", title=f"channel of this {one}", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(**loose)),
+        alt.Y("scale:Q", title=step, scale=alt.Scale(type="log", **loose), axis=alt.Axis(format="~g", tickCount=5)),
         alt.Color("shown:N", title=None, scale=looks, legend=alt.Legend(orient="top", columns=2, labelLimit=250)),
         alt.Shape("shown:N", title=None, scale=alt.Scale(domain=looks.domain)), tooltip=hover)  # fmt: skip
     fixed = chosen.mark_point(opacity=0, aria=False).encode(x="channel:Q", y="scale:Q")  # axes stay for every row
