@@ -13,7 +13,7 @@ from granq.errors import UserError
 from granq.graph import SHAPE, trace
 from granq.measure.running import DEAD
 from granq.plain import LAYERS, module_of
-from granq.show.explorers.base import RED, TEXT, color, finish, layer_axis, menu, pack, panel, pick_layer, short, slider
+from granq.show.explorers.base import RED, TEXT, finish, layer_axis, looks, menu, pack, panel, pick_layer, short, slider
 from granq.show.layers import METRIC_LABELS, SENSITIVITY_LABELS, SQNR_CEILING
 from granq.show.style import GREY, select
 
@@ -47,13 +47,13 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     rows = data.loc[data.channel.isna(), KEYS + metrics].merge(worst, how="left")
     first = rows[rows["mode"] == data["mode"].iloc[0]]  # what the menu shows
     pick = pick_layer(data.layer, first.sort_values("sqnr_db").layer.iloc[0])
-    looks = alt.Scale(domain=schemes, range=[color(name) for name in schemes])
-    scheme = alt.Color("scheme:N", title=None, scale=looks, legend=alt.Legend(orient="top"))
+    colors, marks = looks(schemes, schemes)
+    scheme = alt.Color("scheme:N", title=None, scale=colors, legend=alt.Legend(orient="top"))
 
     def drawn(chart: Any, x: alt.X, height: int, hover: str, title: str, *below: Any) -> Any:
         y = alt.Y("value:Q", title=None, scale=LOOSE)
         shown = chart.transform_filter("datum.scheme == scheme || pinned == 'all' || datum.scheme == pinned")
-        shape, told = alt.Shape("scheme:N", title=None, scale=alt.Scale(domain=schemes)), ["layer:N", "scheme:N", hover]
+        shape, told = alt.Shape("scheme:N", title=None, scale=marks), ["layer:N", "scheme:N", hover]
         dots = shown.mark_point(filled=True, size=40, opacity=1, stroke=TEXT, strokeWidth=0.5)
         dots = dots.encode(x, y, scheme, shape, tooltip=[*told, "value:Q"])
         fixed = chart.mark_point(opacity=0, aria=False).encode(x, y)  # the axes stay when schemes are chosen

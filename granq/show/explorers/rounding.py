@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 from granq.measure.running import ACTIVATION_GRANULARITIES as GRANULARITIES
 from granq.measure.running import DEAD
 from granq.quantizer import fake_quantize_with, qparams_from_range
-from granq.show.explorers.base import RED, TEXT, WIDTH, color, finish, menu, pack, panel, quantized, short, slider
+from granq.show.explorers.base import RED, TEXT, WIDTH, finish, looks, menu, pack, panel, quantized, short, slider
 from granq.show.style import GREY, in_words, select, short_layer
 
 HOVER = [alt.Tooltip("x:Q", format=".4f"), alt.Tooltip("code:Q"), alt.Tooltip("value:Q", format=".4f")]
@@ -201,12 +201,12 @@ def scale_explorer(data: DataFrame) -> alt.VConcatChart:
 
     maps = alt.vconcat(*map(grid, names.values()))
     loose: Any = dict(nice=False, padding=6)  # the outermost points are whole
-    looks = alt.Scale(domain=list(names.values()), range=[color(name) for name in names])
+    paints, marks = looks(names, list(names.values()))
     points = chosen.transform_filter(f"datum.{one} == row").mark_point(filled=True, size=30, opacity=1).encode(
         alt.X("channel:Q", title=f"channel of this {one}", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(**loose)),
         alt.Y("scale:Q", title=step, scale=alt.Scale(type="log", **loose), axis=alt.Axis(format="~g", tickCount=5)),
-        alt.Color("shown:N", title=None, scale=looks, legend=alt.Legend(orient="top", columns=2, labelLimit=250)),
-        alt.Shape("shown:N", title=None, scale=alt.Scale(domain=looks.domain)), tooltip=hover)  # fmt: skip
+        alt.Color("shown:N", title=None, scale=paints, legend=alt.Legend(orient="top", columns=2, labelLimit=250)),
+        alt.Shape("shown:N", title=None, scale=marks), tooltip=hover)  # fmt: skip
     fixed = chosen.mark_point(opacity=0, aria=False).encode(x="channel:Q", y="scale:Q")  # axes stay for every row
     chart = alt.vconcat(maps, panel(150, fixed, points)).resolve_scale(color="independent", shape="independent")
     told = f"Maps of the quantization step of every {one} and channel for each granularity, and the steps of one {one}."
