@@ -373,6 +373,11 @@ def test_training_curves_are_one_line_a_run() -> None:
     recipes = [history()[:3].assign(recipe=name) for name in ("match", "adadfq", None)]  # of an older history
     lines = plot_training_curves(pd.concat(recipes), ax=plt.figure().gca()).lines
     assert len(lines) == len({line.get_color() for line in lines}) == 3  # of one scheme: told apart by color, too
+    for data, seen in ((history(), ["seed 0", "seed 1"] * 2), (history().assign(test_top1=np.nan), [])):
+        ax = plot_training_curves(data.assign(teacher_test_top1=90.0), ax=plt.figure().gca())
+        assert [text.get_text() for text in ax.texts] == seen and ax.lines[-1].get_label() == "teacher"
+    change = plot_training_curves(history(), quantity="student_loss", ax=plt.figure().gca()).lines
+    assert change[0].get_xydata().tolist() == [[2, 0], [3, -1]]  # since the first trained epoch
 
 
 def test_networks_are_not_averaged_and_names_of_users_can_be_told_apart(tiny: nn.Module) -> None:

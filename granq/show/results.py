@@ -46,8 +46,9 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
         if data.epoch.nunique() > 40:  # lines are enough
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
-        for seed, line in seeds.items() if seeds.shape[1] > 1 and quantity == "test_top1" else ():
-            ax.annotate(f"seed {seed}", (line.last_valid_index(), line.dropna().iloc[-1]), fontsize=5)
+        if quantity == "test_top1" and seeds.shape[1] > 1:
+            for (epoch, seed), top1 in seeds.stack().dropna().groupby("seed").tail(1).items():
+                ax.annotate(f"seed {seed}", (epoch, top1), fontsize=5)
     ends = data.epoch.where(warmup, 0).groupby([data[key] for key in (*told, "seed")]).max()
     if ends.max() == ends.min() > 0:  # all runs have one warm-up
         until = ends.max() + 0.5
