@@ -266,9 +266,15 @@ def predictions(logits: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
-def batches(dataset: ImageData, spec: DataSpec, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield normalized (images, labels) in the stored order. Raises UserError unless images are uint8."""
-    for images, labels in DataLoader(dataset, batch_size=batch_size):
+def batches(
+    dataset: ImageData, spec: DataSpec, batch_size: int = 250, seed: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield normalized (images, labels) in the stored order, a folder's class by class, or shuffled by ``seed``.
+
+    Raises UserError unless images are uint8.
+    """
+    random = None if seed is None else torch.Generator().manual_seed(seed)
+    for images, labels in DataLoader(dataset, batch_size=batch_size, shuffle=seed is not None, generator=random):
         if images.dtype != torch.uint8:  # floats from 0 to 1 would be divided by 255 once more
             raise UserError(f"images must be uint8 (0 to 255), as load_split gives, got {images.dtype}")
         yield normalize(images, spec), labels

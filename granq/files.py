@@ -36,9 +36,9 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
 
 
-def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
+def write_csv(path: str | Path, table: pd.DataFrame, float_format: str | None = None) -> None:
     """Write ``table`` as CSV, atomically."""
-    save_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format=float_format))
+    save_atomically(Path(path), lambda temporary: table.to_csv(temporary, index=False, float_format=float_format))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:

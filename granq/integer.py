@@ -192,9 +192,11 @@ def export_onnx(model: fx.GraphModule, example: Tensor, path: Path, facts: dict[
 
     It takes ``images`` and gives ``logits``; ``facts``, such as their mean and deviation, become its metadata.
     Activations and weights are uint8 with a zero point. The float sums of a runtime are exact below 2^24, which those
-    of 8 bits may pass. Needs the extra ``granq[export]``.
+    of 8 bits may pass. Needs the extra ``granq[export]``. Raises UserError for another model.
     """
     require("onnxscript", "export")
+    if not any(isinstance(module, IntegerLayer) for module in model.modules()):
+        raise UserError("export_onnx takes what integer_model made of a student")
     portable = copy.deepcopy(model)
     for node in portable.graph.nodes:
         module = module_of(model, node)

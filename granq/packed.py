@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from granq.config import QATConfig
-from granq.convert import WeightQuantizer, activation_places, original_weight, weight_quantizer
+from granq.convert import Quantizer, WeightQuantizer, original_weight, weight_quantizer
 from granq.data import DataSpec
 from granq.errors import UserError, one_of
 from granq.files import read_tensors, write_tensors
@@ -62,20 +62,25 @@ def _layers(student: fx.GraphModule) -> dict[str, Any]:
     return {n: layer for n, layer in student.named_modules(remove_duplicate=False) if weight_quantizer(layer)}
 
 
+def _quantizers(student: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Return what tells quantizers apart, by name."""
+    found = {name: module for name, module in student.named_modules() if isinstance(module, Quantizer)}
+    return {name: (q.bits, q.granularity, q.fold, q.clamp, q.promote) for name, q in found.items()}
+
+
 @torch.no_grad()
 def save_packed(path: Path, saved: SavedRun) -> None:
     """Write a student, its ranges set, and JSON facts. What ``load_student`` reads computes the same, bit for bit.
 
-    Raises UserError if the settings lack a width of the student, or the facts the name of its network.
+    Raises UserError if the facts lack the name of its network, or settings and data description are of another student.
     """
     layers, records, c = _layers(saved.student), dict[str, dict[str, float]](), saved.config
-    single: list[Any] = [*zip(*c.layer_bits.values(), strict=True)] or [(), ()]
-    weights = {cast(Any, weight_quantizer(layer)).bits for layer in layers.values()}
-    acts = {place.bits for place in activation_places(saved.student).values()}
-    if weights - {c.weight_bits, *single[0]} or acts - {c.act_bits, c.image_bits, *single[1]}:
-        raise UserError("the settings are of other widths than the student: weight_bits, act_bits, layer_bits")
-    if "network" not in saved.facts:
+    if not (name := saved.facts.get("network")):
         raise UserError("the facts lack the name of the student's network, which load_student builds")
+    if _quantizers(saved.student) != _quantizers(student_of(path, name, name, c, saved.spec)):
+        raise UserError("network or settings are of another student: its scheme or its bits differ")
+    if c.image_size != saved.spec.image_size:
+        raise UserError(f"the settings say {c.image_size} pixels, the data description {saved.spec.image_size}")
     tensors = {  # without weights and their steps
         key: value
         for key, value in saved.student.state_dict().items()

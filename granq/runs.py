@@ -91,7 +91,9 @@ def train(
         folder.check_free(resume)
     with own_random_state(resolve_device(config.device)):  # a notebook draws on as if no run had been made
         # refuses before the folder is made
-        game = begin(teacher, config, student_loss, generator=generator, pixels=pixels)
+        game, size = begin(teacher, config, student_loss, generator=generator, pixels=pixels), config.image_size
+        if (measured := (facts or {}).get("spec", {}).get("image_size", size)) != size:
+            raise UserError(f"image_size is {size}, but the data are described with {measured} pixels")
         if folder is None:
             _run(game, evaluate, after_epoch)
         else:

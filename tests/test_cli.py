@@ -339,6 +339,8 @@ def test_audit_command(tmp_path, capsys):
     assert main(["audit", "--network", "resnet20_cifar10", *limit]) == 1
     assert "fewer than the 99.9 % of --fail-under" in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path / "audit.csv")) == 22
+    all_of_it = "audit --network resnet20_cifar10 --scheme strict --bits 4,4 --fail-under 100"
+    assert main(all_of_it.split()) == 0  # the shares add up to 99.99999999999997
 
 
 def test_without_a_network_one_line_says_so(monkeypatch, capsys):

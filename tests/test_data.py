@@ -146,6 +146,19 @@ def test_labels_are_those_of_the_network(folder):
         load_split(spec, "test")
 
 
+def test_batches_are_shuffled_by_a_seed(folder):
+    """In a folder images lie class by class."""
+    spec = describe_data(folder)
+    test = load_split(spec, "test")
+    stored, one, other = (
+        torch.cat([labels for _, labels in batches(test, spec, 2, seed)]).tolist() for seed in (None, 0, 1)
+    )
+    assert stored == sorted(stored) and sorted(one) == sorted(other) == stored and stored != one != other
+    images = torch.cat([images for images, _ in batches(test, spec, 2, seed=0)])
+    again = torch.cat([images for images, _ in batches(test, spec, 2, seed=0)])
+    assert torch.equal(images, again)
+
+
 def test_normalized_by_hand():
     spec = DataSpec(name="any", classes=2, image_size=4, mean=(0.5, 0, 0.25), std=(0.5, 1, 0.25))
     black, white = pixel_bounds(spec)

@@ -213,13 +213,15 @@ def test_sums_that_float32_rounds_stay_within_the_bound(tmp_path):
     assert ((found - twin(x)).abs() <= (1024 + 8) * torch.finfo(torch.float32).eps * (found.abs() + 1)).all()
 
 
-def test_refusals(tiny):
+def test_refusals(tiny, tmp_path):
     skips = Scheme(**dict(SCHEMES["foldable"]) | {"skip": ("conv2",)})
     for scheme in ("strict", "layerwise", skips):
         with pytest.raises(UserError, match="foldable scheme that skips no layer"):
             integer_model(quantize_model(tiny, scheme, 3, 3))
     with pytest.raises(UserError, match="never set"):
         integer_model(quantize_model(tiny, "foldable", 3, 3))
+    with pytest.raises(UserError, match="what integer_model made"):
+        export_onnx(quantize_model(tiny, "foldable", 3, 3), torch.randn(2, 3, 8, 8), tmp_path / "n.onnx")
     wide = nn.Sequential(nn.Linear(2**15, 1)).eval()
     student = quantize_model(wide, "foldable", 8, 8)
     calibrate(student, [torch.randn(2, 2**15)])

@@ -16,6 +16,7 @@ from torch import nn
 import granq
 from granq.app.cli import main
 from granq.convert import activation_places, layer_quantizers, weight_quantizer
+from granq.files import read_tensors, write_tensors
 from granq.packed import pack, save_packed, unpack
 from granq.runs import SavedRun
 
@@ -165,15 +166,16 @@ def test_skipped_layers_and_image_bits(tmp_path):
     assert [place.bits for place in activation_places(loaded.student).values()][0] == 6
 
 
-def test_what_is_no_student_is_refused(tmp_path):
+def test_what_is_no_student_is_refused(tmp_path, monkeypatch):
     student, config = student_of("strict")
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "s.safetensors"
-    save(path, student, config, FACTS | {"network": "mine.py:make"})
-    with pytest.raises(granq.UserError, match="mine.py:make; name it with --network"):
-        granq.load_student(path)
     (tmp_path / "mine.py").write_text(
         "from granq import build_network\ndef make(): return build_network('resnet20_cifar10', 10)"
     )
+    save(path, student, config, FACTS | {"network": "mine.py:make"})
+    with pytest.raises(granq.UserError, match="mine.py:make; name it with --network"):
+        granq.load_student(path)
     again = granq.load_student(path, network=f"{tmp_path / 'mine.py'}:make")
     assert torch.equal(again.student(images()), student(images()))
     with pytest.raises(granq.UserError, match="is of network mine.py:make; name it"):
@@ -275,7 +277,10 @@ def test_layers_with_one_weight_keep_grids_of_their_own(tmp_path, monkeypatch):
 
 def test_a_file_of_other_layers_is_one_sentence(tmp_path):
     student, config = student_of("strict")
-    save(tmp_path / "s", student, config, FACTS | {"network": "resnet56_cifar10"})
+    with pytest.raises(granq.UserError, match="network or settings are of another student"):
+        save(tmp_path / "s", student, config, FACTS | {"network": "resnet56_cifar10"})
+    tensors, header = read_tensors(save(tmp_path / "s", student, config))
+    write_tensors(tmp_path / "s", tensors, header | {"facts": FACTS | {"network": "resnet56_cifar10"}})
     with pytest.raises(granq.UserError, match="s is of another network: "):
         granq.load_student(tmp_path / "s")
 
@@ -306,12 +311,20 @@ def test_other_weights_in_a_loaded_student_are_rounded_too(tmp_path, scheme):
 
 
 def test_what_would_come_back_as_another_student_is_not_saved(tmp_path):
-    """Widths that the settings do not have, and no network to build it from."""
+    """Settings that say something else, and no network to build it from."""
     student, config = student_of("foldable")
-    mixed = granq.quantize_model(granq.build_network("resnet20_cifar10", 10), "strict", 3, 3, bits={"output": (5, 3)})
-    other = config.change(weight_bits=4)
-    for wrong in ((student, other, FACTS), (student, config.change(act_bits=4), FACTS), (mixed, config, FACTS)):
-        with pytest.raises(granq.UserError, match="other widths"):
+    network = granq.build_network("resnet20_cifar10", 10)
+    mixed = granq.quantize_model(network, "strict", 3, 3, bits={"output": (5, 3)})
+    skips = granq.Scheme(**dict(granq.SCHEMES["strict"]) | {"skip": ("output",)})
+    strict, own = config.change(scheme="strict"), {"features.stage1.unit1.body.conv1.conv": (5, 3)}
+    for wrong in (
+        (student, config.change(weight_bits=4)), (student, config.change(act_bits=4)), (student, strict),
+        (mixed, strict), (mixed, strict.change(layer_bits=own)), (granq.quantize_model(network, skips, 3, 3), strict),
+        (granq.quantize_model(network, "strict", 3, 3), config.change(scheme="granq")),
+    ):  # fmt: skip
+        with pytest.raises(granq.UserError, match="network or settings are of another student"):
             save(tmp_path / "s", *wrong)
+    with pytest.raises(granq.UserError, match="16 pixels, the data description 32"):
+        save(tmp_path / "s", student, config.change(image_size=16))
     with pytest.raises(granq.UserError, match="lack the name of the student's network"):
         save(tmp_path / "s", student, config, {})

@@ -162,6 +162,11 @@ def test_a_network_that_somebody_else_quantized(tiny: nn.Module, tmp_path: Path)
     assert "Somebody else quantized it" in (tmp_path / "page.html").read_text()
 
 
+def test_a_student_is_no_network_to_quantize(tiny: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(granq.UserError, match="this one as scheme"):
+        granq.report(granq.quantize_model(tiny, "strict", 3, 3), [torch.randn(2, 3, 8, 8)], out=tmp_path / "r.html")
+
+
 def test_what_folds(tiny: nn.Module, tmp_path: Path) -> None:
     granq.report(tiny, [images()], out=tmp_path / "page.html", scheme="foldable", bits=(4, 3))
     text = (tmp_path / "page.html").read_text(encoding="utf-8")

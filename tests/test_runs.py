@@ -361,6 +361,12 @@ def test_what_holds_across_thread_counts():
     assert two[first].iloc[0].to_numpy() == pytest.approx(one[first].iloc[0].to_numpy(), rel=1e-4)
 
 
+def test_images_of_another_size_than_the_data_are_refused(tmp_path):
+    with pytest.raises(UserError, match="image_size is 8, but the data are described with 16 pixels"):
+        train(network(), SHORT, out=tmp_path / "run", facts={"spec": {"image_size": 16}})
+    assert not (tmp_path / "run").exists()
+
+
 def test_going_on_elsewhere_is_said(tmp_path):
     train(network(), SHORT, out=tmp_path)
     facts = RunFolder(tmp_path).read_config()

@@ -49,7 +49,8 @@ def factorial_cells(bits: Sequence[int] = (2, 3, 4, 5, 8), seeds: int = 1) -> li
 
 def measure_granularity_factorial(
     model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], cells: Sequence[Cell],
-    calibration: Callable[[int], Iterable[Tensor]], *, facts: dict[str, Any] | None = None, out: Path | None = None,
+    calibration: Callable[[int], Iterable[Tensor]], *, facts: dict[str, Any] | None = None,
+    out: str | Path | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure the accuracy of every cell on the same images, with a bootstrap interval over the images.
 

@@ -67,12 +67,12 @@ def checked(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return names
 
 
-def kept_rows(out: Path | None, known: dict[str, Any]) -> list[dict[Any, Any]]:
+def kept_rows(out: str | Path | None, known: dict[str, Any]) -> list[dict[Any, Any]]:
     """Return the rows of a CSV that is to be continued. Raises UserError if what is ``known`` was not so for them."""
     texts = dict.fromkeys(["layer", *(name for name, value in known.items() if isinstance(value, str))], str)
     how: Any = dict(dtype=texts, keep_default_na=False, na_values=[""])  # a layer "1.10" is no number
     rows = list[dict[Any, Any]]()
-    if out and out.is_file() and out.stat().st_size:
+    if out and Path(out).is_file() and Path(out).stat().st_size:
         rows = pd.read_csv(out, **how).fillna(dict.fromkeys(texts, "")).to_dict("records")
     if rows and (lacking := known.keys() - rows[0].keys()):
         raise UserError(f"{out} lacks the columns {', '.join(sorted(lacking))}; choose another file")

@@ -45,12 +45,12 @@ def report(
 
     Args:
         model: the full-precision network. What needs a trace is left out, and the page says so, if there is none.
-        batches: images (N, 3, H, W), with labels for accuracies; without any, ``random_shapes`` of ``image_size``.
+        batches: images (N, 3, H, W), with labels for accuracies; or none: ``random_shapes`` of ``image_size``.
         out: the file, which is new.
         scheme: name or scheme; or the quantized network, a student or somebody else's, whose layers have the names of
             those of ``model``.
         bits: width, or (weights, activations); without meaning for a network that is quantized already.
-        images: how many at most.
+        images: how many at most, the first ones.
         facts: provenance, at the end of the page; ``network`` and ``quantized`` also name both in its title.
 
     Returns what the page says in numbers: images, agreement and accuracies (percent of them), ``summarize_audit``,
@@ -94,6 +94,8 @@ def _measure(
     told: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Return the parts of the page and its numbers."""
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        raise UserError("the network is quantized already: give the full-precision one, and this one as scheme")
     try:
         logits = _logits(model, data)
     except (RuntimeError, AssertionError) as error:

@@ -47,8 +47,8 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
             look |= {"marker": "", "linewidth": 1.1}
         ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
         if quantity == "test_top1" and seeds.shape[1] > 1:
-            for (epoch, seed), top1 in seeds.stack().dropna().groupby("seed").tail(1).items():
-                ax.annotate(f"seed {seed}", (epoch, top1), fontsize=5)
+            for row in rows.dropna(subset=quantity).groupby("seed").tail(1).itertuples():
+                ax.annotate(f"seed {row.seed}", (row.epoch, row.test_top1), fontsize=5)
     ends = data.epoch.where(warmup, 0).groupby([data[key] for key in (*told, "seed")]).max()
     if ends.max() == ends.min() > 0:  # all runs have one warm-up
         until = ends.max() + 0.5
