@@ -260,6 +260,8 @@ def pixel_bounds(spec: DataSpec) -> tuple[Tensor, Tensor]:
 
 def predictions(logits: Tensor) -> Tensor:
     """Return the class of every image, (N,). Raises UserError unless ``logits`` are numbers (N, K): NaN is no class."""
+    if not isinstance(logits, Tensor):
+        raise UserError(f"a prediction needs logits (N, classes), got a {type(logits).__name__}")
     if logits.dim() != 2 or logits.isnan().any():
         nan = ", with NaN" * bool(logits.isnan().any())
         raise UserError(f"a prediction needs logits (N, classes) that are numbers, got {tuple(logits.shape)}{nan}")

@@ -349,6 +349,9 @@ def test_maps_and_nan_are_no_classes(folder, last):
         nn.init.constant_(weight, torch.nan)
     with pytest.raises(UserError, match=r"logits \(N, classes\) that are numbers, got \(6, 2"):
         top1_on(model, load_split(spec, "test"), spec)
+    model.forward = lambda images: (images, images)  # two heads
+    with pytest.raises(UserError, match="got a tuple"):
+        top1_on(model, load_split(spec, "test"), spec)
 
 
 # ---- trained here

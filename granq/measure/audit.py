@@ -31,7 +31,7 @@ Measured = tuple[int, int, float, bool]  #: what a quantizer did: values per sca
 
 @torch.no_grad()
 def audit(model: nn.Module, example: Tensor) -> pd.DataFrame:
-    """Measure every convolution, linear layer and other tensor of weights of ``model``, and every other product.
+    """Measure every convolution, linear layer and other tensor of weights of ``model``, and other matrix products.
 
     Args:
         model: a model from ``quantize_model``, or any other (whose layers then count as not quantized). It stays as it
