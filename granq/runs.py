@@ -146,7 +146,7 @@ def _run(
             progress.set_postfix(tested, recognized=f"{row['teacher_top1']:.0f}%")
             progress.update()
             before, trouble = trouble, generator_trouble(game.rows, game.classes)
-            if trouble and not before:  # said when it begins, not in every epoch
+            if trouble[:20] not in before:  # said when it begins, not in every epoch, whatever its numbers are
                 progress.write(f"epoch {game.epoch}: {trouble}", file=sys.stderr)
             if folder:
                 folder.save(game.state() | {"fingerprint": identity}, game.rows)

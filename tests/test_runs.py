@@ -367,6 +367,16 @@ def test_images_of_another_size_than_the_data_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_new_trouble_is_said_while_another_one_lasts(monkeypatch, capsys):
+    """On CIFAR-100 the teacher recognizes few images for long, and the generator leaves its statistics meanwhile."""
+    few, leaves = "the teacher gives only 1 %", "the generator leaves: 1"
+    told = ["", few, "the teacher gives only 2 %", leaves, "", few]
+    monkeypatch.setattr(runs, "generator_trouble", lambda rows, classes: told[len(rows) - 1])
+    train(network(), TINY)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert said == [f"epoch 2: {few}", f"epoch 4: {leaves}", f"epoch 6: {few}"]
+
+
 def test_going_on_elsewhere_is_said(tmp_path):
     train(network(), SHORT, out=tmp_path)
     facts = RunFolder(tmp_path).read_config()
