@@ -28,8 +28,6 @@ def report(
         images: how many
         image_size: of a network by name; by default that of its data
     """
-    import torch
-
     from granq import devices
     from granq.data import dataset_name
 
@@ -56,8 +54,6 @@ def report(
         spec = spec.model_copy(update={"image_size": image_size or spec.image_size})
     facts |= {"network": Path(network).name, "data": dataset_name(data or "none")}
     facts["teacher"] = teacher.name if teacher else "the student without rounding" if run else "pretrained"
-    test: Any = granq.load_split(spec, "test") if data else range(0)
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:images]
-    drawn = granq.batches(torch.utils.data.Subset(test, order.tolist()), spec, 16)
+    drawn = granq.batches(granq.load_split(spec, "test"), spec, 16, seed=0) if data else ()
     options |= {"image_size": spec.image_size, "facts": facts}
     return {"out": str(out)} | granq.report(model, drawn, out=out, **options)
