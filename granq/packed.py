@@ -64,8 +64,9 @@ def _layers(student: fx.GraphModule) -> dict[str, Any]:
 
 def _quantizers(student: nn.Module) -> dict[str, tuple[Any, ...]]:
     """Return what tells quantizers apart, by name."""
-    found = {name: module for name, module in student.named_modules() if isinstance(module, Quantizer)}
-    return {name: (q.bits, q.granularity, q.fold, q.clamp, q.promote) for name, q in found.items()}
+    found: Any = {name: module for name, module in student.named_modules() if isinstance(module, Quantizer)}
+    what = "bits granularity fold clamp promote tracked".split()
+    return {name: tuple(getattr(quantizer, key, None) for key in what) for name, quantizer in found.items()}
 
 
 @torch.no_grad()

@@ -234,8 +234,7 @@ def plot_accuracy_true_bits(
     ax.set(xlabel="true bits per weight", ylabel=f"test top-1 (%)\n{rows.training.iloc[0]}", title=title)
     ax.set_xscale("log", base=2)
     ticks = (2, 4, 8, 16, 32) if rows.true_bits_per_weight.max() > 5 else (2, 3, 4, 5)  # to full precision, or near
-    ax.set_xticks(ticks, map(str, ticks), minor=False)
-    ax.set_xticks([], minor=True)
+    ax.set_xticks(ticks, map(str, ticks))
     return finish(ax, legend)
 
 
