@@ -154,7 +154,7 @@ def test_audit_integers_and_files_know_the_widths(tiny: nn.Module, tmp_path: Pat
         "from tests.conftest import TinyNet\n\n\ndef net(classes): return TinyNet(classes)\n"
     )
     spec = granq.DataSpec(name="digits", classes=3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
-    saved = SavedRun(student, config, spec, {"network": "x.py:net"}, 1)
+    saved = SavedRun(student, config, spec, {"network": f"{tmp_path}/net.py:net"}, 1)
     save_packed(tmp_path / "s.safetensors", saved)
     again = load_student(tmp_path / "s.safetensors", network=f"{tmp_path / 'net.py'}:net")
     assert again.config.layer_bits == own

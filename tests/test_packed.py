@@ -252,10 +252,11 @@ def test_a_student_says_that_images_are_others(capsys):
 
 def test_a_student_in_half_precision_has_no_nan():
     """A dead channel has the smallest step there is, whose reciprocal float16 does not hold."""
-    student = granq.load_student("cifar10-foldable-w3a3").student
+    student = granq.load_student("cifar100-foldable-w3a3").student
+    assert min(place.qparams().scale.min() for place in activation_places(student).values()) < 1e-8
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     whole, half = student(images), copy.deepcopy(student).half()(images.half())
-    assert half.isfinite().all() and (half.argmax(1) == whole.argmax(1)).all()
+    assert half.isfinite().all() and (half - whole).abs().mean() < whole.abs().mean() / 3  # rounding goes elsewhere
 
 
 def test_layers_with_one_weight_keep_grids_of_their_own(tmp_path, monkeypatch):
