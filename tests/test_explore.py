@@ -20,7 +20,7 @@ from granq.config import QATConfig
 from granq.measure.running import ACTIVATION_GRANULARITIES
 from granq.quantizer import fake_quantize_with, qparams_from_range
 from granq.runs import train
-from granq.show.explorers.base import settings
+from granq.show.explorers.base import controls_in_words
 
 RED = "#e42536"
 
@@ -163,7 +163,7 @@ def test_every_chart_is_told_to_everybody(charts: dict[str, Any], monkeypatch) -
         assert str(spec["title"]).endswith("?") and len(spec["description"]) > 60, name
         assert spec["config"]["background"] == "transparent" and spec["config"]["axis"]["labelColor"] == "currentColor"
         named = [param["bind"]["name"].strip() for param in spec["params"] if "name" in param.get("bind", {})]
-        assert named and all(f"{label}: " in settings(spec) for label in named), name
+        assert named and all(f"{label}: " in controls_in_words(spec) for label in named), name
         bundle, _ = chart._repr_mimebundle_()
         assert set(bundle) == {"application/vnd.vegalite.v5+json", "image/png", "text/plain"}
         assert "/v5." in bundle["application/vnd.vegalite.v5+json"]["$schema"]

@@ -93,24 +93,25 @@ def test_a_stopped_run_is_continued_from_its_checkpoint(folder, teacher, tmp_pat
 @pytest.mark.filterwarnings("ignore")  # dask's own, about a worker that went away
 def test_a_cluster_loses_a_worker_and_no_row(folder, teacher, tmp_path):
     distributed = pytest.importorskip("distributed", reason="extra: pip install 'granq[cluster]'")
-    (name,) = planned(tmp_path, folder, teacher, options=TINY.replace("--epochs 2", "--epochs 4"))
-    had_a_run = []
+    names = planned(tmp_path, folder, teacher, ("layerwise", "granq"), (0,), TINY.replace("--epochs 2", "--epochs 4"))
+    killed = []
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
 
         def kill():
-            while not (tmp_path / name / "history.csv").exists():
+            while not (begun := [n for n in names if (tmp_path / n / "history.csv").exists()]):
                 time.sleep(0.01)
             worker = next(w for w in cluster.workers.values() if w.status == distributed.Status.running)
             os.kill(worker.pid, 9)
-            had_a_run.append(not (tmp_path / name / "result.json").exists())
+            killed.extend(name for name in begun if not (tmp_path / name / "result.json").exists())
 
         thread = threading.Thread(target=kill)
         thread.start()
         status = sweep.run_sweep(tmp_path, cluster=cluster.scheduler_address)
         thread.join()
-    assert had_a_run == [True] and list(status.state) == ["done"]  # the worker had it: no run in this process
-    assert list(pd.read_csv(tmp_path / "results.csv").out) == [str(tmp_path / name)]
-    assert list(pd.read_csv(tmp_path / name / "history.csv").epoch) == [*range(1, 5)]
+    assert killed and list(status.state) == ["done"] * 2  # the worker had a run: none in this process
+    assert sorted(pd.read_csv(tmp_path / "results.csv").out) == sorted(str(tmp_path / name) for name in names)
+    for name in names:
+        assert list(pd.read_csv(tmp_path / name / "history.csv").epoch) == [*range(1, 5)]
 
 
 def test_workers_with_several_threads_are_refused(folder, teacher, tmp_path):

@@ -96,9 +96,9 @@ def _run_on(run: Path, data: str, network: str, device: str) -> tuple[granq.Save
     then: Result = {"data": "", "top1": top1, "images": len(test)} | saved.facts
     facts: Result = {"network": network or then["network"], "scheme": str(c.scheme), "top1": top1}
     known = then.get("test_images", then["images"]), dataset_name(then["data"])
-    if known[1] and known != (len(test), dataset_name(data)):
-        said = f"{run} was measured on {known[0]} images of {known[1]}, now on {len(test)} of {dataset_name(data)}"
-        warnings.warn(said, stacklevel=2)
+    if known != (len(test), dataset_name(data)):
+        said = f"{run} was measured on {known[0]} images of {known[1] or 'unknown data'}"
+        warnings.warn(f"{said}, now on {len(test)} of {dataset_name(data)}", stacklevel=2)
     else:
         facts["teacher_top1"] = then.get("teacher_top1")
         if abs(then["top1"] - top1) > 0.5:

@@ -174,7 +174,7 @@ def plot_results_table(data: DataFrame, *, bits: str | None = None, ax: Ax = Non
     hidden = every.top1[every["drop"].isna()]
     left = f"\nwithout {len(hidden)} published ones of unknown\nteachers (best: {hidden.max():.1f} %)"
     # in the middle it would leave a narrow panel
-    ax.set_title(f"{every.bits.iloc[0]}, measured: {_seeds(every.n.dropna())}{left * any(hidden)}", loc="right")
+    ax.set_title(f"{every.bits.iloc[0]}, measured: {_seeds(every.n.dropna())}{left * bool(len(hidden))}", loc="right")
     return ax
 
 

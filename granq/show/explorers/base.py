@@ -20,7 +20,7 @@ from granq.show.style import BLACK, GREY, ROLES, role, short_layer
 WIDTH = 540  #: pixels of a panel in a picture; in a browser panels take the room that there is
 TEXT = "currentColor"  # the color of the text around the chart: dark on a light page, light on a dark one
 RED = ROLES["granq"].color
-SHAPES = {"o": "circle", "^": "triangle-up", "v": "triangle-down", "D": "diamond", "P": "cross"}
+MARKS = {"o": "circle", "^": "triangle-up", "v": "triangle-down", "D": "diamond", "P": "cross"}
 _LINES = {"labelColor": TEXT, "titleColor": TEXT, "titleFontWeight": "normal"}
 _LOOK: dict[str, Any] = {
     "background": "transparent", "view": {"stroke": None}, "text": {"color": TEXT}, "rule": {"color": TEXT},
@@ -72,7 +72,7 @@ def color(name: str) -> str:
 
 def looks(names: Iterable[str], labels: Sequence[str]) -> tuple[alt.Scale, alt.Scale]:
     """Return the scales that give ``labels`` the colors and the markers which the roles ``names`` have in figures."""
-    marks = [SHAPES.get(role(name).marker, "square") for name in names]
+    marks = [MARKS.get(role(name).marker, "square") for name in names]
     return alt.Scale(domain=labels, range=[color(name) for name in names]), alt.Scale(domain=labels, range=marks)
 
 
@@ -119,8 +119,8 @@ def quantized(chart: Any, low: str, high: str, clamped: str = "true") -> Any:
     return chart.transform_calculate(value="(datum.code + datum.z) / datum.s")
 
 
-def settings(spec: dict[str, Any]) -> str:
-    """Return in words how the controls are set: a picture has none."""
+def controls_in_words(spec: dict[str, Any]) -> str:
+    """Return how the controls of a chart are set, for its picture, which has none."""
     told = []
     for param in spec["params"]:
         bind, value = param.get("bind", {}), param.get("value")
@@ -138,7 +138,7 @@ def _mimebundle(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[st
     JupyterLab 4 knows the mimetype of version 5 only, and draws version 6 under it. There Vega-Embed's own style would
     make the chart's container as small as the chart.
     """
-    title = {"text": spec["title"], "subtitle": textwrap.wrap(settings(spec), 100)}
+    title = {"text": spec["title"], "subtitle": textwrap.wrap(controls_in_words(spec), 100)}
     png = vl_convert.vegalite_to_png(spec | {"background": "white", "title": title}, scale=2)
     spec = spec | {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
     picture = base64.b64encode(png).decode()
