@@ -248,13 +248,6 @@ def test_networks_that_others_quantized(sharp: nn.Module) -> None:
     assert {*error.scheme} == {"torch.ao"}
 
 
-def test_a_layer_of_volumes_is_left_alone() -> None:
-    parts = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Unflatten(1, (4, 1)), nn.Conv3d(4, 4, 1), nn.Flatten(1, 2)
-    network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-    frame = measure_sensitivity(network, [torch.randn(4, 3, 8, 8)], "strict", 3, kinds=["alone"], parts=["both"])
-    assert list(frame.layer) == ["0", "7"]
-
-
 def test_flips_by_class(sharp: nn.Module) -> None:
     student = quantize_model(sharp, "strict", 2, 2)
     frame, (images, labels) = measure_flips(sharp, student, labelled()), map(torch.cat, zip(*labelled(), strict=True))

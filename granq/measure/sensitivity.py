@@ -116,7 +116,7 @@ def full_precision(model: nn.Module, batches: Sequence[Batch]) -> fx.GraphModule
     """Return a copy of ``model`` in which nothing is quantized. Raises UserError if it computes something else."""
     student = quantize_model(model, Scheme(weights=None, activations=None), 8, 8)
     check_copy(student, model, images_of(batches[0])[:2])
-    return _in_channels_last(student)
+    return student.to(memory_format=torch.channels_last)
 
 
 def prepare(
@@ -125,15 +125,7 @@ def prepare(
     """Return a student whose static ranges, if it has any, are calibrated."""
     student = quantize_model(model, scheme, *bits)
     calibrate(student, images, quantile)
-    return _in_channels_last(student)
-
-
-def _in_channels_last(student: fx.GraphModule) -> fx.GraphModule:
-    """Store the weights of each Conv2d in the faster layout; torch does not do so for a whole network with a Conv3d."""
-    for module in student.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-    return student
+    return student.to(memory_format=torch.channels_last)
 
 
 def compare(
