@@ -259,12 +259,10 @@ def pixel_bounds(spec: DataSpec) -> tuple[Tensor, Tensor]:
 
 
 def predictions(logits: Tensor) -> Tensor:
-    """Return the class of every image, (N,). Raises UserError unless ``logits`` are numbers (N, K): NaN is no class."""
-    if not isinstance(logits, Tensor):
-        raise UserError(f"a prediction needs logits (N, classes), got a {type(logits).__name__}")
-    if logits.dim() != 2 or logits.isnan().any():
-        nan = ", with NaN" * bool(logits.isnan().any())
-        raise UserError(f"a prediction needs logits (N, classes) that are numbers, got {tuple(logits.shape)}{nan}")
+    """Return the class of every image, (N,). Raises UserError unless ``logits`` are numbers, (N, at least two)."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or logits.isnan().any():
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UserError(f"a prediction needs logits (N, two classes or more) that are numbers, got {given}")
     return logits.argmax(1)
 
 

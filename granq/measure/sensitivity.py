@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from granq.convert import ActQuantizer, Quantizer, calibrate, check_copy, quantize_model
 from granq.data import predictions
-from granq.errors import UserError, one_of
+from granq.errors import one_of
 from granq.files import write_csv
 from granq.graph import calls_of_layers, layer_names, plain_copy
 from granq.hooks import Batch, eval_mode, images_of, labels_of
@@ -146,7 +146,7 @@ def compare(
     def after(batch: Batch, reference: Tensor) -> None:
         labels = cast(Tensor, labels_of(batch)).to(device) if labelled else None
         for name, logits in network.outputs(images_of(batch).detach().to(device), own, names, inputs):
-            running.merge(sums, name, _sums(_logits(reference), logits, labels))
+            running.merge(sums, name, _sums(reference, logits, labels))
         inputs.clear()
 
     walked = plain_copy(model) if patched else model  # a convolution that pads itself has another input
@@ -219,8 +219,9 @@ def _known(
     """Return what tells a table from others: the number of images, the scheme, the norm of all logits, the start."""
     squares, other = list[float](), [scheme] if isinstance(scheme, nn.Module) else []
 
-    def add(_: Batch, output: Any) -> None:
-        squares.append(_logits(output).norm().item() ** 2)
+    def add(_: Batch, output: Tensor) -> None:
+        predictions(output)  # refuses what is no logits
+        squares.append(output.norm().item() ** 2)
 
     for network in (model, *other):
         count = running.run(network, batches, "logits", after=add)
@@ -228,12 +229,6 @@ def _known(
     tracked = warm if not isinstance(scheme, nn.Module) and get_scheme(scheme).tracked else ()
     start = fingerprint(str([f"{images_of(batch).norm().item():.4g}" for batch in tracked]), *other)[:8]
     return {"images": count, "scheme": name, "logit_norm": sum(squares) ** 0.5, "start": f"#{start}"}
-
-
-def _logits(output: Any) -> Tensor:
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-        raise UserError("the predictions of a network are compared: it must give logits (N, two classes or more)")
-    return output
 
 
 def _sums(reference: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
