@@ -19,7 +19,7 @@ from granq.config import QATConfig
 from granq.convert import calibrate, check_copy, layer_quantizers, quantize_model, tracking
 from granq.devices import own_random_state, resolve_device
 from granq.errors import UserError
-from granq.generator import LATENT, batchnorm_inputs, batchnorm_loss, build_generator, synthesize
+from granq.generator import batchnorm_inputs, batchnorm_loss, build_generator, synthesize
 from granq.graph import plain_copy
 from granq.losses import agreement_loss, disagreement_loss, gdfq_student_loss, margin_loss, student_loss
 from granq.models import count_classes
@@ -111,14 +111,13 @@ class Game:
         self.classes = self._check_networks(teacher)
         new = build_generator(self.classes, config.image_size)  # in any case: what is drawn later stays the same
         self.generator: nn.Module = copy.deepcopy(generator) if generator is not None else new
-        classes, size = getattr(self.generator, "classes", self.classes), config.image_size
-        with torch.no_grad(), own_random_state(self.device):  # what is wrong would be found late, or never
-            own, labels = copy.deepcopy(self.generator).cpu(), torch.tensor([0, min(classes, self.classes) - 1])
-            drawn = own(torch.randn(2, LATENT), labels).shape
+        self.generator.to(self.device).to(memory_format=torch.channels_last)
+        size, classes = config.image_size, getattr(self.generator, "classes", self.classes)
+        with torch.no_grad(), own_random_state(self.device):  # a network for any size would not notice another
+            drawn = synthesize(copy.deepcopy(self.generator), 2, 1, self.device)[0].shape
         if (classes, *drawn) != (self.classes, 2, 3, size, size):
             found = f"{classes} classes and {tuple(drawn)} for two labels"
             raise UserError(f"the generator draws {found}; wanted are {self.classes} classes and {size} pixels")
-        self.generator.to(self.device).to(memory_format=torch.channels_last)
         self.generator_params = [p for p in self.generator.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.generator_params:  # a frozen one only draws
