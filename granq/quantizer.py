@@ -56,9 +56,9 @@ def choose_qparams(x: Tensor, bits: int, granularity: str = "per_sample_channel"
     """Choose scale and zero point of every group from the minimum and maximum of its values.
 
     ``x`` is (N, C, H, W), (N, F), or weights (O, I, kh, kw), (O, I); both results have the shape given at
-    ``_KEPT_DIMS``. An empty group has the range [0, 0]. The values of a group that holds a NaN or an infinity become
-    NaN, so the damage stays visible in its group. With ``promote`` half-precision ranges are computed in float32, where
-    ``1e-8`` does not underflow; without it, as in the public release, constant float16 channels give NaN.
+    ``_KEPT_DIMS``. The values of a group that holds a NaN or an infinity become NaN, so the damage stays visible in its
+    group. With ``promote`` half-precision ranges are computed in float32, where ``1e-8`` does not underflow; without
+    it, as in the public release, constant float16 channels give NaN.
 
     Raises UserError for another tensor, ``bits`` outside 2 to 8 or an unknown granularity.
 
@@ -80,9 +80,6 @@ def min_max(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
         kept = (0,)  # a row of a matrix: its single values cannot have a range of their own
     dims = tuple(d for d in range(x.dim()) if d not in kept)
     x = x.detach()
-    if x.numel() == 0:
-        zero = x.new_zeros([1 if d in dims else n for d, n in enumerate(x.shape)])
-        return zero, zero
     if dims in ((2, 3), (0, 2, 3)) and x.is_contiguous(memory_format=torch.channels_last):
         return fast.min_max_channels_last(x, dims)
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
