@@ -67,22 +67,20 @@ def generated_batches(generator: nn.Module, seed: int, count: int = 1024, batch_
 
 @torch.no_grad()
 def measure_generated_images(
-    generator: nn.Module, teacher: nn.Module, spec: DataSpec | None = None, per_class: int = 1, *, seed: int = 0
+    generator: nn.Module, teacher: nn.Module, spec: DataSpec, per_class: int = 1, *, seed: int = 0
 ) -> pd.DataFrame:
     """Draw images for every label as one batch in the generator's own mode; measure what the teacher thinks of them.
 
-    ``spec`` says how many labels there are, and how images are normalized; without it the generator says how many, and
-    pixels are shown as of mean 0.5 and deviation 0.25. Generator and global random state stay. Columns: label (asked
-    for), sample, predicted, confidence (the teacher's probability of the label), size (side in pixels), pixels
-    (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
+    ``spec`` says how many labels there are, and how images are normalized. Generator and global random state stay.
+    Columns: label (asked for), sample, predicted, confidence (the teacher's probability of the label), size (side in
+    pixels), pixels (hexadecimal RGB bytes in rows; ``decode_pixels`` gives the array).
     """
     device = next(teacher.parameters()).device
-    classes = spec.classes if spec else int(generator.classes)  # type: ignore[arg-type]
-    labels = torch.arange(classes).repeat_interleave(per_class)
+    labels = torch.arange(spec.classes).repeat_interleave(per_class)
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed))
     images = copy.deepcopy(generator).to(device)(noise.to(device), labels.to(device))  # its statistics move
     frame = measure_images(images.contiguous(), labels, teacher, spec)
-    frame.insert(1, "sample", list(range(per_class)) * classes)
+    frame.insert(1, "sample", list(range(per_class)) * spec.classes)
     return frame
 
 
@@ -98,7 +96,7 @@ def measure_images(images: Tensor, labels: Tensor, teacher: nn.Module, spec: Dat
 
 
 def to_pixels(images: Tensor, spec: DataSpec | None = None) -> np.ndarray:
-    """Return normalized images (N, 3, H, W) as people see them, uint8 (N, H, W, 3); ``spec`` as above."""
+    """Return normalized images (N, 3, H, W) as people see them, uint8 (N, H, W, 3); without ``spec`` roughly."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in ((spec.mean, spec.std) if spec else (0.5, 0.25)))
     pixels = ((images.detach().cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
