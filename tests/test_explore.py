@@ -348,13 +348,10 @@ def test_monitor_shows_a_run_without_a_generator_s_loss(tiny: nn.Module, tmp_pat
     assert not errors.outputs and "50" in numbers.value
 
 
-def test_errors_of_layers_alone_are_refused(tiny: nn.Module) -> None:
-    """One scheme needs no list. Its rows of channels are the lower half of the explorer."""
+def test_one_scheme_needs_no_list(tiny: nn.Module) -> None:
     images = [torch.randn(4, 3, 8, 8)]
     frame = granq.measure_layer_error(tiny, images, "strict", 3)
     assert frame.equals(granq.measure_layer_error(tiny, images, ["strict"], 3))
-    with pytest.raises(granq.UserError, match="per_channel=True"):
-        granq.layer_explorer(frame)
 
 
 def test_a_dead_layer_moves_no_name(tiny: nn.Module) -> None:

@@ -9,7 +9,6 @@ import pandas as pd
 from pandas import DataFrame
 from torch import fx, nn
 
-from granq.errors import UserError
 from granq.graph import SHAPE, trace
 from granq.measure.running import DEAD
 from granq.plain import LAYERS, module_of
@@ -31,8 +30,6 @@ def layer_explorer(data: DataFrame, layout: DataFrame | None = None) -> alt.VCon
     A click chooses a layer, so does the list. One scheme is compared with another or with all. A column ``kl`` of
     ``measure_sensitivity`` is one metric more, of layers only; with a ``network_layout`` the network is drawn too.
     """
-    if "channel" not in data:
-        raise UserError("this explorer needs measure_layer_error(..., per_channel=True)")
     data = select(data, weight_bits=None, act_bits=None).assign(sqnr_db=lambda d: d.sqnr_db.clip(upper=SQNR_CEILING))
     schemes, metrics = data.scheme.unique().tolist(), [*METRICS, *data.columns.intersection(["kl"])]
     controls = [
