@@ -65,15 +65,12 @@ def panel(height: float, *layers: Any, title: Any = "") -> Any:
     return alt.layer(*layers).properties(width=WIDTH, height=height, **heading)
 
 
-def color(name: str) -> str:
-    """Return the color of a role; what is black on paper takes the color of the text."""
-    return TEXT if role(name).color == BLACK else role(name).color
-
-
 def looks(names: Iterable[str], labels: Sequence[str]) -> tuple[alt.Scale, alt.Scale]:
     """Return the scales that give ``labels`` the colors and the markers which the roles ``names`` have in figures."""
-    marks = [MARKS.get(role(name).marker, "square") for name in names]
-    return alt.Scale(domain=labels, range=[color(name) for name in names]), alt.Scale(domain=labels, range=marks)
+    roles = [role(name) for name in names]
+    colors = [TEXT if one.color == BLACK else one.color for one in roles]  # black on paper: the color of the text
+    marks = [MARKS.get(one.marker, "square") for one in roles]
+    return alt.Scale(domain=labels, range=colors), alt.Scale(domain=labels, range=marks)
 
 
 def pack(data: DataFrame, by: Sequence[str], lists: Sequence[str]) -> DataFrame:
