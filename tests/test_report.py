@@ -148,7 +148,9 @@ def test_what_cannot_be_traced_gets_the_rest(tmp_path: Path) -> None:
 
 def test_another_output_than_classes(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    found = granq.report(network, [(images(), images()[:, 0] > 0)], out=tmp_path / "page.html")
+    found = granq.report(network, [images()], out=tmp_path / "page.html")
+    with pytest.raises(UserError, match="labels are one number for each image"):
+        granq.report(network, [(images(), images()[:, 0] > 0)], out=tmp_path / "masks.html")
     layers = rows_with(charts(tmp_path / "page.html")["Which-layer-is-guilty"], "sqnr_db")
     assert "agreement" not in found and "kl" not in layers
 

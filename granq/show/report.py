@@ -20,7 +20,7 @@ from granq.devices import commit, own_random_state, versions
 from granq.errors import UserError
 from granq.files import save_atomically
 from granq.graph import layer_names
-from granq.hooks import Batch, images_of
+from granq.hooks import Batch, images_of, labels_of
 from granq.integer import IntegerLayer, integer_model
 from granq.match import random_shapes
 from granq.measure import running
@@ -65,9 +65,8 @@ def report(
     drawn, labels, source = list[Tensor](), list[Tensor](), "images"
     for batch in batches:
         drawn += images_of(batch)[: images - len(drawn)]
-        given = batch[1] if not isinstance(batch, Tensor) and len(batch) > 1 else None
-        if isinstance(given, Tensor) and given.numel() == len(batch[0]) and not given.is_floating_point():
-            labels += given.flatten()[: images - len(labels)]
+        if (given := labels_of(batch)) is not None:
+            labels += given[: images - len(labels)]
         if len(drawn) == images:
             break
     if not drawn:
@@ -77,7 +76,7 @@ def report(
     data = list(torch.stack(drawn).split(BATCH))
     told = {"network": type(model).__name__, "quantized": name} | (facts or {})
     told |= {"images": f"{len(drawn)} {source}", "granq": version("granq")}
-    parts, found = _measure(model, data, labels if len(labels) == len(drawn) else [], scheme, widths, told)
+    parts, found = _measure(model, data, labels, scheme, widths, told)
     if isinstance(scheme, Scheme) and scheme.tracked:
         told["static ranges"] = f"a moving average over these images in batches of {BATCH}"
     told |= {"commit": commit()} | versions(str(next(model.parameters()).device))
