@@ -134,7 +134,7 @@ def _measure(
     parts["sizes"] = f"Weights: {size:.2f} MB in float32" + f", {true:.2f} MB as they are here" * ours
     table = frame[[column for column in COLUMNS if column in frame]]
     parts["table"] = table.to_html(index=False, border=0, float_format="{:.3g}".format)
-    parts["integers"] = missing if layout is None else _integers(model, data, student, widths)
+    parts["integers"] = missing if layout is None else _integers(student)
     return parts, found
 
 
@@ -167,18 +167,17 @@ def _errors(model: nn.Module, data: list[Tensor], student: nn.Module, name: str,
     return pd.concat([layers, channels], ignore_index=True)
 
 
-def _integers(model: nn.Module, data: list[Tensor], student: Any, widths: tuple[int, int]) -> str:
-    """Say what becomes of the layers of a foldable student, or of the network under scheme foldable."""
-    folds = any(place.fold for place in activation_places(student).values())
-    start = "" if folds else "Nothing, as these scales do not fold. Under scheme foldable: "
+def _integers(student: Any) -> str:
+    """Say what becomes of the layers of a foldable student."""
+    if not any(place.fold for place in activation_places(student).values()):
+        return "Nothing: these scales do not fold, as those of scheme foldable do"
     try:
-        student = student if folds else prepare(model, "foldable", widths, data)
         twin = integer_model(copy.deepcopy(student).cpu())
     except UserError as error:
-        return start + escape(str(error))
+        return escape(str(error))
     layers = sum(isinstance(module, IntegerLayer) for module in twin.modules())
     norms, left = (sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) for network in (student, twin))
-    text = f"{start}{layers} layers compute in integers with sums in int32; {norms - left} of {norms} BatchNorms"
+    text = f"{layers} layers compute in integers with sums in int32; {norms - left} of {norms} BatchNorms"
     return f"{text} are part of their rescale. All else stays floating point"
 
 
