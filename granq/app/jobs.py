@@ -93,23 +93,18 @@ class Job(QATConfig, Files):
         if ((white - black < 1.5) | ((black + white).abs() > 2.5)).any():
             seen = f"from {black.min():.1f} (black) to {white.max():.1f}"
             warnings.warn(f"{self.network} sees pixels {seen}; generators draw mean 0, deviation 1", stacklevel=2)
-
-        def evaluate(model: Any) -> float:
-            return granq.top1_on(model, test, spec)
-
         config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
         start, before = self.generator, 0.0
         if choose := bool(self.auto_bits and not self.layer_bits):
             config, start, generator, before = self._choose_bits(config, teacher, device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
-        facts = source | {"teacher_top1": evaluate(teacher), "test_images": len(test)}
-        facts |= {"spec": spec.model_dump(mode="json")}
+        top1, count = granq.top1_on(teacher, test, spec), len(test)
+        facts = source | {"teacher_top1": top1, "test_images": count, "spec": spec.model_dump(mode="json")}
         result = granq.train(
-            teacher, config, evaluate=evaluate, out=self.out, resume=self.resume or choose, facts=facts,
-            generator=generator, pixels=granq.pixel_bounds(spec),
+            teacher, config, evaluate=lambda model: granq.top1_on(model, test, spec), out=self.out,
+            resume=self.resume or choose, facts=facts, generator=generator, pixels=(black, white),
         )  # fmt: skip
-        names = dataset_name(self.data), Path(self.network).name
-        row = source | result.row(*names, facts["teacher_top1"], len(test))
+        row = source | result.row(dataset_name(self.data), Path(self.network).name, top1, count)
         row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
         row["seconds"] = round(row["seconds"] + before, 1)
         row["method"] = workbench.method_name(row)
