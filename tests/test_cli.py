@@ -442,9 +442,17 @@ def test_widths_of_the_factorial_are_checked_first(bits, tmp_path, capsys):
     assert main(given.split()) == 2 and "bits" in capsys.readouterr().err and not (tmp_path / "f.csv").exists()
 
 
-def test_a_file_s_function_is_no_pretrained_teacher(tmp_path, capsys):
+def test_digits_have_a_teacher_of_their_own(tmp_path, capsys, monkeypatch):
+    """The pretrained weights of the network tell other ten classes apart."""
+    few = torch.utils.data.Subset(load_split(describe_data("digits"), "test"), range(16))
+    monkeypatch.setattr(workbench, "load_split", lambda *_: few)
+    assert main(f"quantize {ON_DIGITS} --out {tmp_path / 'run'} --json {SHORT} --scheme strict".split()) == 0
+    assert answer(capsys)["teacher_top1"] > 80
+
+
+def test_a_file_s_function_is_no_pretrained_teacher(folder, tmp_path, capsys):
     (tmp_path / "net.py").write_text("from torchvision.models import resnet18 as make\n")
-    given = f"quantize --data digits --network {tmp_path / 'net.py'}:make --out {tmp_path / 'run'} {SHORT}"
+    given = f"quantize --data {folder} --network {tmp_path / 'net.py'}:make --out {tmp_path / 'run'} {SHORT}"
     assert main(given.split()) == 2 and "names no pretrained weights" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from granq.schemes import Scheme
 
 Data = Annotated[str, arg(help="digits, cifar10, cifar100, imagenet or folder:PATH")]
 Network = Annotated[str, arg(help="a name of pytorchcv or torchvision, timm:NAME, or FILE.py:FUNCTION")]
-TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it pretrained weights are downloaded")]
+TeacherFile = Annotated[Path | None, arg(help="checkpoint; without it digits have theirs, others are downloaded")]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 BIT_CHOICES, BIT_IMAGES = (2, 3, 4, 5, 6, 8), 256  # widths and generated images of --bits auto
@@ -76,19 +76,15 @@ class Job(QATConfig, Files):
 
     def run(self) -> dict[str, Any]:
         """Quantize a teacher without its training data. Return a row of a results table, as ``result.json`` has it."""
-        from granq import devices, files, runs
+        from granq import files, runs
         from granq.data import dataset_name
         from granq.measure import workbench
 
         runs.RunFolder(self.out).check_free(self.resume)
-        device = devices.resolve_device(self.device)
-        generator = granq.load_generator(self.generator, device) if self.generator else None
-        spec = granq.describe_data(self.data, self.network, self.image_size, **channels(self.mean, self.std))
-        teacher, spec = granq.load_teacher(self.network, spec, self.teacher, device)
-        if spec.image_size != self.image_size:
-            said = f"{spec.image_size} pixels, not at {self.image_size}: pass --image-size {spec.image_size}"
-            raise UserError(f"{self.teacher} was trained at {said}")
-        test = granq.load_split(spec, "test")  # the training split is never touched
+        given: Any = dict(data=self.data, network=self.network, teacher=self.teacher, image_size=self.image_size)
+        shared = granq.Workbench(device=self.device, **given, **channels(self.mean, self.std))
+        generator = granq.load_generator(self.generator, shared.device) if self.generator else None
+        teacher, spec, test = shared.teacher, shared.spec, shared.test  # the training split is never touched
         black, white = granq.pixel_bounds(spec)
         if ((white - black < 1.5) | ((black + white).abs() > 2.5)).any():
             seen = f"from {black.min():.1f} (black) to {white.max():.1f}"
@@ -96,7 +92,7 @@ class Job(QATConfig, Files):
         config = QATConfig(**{name: getattr(self, name) for name in QATConfig.model_fields})
         start, before = self.generator, 0.0
         if choose := bool(self.auto_bits and not self.layer_bits):
-            config, start, generator, before = self._choose_bits(config, teacher, device)
+            config, start, generator, before = self._choose_bits(config, teacher, shared.device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
         top1, count = granq.top1_on(teacher, test, spec), len(test)
         facts = source | {"teacher_top1": top1, "test_images": count, "spec": spec.model_dump(mode="json")}
@@ -110,7 +106,7 @@ class Job(QATConfig, Files):
         row["method"] = workbench.method_name(row)
         row |= {name: ",".join(map(str, facts["spec"][name])) for name in ("mean", "std")}
         image, _ = next(granq.batches(test, spec, batch_size=1))
-        row |= granq.summarize_audit(granq.audit(result.student, image.to(device)))
+        row |= granq.summarize_audit(granq.audit(result.student, image.to(shared.device)))
         del row["summary"]
         if self.from_row:
             before = float(read_row(*self.from_row)["last_top1"])
