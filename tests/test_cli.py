@@ -488,7 +488,8 @@ def test_a_wrong_twin_is_refused_before_anything_is_written(folder, teacher, tmp
 def test_an_own_network_from_its_images_to_a_repeated_row(own, folder, tmp_path, capsys, monkeypatch):
     """Every accuracy is that of images which are normalized as the user says; nobody runs code unasked."""
     seen = set()
-    monkeypatch.setattr(granq, "top1_on", lambda *given: seen.add((given[2].mean, given[2].std)) or top1_on(*given))
+    for module in (granq, models):
+        monkeypatch.setattr(module, "top1_on", lambda *a: seen.add((a[2].mean, a[2].std)) or top1_on(*a))
     mean, std = "0.1,0.2,0.3", "0.4,0.5,0.6"
     said = f"--data {folder} --network {own} --teacher {tmp_path / 't.pth'} --scheme foldable {SHORT} --json".split()
     assert main(["quantize", *said, "--mean", mean, "--std", std, "--out", str(tmp_path / "run")]) == 0

@@ -126,7 +126,7 @@ def test_command_of_the_page(command, tmp_path, monkeypatch, capsys):
     if name == "imagenet":
         images = write_imagenet(tmp_path / "data", labels)
         measure = models.top1_on  # 1000 images at 224 pixels would take minutes: those the teacher knows are measured
-        monkeypatch.setattr(granq, "top1_on", lambda m, test, *rest: measure(m, Subset(test, labels.tolist()), *rest))
+        monkeypatch.setattr(models, "top1_on", lambda m, test, *rest: measure(m, Subset(test, labels.tolist()), *rest))
     else:
         images = write_cifar(tmp_path / "data", classes, labels)
         monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())

@@ -94,11 +94,11 @@ class Job(QATConfig, Files):
         if choose := bool(self.auto_bits and not self.layer_bits):
             config, start, generator, before = self._choose_bits(config, teacher, shared.device)
         source: dict[str, Any] = {"data": self.data, "network": self.network, "teacher": str(self.teacher or "")}
-        top1, count = granq.top1_on(teacher, test, spec), len(test)
+        top1, count = shared.top1, len(test)
         facts = source | {"teacher_top1": top1, "test_images": count, "spec": spec.model_dump(mode="json")}
         result = granq.train(
-            teacher, config, evaluate=lambda model: granq.top1_on(model, test, spec), out=self.out,
-            resume=self.resume or choose, facts=facts, generator=generator, pixels=(black, white),
+            teacher, config, evaluate=shared.evaluate, out=self.out, resume=self.resume or choose, facts=facts,
+            generator=generator, pixels=(black, white),
         )  # fmt: skip
         row = source | result.row(dataset_name(self.data), Path(self.network).name, top1, count)
         row |= {"generator": str(start or ""), "preset": self.preset, "out": str(self.out)}
