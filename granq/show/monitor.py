@@ -1,6 +1,5 @@
 """The training monitor: curves and images of a run while another process writes them. It needs a kernel."""
 
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from granq.data import DataSpec
-from granq.errors import UserError
 from granq.generator import LATENT
 from granq.measure.images import to_pixels
 from granq.runs import RunFolder, load_generator
@@ -46,8 +44,7 @@ def training_monitor(run: str | Path) -> widgets.VBox:
         below.value = last.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)
         if epoch != (newest := int(history.epoch.iloc[-1])):
             epoch = newest
-            with suppress(UserError):  # a generator of one's own is in the checkpoint only
-                images.value = _thumbnails(RunFolder(run))
+            images.value = _thumbnails(RunFolder(run))
 
     errors = widgets.interactive_output(update, {"quantity": quantity, "reread": play})  # shows what a callback raises
     return widgets.VBox([widgets.HBox([quantity, play]), picture, images, below, errors])
