@@ -28,10 +28,9 @@ def report(
         images: how many
         image_size: of a network by name; by default that of its data
     """
-    from granq import devices
     from granq.data import dataset_name
 
-    device, given, facts = devices.resolve_device(device), channels(mean, std), dict[str, str]()
+    device, given, facts = granq.devices.resolve_device(device), channels(mean, std), dict[str, str]()
     options: dict[str, Any] = {"scheme": scheme, "bits": tuple(parse_bits(bits).values()), "images": images}
     if run:
         saved = granq.load_student(run, device, network)
