@@ -26,12 +26,11 @@ def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
         warnings.warn(f"hooks of {kind} itself are not in the quantized copy", stacklevel=3)
     if not any(names):  # "" is a network that is one layer itself
         raise UserError(f"{kind} has no Conv2d or Linear layer in it to quantize")
-    for one in skip:  # a layer may have another name, too
-        modules = model.named_modules(remove_duplicate=False)
-        below = {module for name, module in modules if isinstance(module, LAYERS) and f"{name}.".startswith(f"{one}.")}
+    for one in skip:
+        below = [name for name in names if f"{name}.".startswith(f"{one}.")]
         if not below:
             raise UserError(f"scheme.skip names what holds no layer of the model: {one}")
-        names = [name for name in names if model.get_submodule(name) not in below]
+        names = [name for name in names if name not in below]
     for name in names:
         if "weight" not in (layer := model.get_submodule(name))._parameters or parametrize.is_parametrized(layer):
             raise UserError(f"a parameter of {name} is parametrized already: remove that first")
@@ -75,9 +74,6 @@ def trace(model: nn.Module) -> fx.Graph:
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"torch.fx cannot trace {type(model).__name__} itself: {reason}{inner}") from error
-    for node in graph.nodes:  # fx calls what is fixed mask_1; who calls the copy calls it mask
-        if node.op == "placeholder" and (name := str(node.target).rpartition("_")[0]) in fixed:
-            node.target = name
     _read_changed_values(graph, model)
     return graph
 

@@ -245,8 +245,7 @@ def train_teacher(
     weights, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": weights, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
     optimizer, steps = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), epochs * len(loader)
-    # a quarter of 4 steps ends at step 1, and OneCycleLR divides by one less
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.25 + (steps == 4) / 4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.25)
     parts: dict[str, Any] = dict(model=model, averaged=averaged, optimizer=optimizer, schedule=schedule)
     begun = _continue(checkpoint, settings, parts, device) if checkpoint and checkpoint.is_file() else 0
     said = f"teacher {network}" + f", continued from {checkpoint}" * (begun > 0)

@@ -125,8 +125,6 @@ def measure_data_flow(model: nn.Module, images: Tensor, layer: str, bits: int) -
     low, high (of all pixels of the channel), scale_inv, zero_point, code, value.
     """
     (_, x, _), *_ = running.calls(model, images[:1], running.checked(model, [layer]))
-    if not isinstance(model.get_submodule(layer), nn.Conv2d):
-        raise UserError(f"{layer} is no convolution: what enters it has no channels of pixels")
     x = x.cpu().flatten(2)[..., None]  # (1, C, H * W, 1)
     qparams = choose_qparams(x, bits)
     tensors = [x, *min_max(x, "per_sample_channel"), *qparams, quantize(x, *qparams, bits), fake_quantize(x, bits)]
