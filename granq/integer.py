@@ -197,7 +197,9 @@ def export_onnx(model: fx.GraphModule, example: Tensor, path: Path, facts: dict[
         raise UserError("export_onnx takes what integer_model made of a student")
     portable = copy.deepcopy(model)
     for node in portable.graph.nodes:
-        module = module_of(model, node)
+        module: Any = module_of(model, node)
+        if getattr(module, "divisor_override", None) or node.kwargs.get("divisor_override"):
+            raise UserError(f"{node.name} has a divisor_override, which torch's exporter to ONNX would drop")
         if isinstance(module, IntegerInput | IntegerLayer):
             place = module if isinstance(module, IntegerInput) else module_of(model, node.all_input_nodes[0])
             portable.set_submodule(node.target, _Portable(module, cast(IntegerInput, place)))

@@ -6,7 +6,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Container, Iterable
 from functools import partial
 from itertools import chain
@@ -64,6 +64,8 @@ def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Modul
     if source in ("", "torchvision") and own in torchvision.list_models():
         if not pretrained and "weights_backbone" in inspect.signature(torchvision.get_model_builder(own)).parameters:
             head["weights_backbone"] = None  # by default those of segmentation and detection are downloaded
+        if own in ("googlenet", "inception_v3"):  # as for its published weights, whose state dict does not say so
+            head |= {"transform_input": True, "aux_logits": True, "init_weights": False}
         return torchvision.get_model(own, weights="DEFAULT" if pretrained else None, **head).eval()
     known = "resnet20_cifar10, resnet18, mobilenetv2_w1, torchvision:resnet18, timm:resnet18, FILE.py:FUNCTION"
     raise UserError(f"unknown network {name!r}; known are the names of pytorchcv and torchvision, such as {known}")
@@ -98,11 +100,12 @@ def load_teacher(
     """Return a teacher in eval mode, and ``spec`` with the image size, normalization and classes that belong to it.
 
     ``path`` is a safetensors file or ``torch.save`` of a state dict, alone or under one of ``WRAPPERS``; ``None``
-    downloads pretrained weights. Mean and deviation are the user's own, if given; else those in
-    the file; else those in ``spec``. Raises UserError if the file does not fit.
+    downloads pretrained weights, but digits have ``digits_teacher``. Mean and deviation are the user's own, if given;
+    else those in the file; else those in ``spec``. Raises UserError if the file does not fit.
     """
     if path is None and ".py:" in network:
         raise UserError(f"{network} names no pretrained weights: pass a teacher file")
+    path = digits_teacher() if path is None and spec.name == "digits" else path
     state, known = ({}, {}) if path is None else _read_teacher(Path(path))
     if spec.has_imagenet_ids() and any(isinstance(v, Tensor) and v.shape[:1] == (1000,) for v in state.values()):
         spec = spec.fit_classes(1000)
@@ -170,12 +173,14 @@ def _read_teacher(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     return state, {}
 
 
-def _renamed(state: dict[Any, Any], own: Container[str], path: Any) -> dict[str, Any]:
-    """Return weights under the names of a network, without the counter of ``AveragedModel``."""
+def _renamed(state: dict[Any, Any], own: Any, path: Any) -> dict[str, Any]:
+    """Return weights under the names of a network's ``own``, without the counter of ``AveragedModel``."""
     names = {name: _own_name(name, own) for name in state if name != "n_averaged"}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise UserError(f"{path} holds two networks: {twice[0]} is in it more than once; save one of them alone")
-    return {own_name: state[name] for name, own_name in names.items()}
+    renamed: Any = OrderedDict((own_name, state[name]) for name, own_name in names.items())
+    renamed._metadata = own._metadata  # MNASNet asks of which version its weights are
+    return renamed
 
 
 def _own_name(name: Any, own: Container[str]) -> str:

@@ -138,6 +138,7 @@ def load_student(name: str | Path, device: str = "cpu", network: str = "") -> Sa
         if codes is not None and grid is not None:
             found = unpack(codes, records[n]["width"], weight.original.numel()) + records[n]["low"]
             value = dequantize(found.view_as(weight.original), *grid) / quantizer.input_step(weight.original)
-        weight.original = nn.Parameter(cast(Tensor, value).to(weight.original))  # tied weights have grids of their own
+        # a copy, as sums over memory that is not aligned round otherwise; tied weights have grids of their own
+        weight.original = nn.Parameter(cast(Tensor, value).to(weight.original, copy=True))
         weight[0] = PackedWeight(quantizer, config.scheme, weight.original, grid, records[n]["sqnr_db"])
     return SavedRun(student.requires_grad_(False).to(device), config, spec, facts, epoch)

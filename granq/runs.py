@@ -225,11 +225,12 @@ class RunFolder:
             raise UserError(f"{self.config} is missing or damaged ({error}); the run cannot be read") from error
 
     def measured_alike(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Return what ``read_config`` does. Raises UserError if the run began with other test images than ``facts``."""
+        """Return what ``read_config`` does. Raises UserError if the run had another teacher or other images."""
         told = self.read_config()
         for name in {"test_images", "teacher_top1"} & told.keys() & facts.keys():
             if abs(told[name] - facts[name]) > 0.5:  # another machine may see an image otherwise
-                raise UserError(f"{self.path} was measured on other images: {name} {told[name]}, now {facts[name]}")
+                said = f"{self.path} had another teacher or was measured on other images"
+                raise UserError(f"{said}: {name} {told[name]}, now {facts[name]}")
         return told
 
     def save(self, state: dict[str, Any], rows: list[dict[str, float]]) -> None:

@@ -309,7 +309,7 @@ def test_interrupt_leaves_a_usable_run(folder, own, tmp_path, capfd):
         process.send_signal(signal.SIGCONT)
         _, said = process.communicate()
     assert process.returncode == 130
-    told = "granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume"
+    told = "granq: interrupted; what was saved is kept; repeat it, with --resume if it has that"
     assert said.splitlines()[-1] == told
     assert 1 <= RunFolder(out).load()["epoch"] < 20
     assert main(["evaluate", str(out), "--data", folder, "--network", own, "--device", "cpu"]) == 0

@@ -206,6 +206,13 @@ def test_results_table_values() -> None:
     assert np.isnan(table.loc["W3A3", "AKT_x"]["drop"])
 
 
+def test_accuracies_from_two_teachers_are_not_averaged() -> None:
+    rows = accuracy()
+    rows.loc[rows.seed == 1, "teacher_top1"] -= 5
+    with pytest.raises(UserError, match="runs of one network have different teachers"):
+        results_table(rows)
+
+
 def test_the_table_is_written_as_text(tmp_path: Path) -> None:
     table = results_table(accuracy())
     table.to_csv(tmp_path / "results_table.csv", index=False)

@@ -201,6 +201,14 @@ def test_eight_bits_in_onnxruntime(tmp_path, make):
         assert apart.max() <= 1 and apart.mean() < 1e-3
 
 
+def test_what_the_exporter_would_drop_is_refused(tmp_path):
+    layers = nn.Conv2d(3, 4, 3), nn.AvgPool2d(2, divisor_override=3), nn.Conv2d(4, 2, 3)
+    student, x = quantize_model(nn.Sequential(*layers).eval(), "foldable", 8, 8), torch.randn(2, 3, 8, 8)
+    calibrate(student, [x])
+    with pytest.raises(UserError, match="has a divisor_override"):
+        export_onnx(integer_model(student), x, tmp_path / "n.onnx")
+
+
 def test_sums_that_float32_rounds_stay_within_the_bound(tmp_path):
     """1,024 products near 255 * 255 are beyond 2^24; ``measure_integer_agreement`` says what float32 may do to them."""
     layer = nn.Conv2d(1024, 4, 1)

@@ -418,6 +418,12 @@ def test_a_mean_of_quantized_values_is_not_quantized_and_a_module_of_ones_own_th
     assert [frame.act_quantized.tolist() for frame in found] == [[False, False], [False, True]]
 
 
+def test_parameters_that_belong_to_no_layer_are_none(tiny):
+    tiny.scale = nn.Parameter(torch.ones(4, 1, 1))
+    frame = audit(tiny, torch.randn(2, 3, 8, 8))
+    assert summarize_audit(frame)["layers"] == len(frame) - 1 == 4
+
+
 def test_half_precision_is_refused(tiny):
     """In 16 bits means of quantized values would hold only numbers that some place has given, too."""
     with pytest.raises(UserError, match="the audit needs float32, got torch.bfloat16"):

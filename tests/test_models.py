@@ -31,6 +31,24 @@ from granq.models import augment, build_network, load_teacher, save_teacher, top
 # ---- by name
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_published_weights_are_those_of_a_network_that_normalizes(name):
+    """What torchvision builds for its weights; their state dict does not say so."""
+    assert build_network(name, 10).transform_input and build_network(name, 10).aux_logits
+
+
+def test_weights_of_a_network_that_knows_versions(tmp_path):
+    network, spec = build_network("mnasnet0_5", 10), describe_data("cifar10", image_size=32)
+    save_teacher(tmp_path / "t.safetensors", network, "mnasnet0_5", spec, 10.0)
+    assert same_bits(load_teacher("mnasnet0_5", spec, tmp_path / "t.safetensors")[0], network)
+
+
+def test_digits_have_their_teacher():
+    spec = describe_data("digits")
+    teachers = [load_teacher("resnet20_cifar10", spec, file)[0] for file in (None, models.digits_teacher())]
+    assert same_bits(*teachers)
+
+
 @pytest.mark.parametrize(("name", "classes"), [
     ("resnet20_cifar10", 10), ("resnet20_cifar10", 3), ("torchvision:resnet18", 7), ("timm:resnet18", 5),
 ])  # fmt: skip
@@ -147,7 +165,7 @@ def test_weights_must_fit_network_and_classes(folder, teacher, tmp_path, monkeyp
     monkeypatch.setattr("pytorchcv.model_provider.get_model", lambda name, **_: TinyNet(10).eval())
     with pytest.raises(UserError, match="tell 10 classes apart, but .* has 2"):
         load_teacher("resnet20_cifar10", spec)
-    assert load_teacher("resnet20_cifar10", describe_data("digits"))[0](torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+    assert load_teacher("resnet20_cifar10", describe_data("cifar10"))[0](torch.zeros(1, 3, 8, 8)).shape == (1, 10)
 
 
 SMALL = """

@@ -192,6 +192,8 @@ def test_the_command(teacher: Path, folder: str, tmp_path: Path, capsys, monkeyp
     errors = rows_with(charts(page)["Which-layer-is-guilty"], "kl")
     assert (errors.sqnr_db < 59).all()  # against the teacher, not against weights that are rounded already
     capsys.readouterr()
+    assert main(["report", str(tmp_path / "s.safetensors"), *given, "--bits", "8,8"]) == 2
+    assert "has a scheme, bits and an image size of its own" in capsys.readouterr().err
     assert main(["report", "--network", "resnet20_cifar10", *given]) == 2
     assert "already exists" in capsys.readouterr().err
     seen: list[Any] = []

@@ -527,3 +527,26 @@ def test_an_empty_fact_is_continued(tiny: nn.Module, tmp_path) -> None:
         how: Any = {"kinds": kinds, "parts": ["both"], "facts": {"note": ""}, "out": tmp_path / "rows.csv"}
         table = measure_sensitivity(tiny, [torch.ones(2, 3, 8, 8)], "strict", 4, **how)
     assert {*table.kind} == {"alone", "all_but"}
+
+
+class Rejoined(nn.Module):
+    """``x`` is read twice, and in between by a concatenation that holds all of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(12, 6, 3)
+        self.d, self.fc = nn.Conv2d(8, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu()
+        y = self.c(torch.cat([x, self.b(x).relu()], 1))
+        return self.fc((y + self.d(x)).relu().mean((2, 3)))
+
+
+def test_places_are_those_of_the_graph() -> None:
+    torch.manual_seed(0)
+    model, images = Rejoined().eval(), torch.randn(4, 3, 8, 8)
+    table = measure_sensitivity(model, [images], "strict", (2, 3, 4), kinds=["alone"], parts=PARTS[:2])
+    places = table.drop_duplicates("layer").set_index("layer").place
+    assert places["b"] == places["d"] != places["c"]
+    quantize_model(model, "strict", 3, 3, bits=allocate_bits(table, 3.0))

@@ -85,6 +85,15 @@ def test_real_images_are_prepared_as_they_were_in_the_run(tiny: nn.Module, tmp_p
         Workbench(device="cpu", data="cifar10", runs=[tmp_path / "own"])
 
 
+def test_a_run_with_another_teacher_is_refused(tiny: nn.Module, tmp_path: Path) -> None:
+    facts = {"network": "resnet20_cifar10", "data": "digits", "teacher_top1": 98.4}
+    train(tiny, QATConfig(**RUN, image_size=8), out=tmp_path / "run", facts=facts)
+    other = Workbench(device="cpu", teacher=tiny, runs=[tmp_path / "run"], image_size=8)
+    other.evaluate = lambda model: 12.5  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="had another teacher .*98.4, now 12.5"):
+        other.facts()
+
+
 def test_accuracy_has_a_row_for_every_scheme_and_seed(bench: Workbench) -> None:
     rows = bench.accuracy
     assert len(rows) == 2 * len(SCHEMES) and set(rows.bits) == {"W2A2"} and set(rows.budget) == {"quick"}
@@ -123,16 +132,6 @@ def test_a_network_itself_is_a_teacher(monkeypatch) -> None:
         top1 = [(net.eval()(x).argmax(1) == y).float().mean().item() for x, y in batches(images, shared.spec)]
     assert shared.top1 == pytest.approx(100 * sum(top1) / len(top1)) and shared.facts()["dataset"] == "digits"
     assert net.training is False and shared.teacher is not net
-
-
-def test_own_data_do_not_get_the_teacher_of_the_digits(tmp_path: Path, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(
-        workbench.models, "load_teacher", lambda *given: asked.append(given[2]) or (nn.Identity(), SPEC)
-    )
-    for data in ("cifar10", "digits"):
-        Workbench(data=data, out=tmp_path, device="cpu").teacher  # noqa: B018
-    assert asked[0] is None and asked[1].name == "digits_resnet20.safetensors"
 
 
 def test_a_short_run_on_other_data_is_another_run(bench: Workbench, tiny: nn.Module, monkeypatch) -> None:

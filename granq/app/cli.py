@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"granq: {type(error).__name__}: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("granq: interrupted; the last checkpoint is kept; repeat the command, or add --resume", file=sys.stderr)
+        print("granq: interrupted; what was saved is kept; repeat it, with --resume if it has that", file=sys.stderr)
         return 130
     failed, said = result.pop("failed", ""), result.pop("said", "")
     shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in result.items()}

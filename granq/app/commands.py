@@ -236,6 +236,7 @@ def export(
         _check_new(out, ".safetensors")
     else:
         granq.runs.RunFolder(out).check_free()
+        granq.integer_model(granq.load_student(run, "cpu", network).student)  # refuses now, not after minutes
     saved, spec, test, facts = _run_on(run, data, network, "cpu")
     if format == "packed":
         facts |= granq.summarize_audit(granq.audit(saved.student, next(granq.batches(test, spec, 1))[0]))
@@ -269,7 +270,7 @@ def figures(
         budget: quick (digits, minutes) or full (cifar10)
         data: images instead of the budget's, such as folder:PATH
         teacher: checkpoint; without it the digits have theirs
-        run: finished granq quantize runs to show
+        run: finished granq quantize runs to show; accuracy_bits shows them with --budget full
         out: by default figures, and figures/quick for the quick budget
     """
     folder = out or Path("figures/quick" if budget == "quick" and not from_csv else "figures")

@@ -109,8 +109,10 @@ class Job(QATConfig, Files):
         row |= granq.summarize_audit(granq.audit(result.student, image.to(shared.device)))
         del row["summary"]
         if self.from_row:
-            before = float(read_row(*self.from_row)["last_top1"])
-            row |= {"row_last_top1": before, "difference": row["last_top1"] - before}
+            old = read_row(*self.from_row)
+            row |= {"row_last_top1": float(old["last_top1"]), "difference": row["last_top1"] - float(old["last_top1"])}
+            if float(old.get("test_images", count)) != count:
+                warnings.warn(f"the row was measured on {old['test_images']} images, this on {count}", stacklevel=2)
         files.save_atomically(self.out / "result.json", lambda path: path.write_text(files.to_json(row, indent=2)))
         return row
 
@@ -245,7 +247,7 @@ def read_row(table: str | Path, number: int) -> dict[str, str]:
     """Return the fields of a row of a results table that hold something."""
     import pandas as pd
 
-    rows = pd.read_csv(table, dtype=str, keep_default_na=False).to_dict("records") if Path(table).is_file() else []
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False).to_dict("records")
     if not 1 <= number <= len(rows):
         raise UserError(f"{table} has no row {number}")
     row = {str(name): text for name, text in rows[number - 1].items() if text}

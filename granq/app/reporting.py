@@ -15,23 +15,25 @@ Device = Annotated[str, arg(help="auto, cpu, cuda or mps")]
 
 def report(
     run: Positional[Path | None] = None, *, out: Out, network: Network = "", teacher: Path | None = None,
-    data: str | None = None, scheme: str = "granq", bits: str = "3,3", images: Count = 64,
+    data: str | None = None, scheme: str = "", bits: str = "", images: Count = 64,
     image_size: int | None = None, mean: Mean = "", std: Std = "", device: Device = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Write one HTML page about a network under quantization, layer by layer: a network by name, or a student.
 
     Args:
-        run: run folder or packed student; without it --scheme and --bits quantize --network
+        run: run folder or packed student; without it --scheme and --bits (granq and 3,3) quantize --network
         out: new file, FILE.html
-        teacher: checkpoint; without it pretrained weights are downloaded, and a run folder's student is its own teacher
+        teacher: checkpoint; without it digits have theirs, others are downloaded; a run's student is its own
         data: test images of digits, cifar10, cifar100, imagenet or folder:PATH; without it, random shapes
         images: how many
         image_size: of a network by name; by default that of its data
     """
     from granq.data import dataset_name
 
+    if run and (scheme or bits or image_size):
+        raise granq.UserError(f"{run} has a scheme, bits and an image size of its own: leave yours out")
     device, given, facts = granq.devices.resolve_device(device), channels(mean, std), dict[str, str]()
-    options: dict[str, Any] = {"scheme": scheme, "bits": tuple(parse_bits(bits).values()), "images": images}
+    options: dict[str, Any] = {"scheme": scheme or "granq", "bits": tuple(parse_bits(bits or "3,3").values())}
     if run:
         saved = granq.load_student(run, device, network)
         network, spec, c = network or saved.facts["network"], saved.spec, saved.config
@@ -54,5 +56,5 @@ def report(
     facts |= {"network": Path(network).name, "data": dataset_name(data or "none")}
     facts["teacher"] = teacher.name if teacher else "the student without rounding" if run else "pretrained"
     drawn = granq.batches(granq.load_split(spec, "test"), spec, 16, seed=0) if data else ()
-    options |= {"image_size": spec.image_size, "facts": facts}
+    options |= {"images": images, "image_size": spec.image_size, "facts": facts}
     return {"out": str(out)} | granq.report(model, drawn, out=out, **options)

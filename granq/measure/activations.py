@@ -119,7 +119,7 @@ def measure_weight_scales(model: nn.Module, layers: Sequence[str], bits: int) ->
 
 
 def measure_data_flow(model: nn.Module, images: Tensor, layer: str, bits: int) -> pd.DataFrame:
-    """Measure how GranQ quantizes what enters a convolution for the first of ``images``: all channels at once.
+    """Measure how GranQ quantizes what enters a convolution, clamped, for the first of ``images``.
 
     Rows are values, of 16 channels and 64 pixels evenly spaced over all. Columns: layer, bits, channel, pixel, x,
     low, high (of all pixels of the channel), scale_inv, zero_point, code, value.

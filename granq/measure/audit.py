@@ -108,7 +108,7 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
         "macs_not_quantized": float(100 * off.macs_share.sum()),
         "true_bits_per_weight": true,
         "true_bits_per_activation": float((frame.bits_per_activation * frame.macs_share).sum()),
-        "layers": int((frame.type != "products").sum()),
+        "layers": int((~frame.type.isin(["products", "Parameter"])).sum()),
         "layers_input_quantized": int(frame.act_quantized.sum()),
         "summary": text,
     }

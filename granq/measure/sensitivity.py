@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from granq.convert import ActQuantizer, Quantizer, calibrate, check_copy, quantize_model
+from granq.convert import ActQuantizer, Quantizer, activation_places, calibrate, check_copy, quantize_model
 from granq.data import predictions
 from granq.errors import one_of
 from granq.files import write_csv
@@ -106,9 +106,9 @@ def measure_flips(model: nn.Module, other: nn.Module, batches: Sequence[tuple[Te
 
 def _sizes(root: nn.Module, images: Tensor) -> pd.DataFrame:
     """Return what an audit says of the size of layers, and the place that stands directly in front of each."""
-    frame = audit(root, images).rename(columns={"input_quantized": "place", "weight_granularity": "grid"})
-    direct = {name for name, source in calls_of_layers(root) if isinstance(source, ActQuantizer)}
-    frame["place"] = frame.place.where(frame.layer.isin(direct), "")
+    frame = audit(root, images).rename(columns={"weight_granularity": "grid"})
+    names: dict[Any, str] = {place: name for name, place in activation_places(root).items()}
+    frame["place"] = frame.layer.map({name: names.get(source, "") for name, source in calls_of_layers(root)}).fillna("")
     return frame[["layer", "place", "grid", "weights", "macs"]]
 
 

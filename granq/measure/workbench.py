@@ -89,10 +89,9 @@ class Workbench:
     def _loaded(self) -> tuple[nn.Module, DataSpec]:
         if isinstance(given := self._teacher, nn.Module):
             return copy.deepcopy(given).eval().to(self.device), self._described
-        file = models.digits_teacher() if self.data == "digits" and not given else given
-        teacher, spec = models.load_teacher(self.network, self._described, file, self.device)
+        teacher, spec = models.load_teacher(self.network, self._described, given, self.device)
         if self._size not in (None, spec.image_size):
-            raise UserError(f"{file} was trained at {spec.image_size} pixels, not at {self._size}")
+            raise UserError(f"the teacher was trained at {spec.image_size} pixels, not at {self._size}")
         return teacher, spec
 
     teacher = property(lambda self: self._loaded[0], doc="The full-precision network in eval mode.")
@@ -101,7 +100,10 @@ class Workbench:
     @cached_property
     def top1(self) -> float:
         """The teacher's accuracy on the test split in percent."""
-        return self.evaluate(self.teacher)
+        top1 = self.evaluate(self.teacher)
+        for run in self.runs:
+            run.measured_alike({"teacher_top1": top1})
+        return top1
 
     @cached_property
     def test(self) -> Any:

@@ -89,6 +89,9 @@ def split_published(data: DataFrame) -> tuple[DataFrame, DataFrame]:
     """Return measured rows and published ones, which name a source. Raises UserError for runs that pass for one."""
     published = data[data.source.notna()] if "source" in data else data[:0]
     measured = data.drop(published.index)
+    teachers = measured.groupby(["dataset", "network"]).teacher_top1
+    if (teachers.max() - teachers.min() > 0.5).any():
+        raise UserError("runs of one network have different teachers: say in network which")
     if measured.duplicated(keys := ["dataset", "network", "scheme", "bits", "seed"]).any():
         raise UserError(f"several runs have the same {', '.join(keys)}: say in scheme what else tells them apart")
     return measured, published
