@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from granq.errors import UserError
+
 Batch = Tensor | Sequence[Tensor]  #: images (N, 3, H, W), or a pair (images, labels)
 
 
@@ -14,8 +16,12 @@ def images_of(batch: Batch) -> Tensor:
 
 
 def labels_of(batch: Batch) -> Tensor | None:
-    """Return the labels of a batch, (N,) or (N, 1), as (N,), if it has some."""
-    return None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1].flatten()
+    """Return the labels of a batch, (N,), if it has some; (N, 1) are taken, too. Raises UserError for others."""
+    if isinstance(batch, Tensor) or len(batch) < 2:
+        return None
+    if batch[1].numel() != len(batch[0]):
+        raise UserError(f"labels are one number for each image, got {tuple(batch[1].shape)} for {len(batch[0])}")
+    return batch[1].flatten()
 
 
 @contextmanager

@@ -211,6 +211,10 @@ def test_bad_input_is_one_sentence(sharp: nn.Module) -> None:
         (lambda: measure_sensitivity(sharp, [], "strict", 3), "no image"),
         (lambda: measure_sensitivity(sharp, torch.zeros(2, 3, 8, 8), "strict", 3), "batches must hold images"),
         (lambda: measure_remedies(sharp, labelled(), "strict", 3, ["conv9"]), "unknown layer 'conv9'; known: conv1"),
+        (
+            lambda: measure_sensitivity(sharp, [(x, F.one_hot(y, 3)) for x, y in labelled()], "strict", 3),
+            "one number for",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             call()
