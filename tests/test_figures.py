@@ -211,6 +211,9 @@ def test_accuracies_from_two_teachers_are_not_averaged() -> None:
     rows.loc[rows.seed == 1, "teacher_top1"] -= 5
     with pytest.raises(UserError, match="runs of one network have different teachers"):
         results_table(rows)
+    rows = accuracy().assign(method=lambda data: data.scheme + data.seed.astype(str))
+    with pytest.raises(UserError, match="several runs have the same"):
+        results_table(rows)
 
 
 def test_the_table_is_written_as_text(tmp_path: Path) -> None:

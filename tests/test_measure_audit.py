@@ -64,7 +64,7 @@ def test_an_image_with_bits_of_its_own_is_named(tiny):
     summary, share = summarize_audit(frame), 100 * frame.macs_share[0]
     assert summary["macs_low_bit"] == pytest.approx(100 - share) and 5 < share < 95
     assert summary["summary"].endswith(
-        f"{100 - share:.1f} % of MACs really run at 3 bits, {share:.1f} % on inputs of 6 bits"
+        f"{100 - share:.1f} % of MACs really have 3 bits, {share:.1f} % on inputs of 6 bits"
     )
 
 

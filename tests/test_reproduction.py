@@ -236,4 +236,5 @@ def test_rows_that_cannot_be_repeated(tmp_path, capsys):
         )
         assert message in capsys.readouterr().err
     assert main(["quantize", "--from-row", str(tmp_path / "none.csv"), "1", "--out", str(tmp_path / "again")]) == 2
+    assert "there is no table" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()

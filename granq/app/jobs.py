@@ -247,6 +247,8 @@ def read_row(table: str | Path, number: int) -> dict[str, str]:
     """Return the fields of a row of a results table that hold something."""
     import pandas as pd
 
+    if not Path(table).is_file():
+        raise UserError(f"there is no table {table}")
     rows = pd.read_csv(table, dtype=str, keep_default_na=False).to_dict("records")
     if not 1 <= number <= len(rows):
         raise UserError(f"{table} has no row {number}")

@@ -84,8 +84,8 @@ def summarize_audit(frame: pd.DataFrame) -> dict[str, Any]:
     macs = 100 * frame.macs_share[frame.low_bit & ~wide].sum()
     true = float((frame.bits_per_weight * frame.weight_share).sum())
     text = "" if (frame.weight_bits + frame.act_bits).any() else "no quantizer of granq is in it, others are not seen; "
-    text += f"a weight takes {true:.1f} true bits; {weights:.1f} % of weights and {macs:.1f} % of MACs really run at "
-    text += f"{'/'.join(map(str, bits))} bits"
+    text += f"a weight takes {true:.1f} true bits; {weights:.1f} % of weights and the operands of {macs:.1f} % of MACs "
+    text += f"really have {'/'.join(map(str, bits))} bits"
     if mixed:
         low = frame[frame.low_bit]
         average = (np.average(low.weight_bits, weights=low.weights), np.average(low.act_bits, weights=low.macs))

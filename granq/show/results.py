@@ -92,7 +92,9 @@ def split_published(data: DataFrame) -> tuple[DataFrame, DataFrame]:
     teachers = measured.groupby(["dataset", "network"]).teacher_top1
     if (teachers.max() - teachers.min() > 0.5).any():
         raise UserError("runs of one network have different teachers: say in network which")
-    if measured.duplicated(keys := ["dataset", "network", "scheme", "bits", "seed"]).any():
+    keys = ["dataset", "network", "scheme", "bits", "seed"]
+    methods = measured.groupby(keys[:-1]).method.nunique() if "method" in measured else pd.Series(dtype=int)
+    if measured.duplicated(keys).any() or (methods > 1).any():
         raise UserError(f"several runs have the same {', '.join(keys)}: say in scheme what else tells them apart")
     return measured, published
 
