@@ -45,7 +45,8 @@ def plot_training_curves(data: DataFrame, *, quantity: str = "test_top1", legend
             look |= {"color": sns.color_palette("colorblind")[(i - 1) % 10]}
         if data.epoch.nunique() > 40:  # lines are enough
             look |= {"marker": "", "linewidth": 1.1}
-        ax.plot(seeds, **look | {"label": [look["label"], *["_"] * (seeds.shape[1] - 1)]})
+        for seed in seeds:  # what was not measured in an epoch leaves no gap
+            ax.plot(seeds[seed].dropna(), **look | {"label": look["label"] if seed == seeds.columns[0] else "_"})
         if quantity == "test_top1" and seeds.shape[1] > 1:
             for row in rows.dropna(subset=quantity).groupby("seed").tail(1).itertuples():
                 ax.annotate(f"seed {row.seed}", (row.epoch, row.test_top1), fontsize=5)
