@@ -210,6 +210,8 @@ class RunFolder:
             raise UserError(f"{self.path} is in use by another process; wait for it or choose another --out") from None
         with held:
             self.check_free(resume)
+            for torn in self.path.glob(".[ch]*.tmp"):  # of a process that was killed while it saved
+                torn.unlink(missing_ok=True)
             yield
 
     def write_config(self, config: QATConfig, facts: dict[str, Any]) -> None:
