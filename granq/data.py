@@ -184,7 +184,10 @@ def _read_folder(folder: Path, names: list[str], transform: Any = None) -> Any:
         known = (*IMG_EXTENSIONS, ".gif", ".avif")
         return path.lower().endswith(known) and f"{os.sep}." not in path.removeprefix(str(folder))
 
-    return Folder(str(folder), transform, loader=_open_image, is_valid_file=shown)
+    try:
+        return Folder(str(folder), transform, loader=_open_image, is_valid_file=shown)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{folder} needs a folder with images for each class: {error}") from error
 
 
 def load_split(spec: DataSpec, split: str) -> ImageData:

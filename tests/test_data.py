@@ -294,5 +294,5 @@ def test_a_class_without_images_is_told(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "test" / name).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "test/cat/1.png")
-    with pytest.raises(FileNotFoundError, match="no valid file for the classes dog"):
+    with pytest.raises(UserError, match="needs a folder with images for each class: .*dog"):
         load_split(describe_data(f"folder:{tmp_path}", "cifar"), "test")
