@@ -275,6 +275,7 @@ def test_bad_input_is_refused_before_anything_is_written(frames: dict[str, pd.Da
     full, other = (Workbench(budget, data="cifar10", device="cpu", out=tmp_path) for budget in ("full", "quick"))
     for call, sentence in (
         (lambda: make_figures(["nonsense"], full), "unknown figure 'nonsense'; known: method"),
+        (lambda: redraw_figures(["layer_error"], tmp_path), "layer_error.csv does not exist"),
         (lambda: redraw_figures([], tmp_path / "nowhere"), "holds no CSV of a figure"),
         (lambda: make_figures(["training_curves"], full), "of another budget"),
         (lambda: make_figures(["training_curves"], other), "another budget, data"),
@@ -454,6 +455,9 @@ def test_panels_without_rows_stay_empty(frames: dict[str, pd.DataFrame], tmp_pat
     black = frames["synthetic_images"].assign(pixels="00" * 3 * 64)
     black.to_csv(tmp_path / "synthetic_images.csv", index=False)
     assert redraw_figures([], tmp_path) == ["granularity_factorial", "synthetic_images"]
+    (tmp_path / "layer_error.csv").write_text("layer,scheme,mode\n")
+    with pytest.raises(ValueError, match=r"layer_error\.csv has no rows"):
+        redraw_figures(["layer_error"], tmp_path)
 
 
 def test_a_factorial_is_drawn_as_it_is_measured(tiny: nn.Module, tmp_path: Path) -> None:

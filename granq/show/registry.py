@@ -52,6 +52,8 @@ class Figure(NamedTuple):
         """Draw ``folder/name.csv`` as SVG and PNG without dates: every panel that has rows, and one legend above."""
         texts = dict.fromkeys(("pixels", "layer", "name"), str)  # a black image, layer "0", class "null"
         data = pd.read_csv(folder / f"{name}.csv", dtype=texts, keep_default_na=False, na_values=[""])
+        if data.empty:
+            raise UserError(f"{folder / name}.csv has no rows")
         rows, columns = self.grid(data)
         with plt.style.context(STYLE):
             figure = matplotlib.figure.Figure(self.size)  # not one of pyplot's, which somebody would have to close
@@ -226,10 +228,12 @@ def redraw_figures(names: Sequence[str], folder: str | Path) -> list[str]:
         raise UserError(f"{folder} holds no CSV of a figure; granq figures measures them")
     for name in names:
         one_of("figure", name, FIGURES)
+        if not (path := folder / f"{name}.csv").is_file():
+            raise UserError(f"{path} does not exist; granq figures measures it")
         FIGURES[name].draw(name, folder)
         if name == "results_table":
-            table = pd.read_csv(folder / "results_table.csv", dtype={"n": "Int64"}).loc[:, "bits":"source"]
+            table = pd.read_csv(path, dtype={"n": "Int64"}).loc[:, "bits":"source"]
             table = table.astype(object).where(table.notna(), None)
-            table.to_markdown(folder / "results_table.md", index=False, floatfmt=".2f", missingval="")
-            table.to_latex(folder / "results_table.tex", index=False, escape=True, na_rep="", float_format="%.2f")
+            table.to_markdown(path.with_suffix(".md"), index=False, floatfmt=".2f", missingval="")
+            table.to_latex(path.with_suffix(".tex"), index=False, escape=True, na_rep="", float_format="%.2f")
     return list(names)
