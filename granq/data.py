@@ -208,7 +208,11 @@ def load_split(spec: DataSpec, split: str) -> ImageData:
     transform = v2.Compose([shrink, v2.CenterCrop(spec.image_size), v2.PILToTensor()])
     if spec.name in ("cifar10", "cifar100"):
         cifar = getattr(datasets, spec.name.upper())
-        data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
+        try:
+            data: Any = cifar(spec.root, train=split == "train", transform=transform, download=True)
+        except OSError as error:
+            said = f"{spec.name} is not in {spec.root} and could not be downloaded ({error})"
+            raise OSError(f"{said}; folder:PATH takes images that are here") from error
     else:
         folder, names = split_folder(spec.root, split), spec.label_names()
         if len(names) != spec.classes or not {*class_names(folder)} <= {*names}:  # labels would mean other classes
