@@ -34,7 +34,7 @@ RECIPES: dict[str, type[AdaDFQ]] = {"adadfq": AdaDFQ, "gdfq": GDFQ, "match": Mat
 StudentLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOW_DIVERSITY, LOW_RECOGNITION = 0.1, 2.0  # share of the variance; times the accuracy of guessing, half way up at most
 RISE = 5e-4  # of the student's loss, as a share of it; a generator that stopped let it rise by 1e-4
-LEAVING = 1.5  # times the lowest bn_loss: three runs that broke down passed it, no other went above 1.3
+LEAVING = 1.5  # times the lowest bn_loss: four runs that broke down passed it, no other went above 1.3
 
 
 @dataclass
