@@ -138,7 +138,7 @@ def test_audit_integers_and_files_know_the_widths(tiny: nn.Module, tmp_path: Pat
     macs = {n: count * (1 if n == "fc" else 64) for n, count in weights.items()}
     averages = [sum(own[n][i] * size[n] for n in own) / sum(size.values()) for i, size in enumerate((weights, macs))]
     summary = summarize_audit(frame)
-    assert summary["summary"].endswith(f"run at 2/3/5/6 bits, on average {averages[0]:.2f} and {averages[1]:.2f}")
+    assert summary["summary"].endswith(f"have 2/3/5/6 bits, on average {averages[0]:.2f} and {averages[1]:.2f}")
     assert summary["macs_low_bit"] == pytest.approx(100)
     scales = 64 * sum(len(tiny.get_submodule(n).weight) for n in own) / sum(weights.values())
     assert summary["true_bits_per_weight"] == pytest.approx(averages[0] + scales)
