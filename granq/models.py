@@ -179,7 +179,8 @@ def _renamed(state: dict[Any, Any], own: Any, path: Any) -> dict[str, Any]:
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise UserError(f"{path} holds two networks: {twice[0]} is in it more than once; save one of them alone")
     renamed: Any = OrderedDict((own_name, state[name]) for name, own_name in names.items())
-    renamed._metadata = own._metadata  # MNASNet asks of which version its weights are
+    # MNASNet asks of which version it is; norms must not, as old files lack their counters
+    renamed._metadata = {"": own._metadata[""]}
     return renamed
 
 

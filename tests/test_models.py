@@ -43,6 +43,14 @@ def test_weights_of_a_network_that_knows_versions(tmp_path):
     assert same_bits(load_teacher("mnasnet0_5", spec, tmp_path / "t.safetensors")[0], network)
 
 
+def test_old_weights_that_lack_the_counters_of_norms(tmp_path):
+    network, spec = build_network("resnet20_cifar10", 10), describe_data("cifar10")
+    state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "old.pth")
+    loaded, _ = load_teacher("resnet20_cifar10", spec, tmp_path / "old.pth")
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in state.items())
+
+
 def test_digits_have_their_teacher():
     spec = describe_data("digits")
     teachers = [load_teacher("resnet20_cifar10", spec, file)[0] for file in (None, models.digits_teacher())]
