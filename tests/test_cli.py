@@ -506,11 +506,12 @@ def test_an_own_network_from_its_images_to_a_repeated_row(own, folder, tmp_path,
     assert main(export) == 2 and main([*export, "--network", own]) == 0
     assert answer(capsys)["top1"] == row["last_top1"]
 
-    pd.DataFrame([row]).to_csv(tmp_path / "rows.csv", index=False)
+    pd.DataFrame([row | {"test_images": 9975}]).to_csv(tmp_path / "rows.csv", index=False)
     repeat = ["quantize", "--from-row", str(tmp_path / "rows.csv"), "1", "--out", str(tmp_path / "again"), "--json"]
     assert main(repeat) == 2  # the table names code: only its reader may run it
     assert "only if --network names it again" in capsys.readouterr().err
-    assert main([*repeat, "--network", own, "--device", "cpu"]) == 0
+    with pytest.warns(UserWarning, match="the row was measured on 9975 images, this on"):
+        assert main([*repeat, "--network", own, "--device", "cpu"]) == 0
     again = answer(capsys)
     assert again["difference"] == 0 and (again["mean"], again["std"]) == (mean, std)
 

@@ -99,7 +99,7 @@ class Workbench:
 
     @cached_property
     def top1(self) -> float:
-        """The teacher's accuracy on the test split in percent."""
+        """The teacher's accuracy on the test split in percent. Raises UserError if the runs had another teacher."""
         top1 = self.evaluate(self.teacher)
         for run in self.runs:
             run.measured_alike({"teacher_top1": top1})
